@@ -1,0 +1,120 @@
+"""Backbones from timm (or the user's own module), and the projector that completes the encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from caco.errors import UsageError, did_you_mean
+
+SMALL_VIEW = 64
+"""Views of at most this many pixels get the small stem by default."""
+
+
+class Encoder(nn.Module):
+    """Backbone and projector: a view [B, C, S, S] to an embedding [B, D], not yet normalised."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, view: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
+        return self.projector(self.backbone(view))  # type: ignore[no-any-return]
+
+
+def projector(features: int, hidden: int, embedding: int) -> nn.Sequential:
+    """Return the published head: three bias-free linear layers, batch norm and ReLU after the first two.
+
+    Widths features → hidden → hidden → embedding. The numbering of its layers is the published one (`fc.0` … `fc.6`).
+    """
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, embedding, bias=False),
+    )
+
+
+def create_backbone(name: str, size: int, stem: str = "auto") -> nn.Module:
+    """Return a timm model by name, without its classifier: [B, 3, S, S] → pooled features [B, num_features].
+
+    size: side of the views in pixels (transformers build their position table for it and interpolate for others).
+    stem: "small" replaces a ResNet's first convolution by 3×3, stride 1, and drops the max-pool; "auto" does so when
+    size ≤ 64. ResNets start as torchvision's (and the published code's) do: residual branches not zeroed.
+    Raises UsageError for an unknown name, with the nearest ones, or a stem the model cannot have.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        near = did_you_mean(name, timm.list_models()) or " All names: timm.list_models()."
+        raise UsageError(f"--backbone: timm has no model {name!r}.{near}")
+    backbone = _first_accepted(
+        name,
+        [
+            {"zero_init_last": False},
+            {"img_size": size, "dynamic_img_size": True},
+            {"img_size": size},
+            {},
+        ],
+    )
+    if stem == "small" or (stem == "auto" and size <= SMALL_VIEW and _has_plain_stem(backbone)):
+        _make_stem_small(name, backbone)
+    return adopt_backbone(backbone, size)
+
+
+def stem_of(backbone: nn.Module) -> str:
+    """Return "small" or "standard": which stem `create_backbone` must be asked for to get this one again."""
+    return "small" if isinstance(getattr(backbone, "maxpool", None), nn.Identity) else "standard"
+
+
+def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
+    """Return a module as a backbone: pooled features, and `num_features` as measured (timm's own misses heads).
+
+    Raises UsageError when a picture of size × size does not give [B, F] or [B, F, H, W].
+    """
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        output = module(torch.zeros(2, 3, size, size))
+    module.train(was_training)
+    if not isinstance(output, Tensor) or output.ndim not in (2, 4):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(f"the backbone must map [B, 3, {size}, {size}] to features [B, F] or [B, F, H, W], not {shape}")
+    if output.ndim == 4:
+        module = nn.Sequential(module, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    module.num_features = output.shape[1]  # type: ignore[assignment]
+    return module
+
+
+def _first_accepted(name: str, choices: list[dict[str, Any]]) -> nn.Module:
+    """Build a timm model with the first set of keywords it knows; model families differ in what they take."""
+    import timm
+
+    for keywords in choices[:-1]:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, **keywords)
+        except TypeError:
+            continue
+    return timm.create_model(name, pretrained=False, num_classes=0, **choices[-1])
+
+
+def _has_plain_stem(backbone: nn.Module) -> bool:
+    return isinstance(getattr(backbone, "conv1", None), nn.Conv2d) and hasattr(backbone, "maxpool")
+
+
+def _make_stem_small(name: str, backbone: nn.Module) -> None:
+    if not _has_plain_stem(backbone):
+        raise UsageError(f"--encoder.stem small: {name} has no ResNet stem to replace; use --encoder.stem standard")
+    first = backbone.conv1
+    assert isinstance(first, nn.Conv2d)
+    small = nn.Conv2d(first.in_channels, first.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    backbone.conv1 = small
+    backbone.maxpool = nn.Identity()

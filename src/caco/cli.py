@@ -1,0 +1,113 @@
+"""The `caco` command: parse, run, and turn every error into one line and an exit status.
+
+Exit status: 0 done · 1 the work failed · 2 wrong usage, nothing was done · 75 stopped by a signal and saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from caco.config import Demo, Embed, Knn, Linear, Pretrain, Report
+from caco.errors import CacoError, UsageError, did_you_mean
+from caco.options import parse
+from caco.recipes import find_recipe, listing, whole
+
+OVERVIEW = """\
+usage: caco COMMAND [options]
+
+Pre-train an image encoder without labels (CaCo), judge it, and take it away.
+
+  caco demo                                         a whole run on built-in pictures, in a few minutes
+  caco pretrain --data photos/ --out runs/first     pre-train on any folder of images
+  caco knn RUN --data train/ --val val/             judge it by nearest neighbours
+  caco linear RUN --data train/ --val val/          judge it by a linear classifier
+  caco embed RUN --data photos/ --out features.npz  one feature vector for each image (.npz or .parquet)
+  caco report RUN                                   a page to look at
+  caco recipes [NAME]                               named settings
+
+Every command: --help. Version: caco --version."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _dispatch(arguments)
+    except CacoError as error:
+        print(f"caco: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("caco: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left: `caco recipes | head -1`
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW)
+        return 0 if arguments else UsageError.exit_status
+    if arguments[0] == "--version":
+        from caco import __version__
+
+        print(f"caco {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        raise UsageError(f"there is no command {command!r}.{did_you_mean(command, COMMANDS)} (all: caco --help)")
+    try:
+        COMMANDS[command](rest)
+    except SystemExit as done:  # argparse, after --help
+        return int(done.code or 0)
+    return 0
+
+
+def _pretrain(arguments: list[str]) -> None:
+    config = parse(Pretrain, arguments, "caco pretrain", pretrain_start)
+    from caco import commands
+
+    commands.pretrain(config)
+
+
+def pretrain_start(given: dict[str, Any]) -> Pretrain:
+    """Return the values of all options not given: those of the run to resume, or of the recipe."""
+    folder = Path(given.get("out", ""))
+    if given.get("resume") and (folder / "config.json").exists():
+        from caco.train.run_folder import read_config
+
+        return read_config(folder)
+    return find_recipe(given.get("recipe", Pretrain.recipe))
+
+
+def _command(kind: type, name: str) -> Callable[[list[str]], None]:
+    def run(arguments: list[str]) -> None:
+        config = parse(kind, arguments, f"caco {name}", lambda given: kind())
+        from caco import commands
+
+        getattr(commands, name)(config)
+
+    return run
+
+
+def _recipes(arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: caco recipes [NAME]\n\nList the named recipes, or print one whole.")
+    elif len(arguments) > 1:
+        raise UsageError(f"caco recipes takes one name, not {len(arguments)}")
+    else:
+        print(whole(arguments[0]) if arguments else listing())
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _command(Demo, "demo"),
+    "pretrain": _pretrain,
+    "knn": _command(Knn, "knn"),
+    "linear": _command(Linear, "linear"),
+    "embed": _command(Embed, "embed"),
+    "report": _command(Report, "report"),
+    "recipes": _recipes,
+}

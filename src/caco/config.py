@@ -1,0 +1,317 @@
+"""Every option of every command, as typed dataclasses.
+
+No torch here: the command line is parsed, and its errors told, before anything heavy is imported.
+The string under each field is its help text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+
+Auto = Literal["auto"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """How one random view is made from one image (one column of the paper's augmentation table)."""
+
+    size: int
+    area: tuple[float, float]
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    jitter_probability: float
+    gray_probability: float
+    blur_probability: float
+    blur_sigma: tuple[float, float]
+    solarize_probability: float
+    flip_probability: float
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The random views of one image. Defaults: the published single-crop pair."""
+
+    size: int = 224
+    """Side of the large views, in pixels."""
+    area: tuple[float, float] = (0.2, 1.0)
+    """Least and largest share of the image's area in a large view."""
+    large: int = 2
+    """Number of large views; the first two are also seen by the key encoder."""
+    small: int = 0
+    """Number of small views (multi crop: 6)."""
+    small_size: int = 96
+    """Side of the small views, in pixels."""
+    small_area: tuple[float, float] = (0.05, 0.14)
+    """Least and largest share of the image's area in a small view."""
+    brightness: float = 0.4
+    """Brightness factor is drawn from 1 ± this."""
+    contrast: float = 0.4
+    """Contrast factor is drawn from 1 ± this."""
+    saturation: float = 0.2
+    """Saturation factor is drawn from 1 ± this."""
+    hue: float = 0.1
+    """Hue shift is drawn from ± this, in turns."""
+    jitter: float = 0.8
+    """Probability of the colour jitter (the four options above)."""
+    gray: float = 0.2
+    """Probability of dropping the colour."""
+    blur: tuple[float, float] = (1.0, 0.1)
+    """Probability of a Gaussian blur: in the first view, in all others."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Least and largest standard deviation of the blur, in pixels."""
+    solarize: tuple[float, float] = (0.0, 0.2)
+    """Probability of solarising at 128: in the first view, in all others."""
+    flip: float = 0.5
+    """Probability of a left-right flip."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel (of pixels in 0-1), subtracted from every view."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel, by which every view is divided."""
+    evaluation_resize: int = 256
+    """Evaluation only: the shorter side is resized to this before the centre crop, in pixels."""
+
+    def recipes(self) -> tuple[ViewRecipe, ...]:
+        """Return one ViewRecipe for each view, large ones first."""
+
+        def view(number: int, size: int, area: tuple[float, float]) -> ViewRecipe:
+            place = 0 if number == 0 else 1
+            return ViewRecipe(
+                size=size,
+                area=area,
+                brightness=self.brightness,
+                contrast=self.contrast,
+                saturation=self.saturation,
+                hue=self.hue,
+                jitter_probability=self.jitter,
+                gray_probability=self.gray,
+                blur_probability=self.blur[place],
+                blur_sigma=self.blur_sigma,
+                solarize_probability=self.solarize[place],
+                flip_probability=self.flip,
+            )
+
+        large = [view(i, self.size, self.area) for i in range(self.large)]
+        small = [view(self.large + i, self.small_size, self.small_area) for i in range(self.small)]
+        return tuple(large + small)
+
+
+@dataclass(frozen=True)
+class BankOptions:
+    """The bank of learnable positives and negatives."""
+
+    lr: float = 3.0
+    """Learning rate of the bank per 65,536 slots (the rate used is this x bank size / 65,536)."""
+    final_lr: float = 3.0
+    """The same at the last epoch (cosine from lr; constant if equal)."""
+    momentum: float = 0.9
+    """Momentum of the bank's SGD."""
+    temperature: float = 0.08
+    """Temperature of the loss that moves the encoder."""
+    slot_temperature: float = 0.08
+    """Temperature of the loss that moves the slots."""
+    warm_start_steps: Union[int, Auto] = "auto"
+    """Steps of ordinary contrast that fill the bank with keys; auto: until every slot is filled; 0: stay random."""
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """The encoder and its momentum copy."""
+
+    embedding: int = 256
+    """Width of an embedding and of a slot."""
+    projector: int = 2048
+    """Width of the projector's two hidden layers."""
+    stem: Literal["auto", "small", "standard"] = "auto"
+    """First layers of a ResNet; small: 3x3 convolution without pooling; auto: small when views are at most 64 px."""
+    key_momentum: float = 0.99
+    """Momentum of the key encoder in the first epoch."""
+    key_momentum_schedule: Literal["cosine", "constant"] = "cosine"
+    """How that momentum goes on: a cosine to 1 over the run, or constant."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer of the encoder."""
+
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    """lars is the published one; adamw suits transformers."""
+    final_lr: float = 0.003
+    """Learning rate at the last epoch, per 256 images (cosine from --lr)."""
+    warmup_epochs: int = 10
+    """Epochs over which the learning rates grow to their full value."""
+    momentum: float = 0.9
+    """Momentum (lars, sgd)."""
+    weight_decay: float = 1.5e-6
+    """Weight decay (not on biases and norms)."""
+
+
+@dataclass(frozen=True)
+class MonitorOptions:
+    """What is watched while the run goes on. Changes nothing in the mathematics."""
+
+    log_steps: int = 10
+    """Steps between two records in metrics.jsonl."""
+    knn_epochs: int = 10
+    """Epochs between two kNN checks, besides the one at the end; 0: none at all."""
+    knn_first_epochs: int = 0
+    """Check after every epoch up to this one, too."""
+    knn_share: float = 1.0
+    """Share of each training class, in path order, that the kNN check refers to (published: 0.2)."""
+    knn_neighbours: int = 20
+    """Neighbours that vote in the kNN check."""
+    held_out: float = 0.1
+    """Share of a labelled training set used as kNN queries when no --val is given."""
+    checkpoint_minutes: float = 10.0
+    """Time between two checkpoints, in minutes; one is also written at the end and when stopped."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints are kept (besides the best by kNN)."""
+    broken_share: float = 0.1
+    """Share of broken images at which the run stops instead of skipping them."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (pip install caco[tensorboard])."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pre-train an encoder on images, with or without labels (labels are never trained on)."""
+
+    data: str = ""
+    """Training images: a folder, Parquet or tar files (globs allowed), a torchvision set by name, or textures."""
+    val: str = ""
+    """Labelled images for the kNN check while training; without it, a share of a labelled --data."""
+    out: str = ""
+    """Folder of the run."""
+    recipe: str = "small-photos"
+    """Named settings to start from (list: caco recipes); all other options override it."""
+    backbone: str = "resnet18"
+    """Any model name of timm."""
+    weights: str = ""
+    """Start from this file (caco, timm, torchvision, safetensors), or timm:NAME to download from timm's hub."""
+    epochs: Union[int, Auto] = "auto"
+    """Passes over the images; auto: about 20,000 steps, at least 50 and at most 800 epochs."""
+    batch_size: int = 128
+    """Images per step, over all processes."""
+    lr: float = 0.3
+    """Learning rate of the encoder per 256 images (the rate used is this x batch size / 256)."""
+    bank_size: int = 4096
+    """Number of slots in the bank."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps, ..."""
+    precision: Precision = "auto"
+    """Arithmetic of the encoder; auto: bf16 on GPUs that have it, else fp32. The loss is always fp32."""
+    workers: Union[int, Auto] = "auto"
+    """Threads that decode and augment; auto: one per core. The views do not depend on it."""
+    seed: int = 0
+    """Seed of everything random."""
+    resume: bool = False
+    """Go on with the run in --out, exactly where it stopped."""
+    overwrite: bool = False
+    """Delete the run that is in --out and start anew."""
+    download: bool = False
+    """Allow a torchvision set to be downloaded."""
+    views: Views = Views()
+    encoder: EncoderOptions = EncoderOptions()
+    bank: BankOptions = BankOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    monitor: MonitorOptions = MonitorOptions()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Options shared by all commands that use a finished encoder."""
+
+    run: str = field(default="", metadata={"positional": "RUN|FILE"})
+    """A run folder, a backbone or checkpoint file, random (untrained --backbone), or pixels (no encoder)."""
+    data: str = ""
+    """Images: a folder, Parquet or tar files (globs allowed), a torchvision set by name, or textures."""
+    out: str = ""
+    """File for the result."""
+    backbone: str = ""
+    """timm name, for a FILE that does not say it, or for random."""
+    size: int = 0
+    """Side of the centre crop in pixels; 0: as the encoder was trained."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps, ..."""
+    precision: Precision = "auto"
+    """Arithmetic of the encoder; auto: bf16 on GPUs that have it, else fp32."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    workers: Union[int, Auto] = "auto"
+    """Threads that decode; auto: one per core."""
+    seed: int = 0
+    """Seed of splits, heads and resampling."""
+    download: bool = False
+    """Allow a torchvision set to be downloaded."""
+
+
+@dataclass(frozen=True)
+class Knn(Evaluation):
+    """Judge an encoder by the labels of each image's nearest neighbours."""
+
+    val: str = ""
+    """Labelled query images; without it, a stratified share of --data is held out."""
+    neighbours: tuple[int, ...] = (20,)
+    """Neighbours that vote; several numbers give several results, the first is the headline."""
+    temperature: float = 0.2
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    held_out: float = 0.2
+    """Share of --data used as queries when there is no --val."""
+
+
+@dataclass(frozen=True)
+class Linear(Evaluation):
+    """Judge an encoder by a linear classifier on its frozen features."""
+
+    val: str = ""
+    """Labelled test images; without it, a stratified share of --data is held out."""
+    protocol: Literal["cached", "reference"] = "cached"
+    """cached: features once, many learning rates, chosen on part of train; reference: the published protocol."""
+    epochs: int = 100
+    """Passes over the training features."""
+    lr: Union[float, Auto] = "auto"
+    """Learning rate (per 256 images in the reference protocol); auto: a grid, or 0.025 in the reference protocol."""
+    probe_batch_size: int = 0
+    """Images per step of the classifier; 0: 256 on cached features, 4,096 in the reference protocol."""
+    held_out: float = 0.2
+    """Share of --data used as test images when there is no --val."""
+
+
+@dataclass(frozen=True)
+class Embed(Evaluation):
+    """Write one feature vector for each image."""
+
+    normalise: bool = False
+    """Scale every vector to unit length."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a page to look at: curves, views, neighbours, and what each slot attracts."""
+
+    run: str = field(default="", metadata={"positional": "RUN"})
+    """A run folder."""
+    images: int = 2000
+    """Images looked at for the galleries, at most."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps, ..."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Pre-train on built-in pictures and judge the result, in a few minutes on two CPU cores."""
+
+    out: str = "runs/demo"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of everything random."""
+    overwrite: bool = False
+    """Delete the run that is in --out and start anew."""

@@ -1,0 +1,51 @@
+"""Which images could not be used: counted, listed, and no reason to lose a night's run."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from caco.errors import CacoError
+from caco.files import replace_file
+
+
+class BrokenImages:
+    """The broken images met so far; safe to use from many threads."""
+
+    def __init__(self, total: int, largest_share: float, path: Path | None = None) -> None:
+        """total: images in all; largest_share: more than this share of broken ones is an error; path: the list's file."""
+        self.total = total
+        self.largest_share = largest_share
+        self.path = path
+        self._reasons: dict[str, str] = {}
+        self._written = 0
+        self._lock = threading.Lock()
+        if path is not None and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self._reasons = dict(line.split("\t", 1) for line in lines if "\t" in line)
+            self._written = len(self._reasons)
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def add(self, key: str, reason: str) -> None:
+        """Note a broken image. Raises CacoError when there are too many."""
+        with self._lock:
+            self._reasons[key] = reason
+            count = len(self._reasons)
+        if count > self.largest_share * self.total:
+            self.write()
+            where = f"; the list is in {self.path}" if self.path else f", among them {key}: {reason}"
+            raise CacoError(
+                f"{count:,} of {self.total:,} images are broken, more than the share of {self.largest_share:g} "
+                f"that --monitor.broken-share allows{where}"
+            )
+
+    def write(self) -> None:
+        """Write the list (key, tab, reason) if it has grown."""
+        with self._lock:
+            if self.path is None or len(self._reasons) == self._written:
+                return
+            lines = [f"{key}\t{reason}\n" for key, reason in sorted(self._reasons.items())]
+            replace_file(self.path, "".join(lines).encode())
+            self._written = len(self._reasons)

@@ -1,0 +1,179 @@
+"""Encoded image bytes to RGB pixels: every kind of picture comes out upright, 8 bit, three channels, on white."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Union
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageChops
+
+from caco.errors import CacoError
+
+Pixels = NDArray[np.uint8]
+Shrink = Callable[[int, int], int]
+"""From the upright height and width of a stored image to the factor (1, 2, 4 or 8) by which it may be decoded smaller."""
+
+# Pillow asks each of these in turn and no other: some of its readers start outside programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+ENDINGS = frozenset("jpg jpeg jpe jfif png webp bmp tif tiff gif ppm pgm".split())
+MOST_PIXELS = 2 * 1024**3 // 12  # at most 2 GiB when Pillow, the white ground and the result hold 4 bytes a pixel each
+
+# Pillow warns of odd metadata, once per file. `catch_warnings` around each call would swap the process's filters under
+# other threads; one filter, set once and behind all others, cannot, and whoever sets a filter of their own still wins.
+warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors go to stderr where no log is configured
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BrokenImage(CacoError):
+    """One image that cannot be used; `key` says which, `reason` says why."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+def decode_rgb(data: bytes, key: str, shrink: Union[int, Shrink] = 1, minimum_side: int = 8) -> Pixels:
+    """Return the pixels of an encoded image, uint8 [H, W, 3], RGB, upright, writable.
+
+    JPEG, PNG, WebP, BMP, TIFF, GIF and PPM; of several frames or pages, the first. Transparency is laid on white; deeper
+    pixels are scaled to 8 bits: whole-number ones by the range of their type, others as in `_scaled`. `shrink` 2, 4 or 8
+    decodes a JPEG at that fraction of its size (rounded up), at less cost; other formats ignore it. Thread-safe.
+    Raises BrokenImage: empty, truncated, not an image, more than MOST_PIXELS, a side below `minimum_side` pixels.
+    """
+    image = _open(data, key)
+    try:
+        height, width = _upright_size(image)
+        if min(height, width) < minimum_side:
+            raise BrokenImage(key, f"too small: {height} x {width} pixels, a side is below {minimum_side}")
+        factor = shrink(height, width) if callable(shrink) else shrink
+        if factor not in (1, 2, 4, 8):
+            raise ValueError(f"shrink must be 1, 2, 4 or 8, not {factor}")
+        with _explained(key):
+            if factor > 1:
+                image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+            image.load()
+            # Looked up after loading: Pillow turns a TIFF upright by itself then, and a PNG may keep its EXIF at the end.
+            turn = _UPRIGHT.get(_orientation(image))
+            upright = image if turn is None else image.transpose(turn)
+            return np.array(_rgb(upright, image))
+    finally:
+        image.close()
+
+
+def read_size(data: bytes, key: str) -> tuple[int, int]:
+    """Return the upright (height, width) of an encoded image in pixels, from its header alone.
+
+    Raises BrokenImage if that cannot be read; the rest of the image may still be broken.
+    """
+    image = _open(data, key)
+    try:
+        return _upright_size(image)
+    finally:
+        image.close()
+
+
+class _explained:
+    """Turn whatever Pillow raises inside `with` into a BrokenImage with a reason in plain words."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, problem: Union[BaseException, None], trace: object) -> None:
+        if isinstance(problem, Image.DecompressionBombError):
+            raise BrokenImage(self.key, f"too large: more than {MOST_PIXELS:,} pixels") from problem
+        # Damaged files make Pillow raise nearly anything (KeyError, struct.error, SyntaxError, ...): one bad file among
+        # millions must not end a run of days. Only Pillow's own calls stand inside this `with`.
+        if isinstance(problem, Exception) and not isinstance(problem, (BrokenImage, MemoryError)):
+            said = str(problem) or type(problem).__name__
+            truncated = isinstance(problem, EOFError) or any(word in said.lower() for word in ("truncated", "unexpected end"))
+            raise BrokenImage(self.key, f"{'truncated' if truncated else 'damaged'}: {said}") from problem
+
+
+def _open(data: bytes, key: str) -> Image.Image:
+    """Return the image with its header read and nothing decoded."""
+    if not data:
+        raise BrokenImage(key, "empty: 0 bytes")
+    with _explained(key):
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.UnidentifiedImageError as problem:
+            raise BrokenImage(key, f"not an image of a known kind: begins with {data[:12]!r}") from problem
+    if image.width * image.height > MOST_PIXELS:
+        raise BrokenImage(key, f"too large: {image.height} x {image.width} pixels, more than {MOST_PIXELS:,}")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8; damaged EXIF counts as upright."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as many kinds as in `_explained`; the pixels are fine all the same
+        return 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) as the image will be when upright."""
+    lying = image.format != "TIFF" and _orientation(image) >= 5  # a TIFF's size is told upright by Pillow
+    return (image.width, image.height) if lying else (image.height, image.width)
+
+
+def _rgb(image: Image.Image, source: Image.Image) -> Union[Image.Image, Pixels]:
+    """Return a loaded image of any mode as RGB; `source` is the same as it was opened, with its format and metadata."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return np.repeat(_scaled(np.asarray(image), source)[:, :, None], 3, axis=2)
+    if image.mode == "CMYK" and source.format in ("JPEG", "MPO") and "adobe" not in source.info:
+        # Adobe stores ink upside down and Pillow supposes that of every JPEG; one without Adobe's marker is as it is.
+        image = ImageChops.invert(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled(values: NDArray[np.generic], source: Image.Image) -> Pixels:
+    """Return grey values of more than 8 bits as uint8 [H, W].
+
+    Unsigned 16 bit (12 bit in such a TIFF) is scaled by its full range. The range of floats, 32-bit and signed numbers is
+    a matter of habit: 0-1, 0-255 and 0-65535 are taken as such, the least that holds the values; anything else is
+    stretched from its least to its greatest value. Not-a-number becomes black.
+    """
+    if source.mode.startswith("I;16"):
+        bits = source.tag_v2.get(258, (16,))[0] if source.format == "TIFF" else 16  # type: ignore[attr-defined]
+        return _to_bytes(values, 0, 2**bits - 1)
+    if source.format in ("PNG", "PPM"):  # Pillow 10 opens 16-bit PNG as I; PPM in I is always stretched to 16 bits
+        return _to_bytes(values, 0, 65535)
+    numbers = np.where(np.isfinite(values), values, 0).astype(np.float64)  # type: ignore[arg-type]
+    least, greatest = float(numbers.min()), float(numbers.max())
+    if least < 0 or greatest > 65535:
+        return _to_bytes(numbers, least, greatest)
+    habits = (1, 255, 65535) if source.mode == "F" else (255, 65535)
+    return _to_bytes(numbers, 0, next(top for top in habits if greatest <= top))
+
+
+def _to_bytes(values: NDArray[np.generic], least: float, greatest: float) -> Pixels:
+    """Return values with least-greatest mapped to 0-255, rounded; all black if both are equal."""
+    scale = 255 / (greatest - least) if greatest > least else 0.0
+    scaled = (values.astype(np.float32) - np.float32(least)) * np.float32(scale)
+    return np.clip(scaled + np.float32(0.5), 0, 255).astype(np.uint8)

@@ -1,0 +1,163 @@
+"""Image files in folders or on a list."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from caco.data.decode import ENDINGS
+from caco.data.encoded import EncodedSource, Labels, labels_by_name, read_bytes
+from caco.data.index import Index, read_index, write_index
+from caco.errors import UsageError
+
+SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+CONTAINERS = ("parquet", "tar")
+
+
+class FileSource(EncodedSource):
+    """An `ImageSource` of image files; keys are their names relative to `root`."""
+
+    def __init__(
+        self, name: str, root: str, names: Sequence[str], labels: Labels = None, classes: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(name, labels, classes)
+        self.root = root
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def key(self, index: int) -> str:
+        """Return the file's path relative to the root, with `/` between its parts."""
+        return self.names[index]
+
+    def read(self, index: int) -> bytes:
+        """Return the file's bytes. Raises BrokenImage."""
+        return read_bytes(os.path.join(self.root, self.names[index]), self.names[index])
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is in a folder and all folders below; names are relative to it, sorted."""
+
+    images: list[str]
+    containers: list[str]
+    """Parquet and tar files."""
+    others: Counter[str]
+    """How many other files there are of each ending."""
+    stamps: dict[str, tuple[int, int]]
+
+
+def ending(name: str) -> str:
+    """Return a file's ending in lower case without its dot, or an empty string."""
+    return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def list_folder(root: str) -> Listing:
+    """Return everything below a folder, except hidden files and folders and `__MACOSX`.
+
+    Links are followed, but not back into a folder they are inside of. Nothing is opened. Raises UsageError for a folder
+    that may not be read.
+    """
+    images: list[str] = []
+    containers: list[str] = []
+    others: Counter[str] = Counter()
+    stamps: dict[str, tuple[int, int]] = {}
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while waiting:
+        prefix, above = waiting.pop()
+        folder = os.path.join(root, prefix) if prefix else root
+        try:
+            status = os.stat(folder)
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                continue
+            stamps[folder] = (status.st_mtime_ns, 0)  # taken before the folder is read: a later change will show
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name[0] == "." or name == "__MACOSX":
+                        continue
+                    kind = ending(name)
+                    if entry.is_dir():
+                        waiting.append((f"{prefix}{name}/", above | {identity}))
+                    elif kind in ENDINGS:
+                        if entry.is_file():  # not a link to nothing, a socket, ...
+                            images.append(prefix + name)
+                    elif kind in CONTAINERS:
+                        containers.append(prefix + name)
+                    else:
+                        others[kind] += 1
+        except OSError as problem:
+            raise UsageError(f"the folder {folder} cannot be read: {problem.strerror}") from problem
+    return Listing(sorted(images), sorted(containers), others, stamps)
+
+
+def folder_source(root: Path, name: str, index_cache: Path | None = None) -> FileSource | list[Path]:
+    """Return the images below a folder, or the paths of the Parquet or tar files it holds instead.
+
+    Labels are the sorted names of the first-level folders if there are at least two and no image lies outside them.
+    Raises UsageError if there is nothing to train on, or no telling what is meant.
+    """
+    folder = os.path.realpath(root)
+    index = read_index(index_cache, f"folder {folder}")
+    if index is None:
+        listing = list_folder(folder)
+        _check(listing, name)
+        if listing.containers:
+            return [Path(folder, container) for container in listing.containers]
+        index = Index(listing.images, listing.stamps)
+        write_index(index_cache, f"folder {folder}", index)
+    labels, classes = _folder_labels(index.names, name)
+    return FileSource(name, folder, index.names, labels, classes)
+
+
+def _check(listing: Listing, name: str) -> None:
+    """Raise UsageError if a folder holds nothing to look at, or two things."""
+    images, containers = len(listing.images), len(listing.containers)
+    if images and containers:
+        pattern = f"{name.rstrip('/')}/**/*.{ending(listing.containers[0])}"
+        raise UsageError(
+            f"{name} holds both images ({images:,}) and Parquet or tar files ({containers:,}): name a folder that has "
+            f"only the one, or give a pattern like '{pattern}'"
+        )
+    if not images and not containers:
+        kinds = [f"{count:,} {'.' + kind if kind else 'without ending'}" for kind, count in listing.others.most_common(5)]
+        raise UsageError(
+            f"{name} holds no images; found: {', '.join(kinds) or 'no files at all'} "
+            f"(images end in {', '.join('.' + kind for kind in sorted(ENDINGS))})"
+        )
+
+
+def _folder_labels(names: Sequence[str], name: str) -> tuple[Labels, tuple[str, ...]]:
+    """Return labels by first-level folder, or none if an image is outside all of them or there is only one."""
+    firsts = [path.partition("/")[0] for path in names if "/" in path]
+    if len(firsts) < len(names):
+        return None, ()
+    labels, classes = labels_by_name(firsts)
+    if len(classes) < 2:
+        return None, ()
+    if all(folder.lower() in SPLIT_NAMES for folder in classes):
+        raise UsageError(f"{name} holds the parts {', '.join(classes)} of a set: say which, e.g. {name.rstrip('/')}/{classes[0]}")
+    return labels, classes
+
+
+def list_source(path: Path, name: str) -> FileSource:
+    """Return the images that a text file lists: one path a line, absolute or relative to the list; without labels.
+
+    The order is the list's. Raises UsageError for an empty list, one that is not text, or one without a single file
+    among its first ten.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as problem:
+        raise UsageError(f"{name} is no text file (UTF-8): a list of images has one path a line") from problem
+    names = [line.strip() for line in lines if line.strip()]
+    root = os.path.realpath(path.parent)
+    if not any(os.path.isfile(os.path.join(root, image)) for image in names[:10]):
+        first = f"none of its first paths is a file, such as {os.path.join(root, names[0])}" if names else "it is empty"
+        raise UsageError(f"{name} is no list of images: {first}")
+    return FileSource(name, root, names)

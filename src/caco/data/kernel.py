@@ -1,0 +1,382 @@
+"""The pixels of random views on CPUs: one compiled function (numba) that takes an image to its normalised view.
+
+The same mathematics as `render`, which is its oracle, arranged so that every inner loop runs over contiguous float32 and
+touches little memory: source rows are mixed to one row, that row is resampled with its three channels side by side, and
+colours, blur and the final scaling work on planes. It holds no lock: call it from as many threads as there are cores.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+from caco.data import parameters as p
+
+
+# Sums may be reordered and multiply-adds fused, and no pixel is NaN (they come from bytes): what vector code needs.
+FAST = {"contract", "reassoc", "nsz", "nnan"}
+OPTIONS = {"nogil": True, "cache": True, "fastmath": FAST, "error_model": "numpy"}
+
+# Pixels whose colours are changed together: three planes of it stay in the first-level cache.
+CHUNK = 1024
+# The blur adds this many pairs of neighbours at a time: as many arrays as the compiler will check for overlap.
+PAIRS = 3
+
+RED, GREEN, BLUE = np.float32(0.299), np.float32(0.587), np.float32(0.114)
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+
+UINTP = np.uintp
+
+
+@njit(**OPTIONS)
+def blur_margin(sigma):
+    """Rows added above and below a plane: the blur's radius, ceil(3 sigma), rounded up to whole groups of PAIRS."""
+    return int(math.ceil(math.ceil(np.float32(3) * sigma) / PAIRS)) * PAIRS
+
+
+@njit(**OPTIONS)
+def resize_taps(length, size, flip, step, first, count, weights):
+    """Fill, for each target pixel, its first source pixel (times step), how many follow, and their weights."""
+    scale = length / size
+    support = max(scale, 1.0)
+    for target in range(size):
+        centre = (target + 0.5) * scale
+        low = max(int(centre - support + 0.5), 0)
+        taps = min(int(centre + support + 0.5), length) - low
+        place = size - 1 - target if flip else target
+        total = 0.0
+        for tap in range(taps):
+            weight = max(1.0 - abs(low + tap + 0.5 - centre) / support, 0.0)
+            weights[place, tap] = weight
+            total += weight
+        for tap in range(taps):
+            weights[place, tap] /= total
+        first[place] = low * step
+        count[place] = taps
+
+
+@njit(**OPTIONS)
+def mix_rows(image, top, start, width, count, weights, row):
+    """row = the weighted sum of `count` rows of bytes from `top`, `width` bytes from `start`."""
+    tap = 0
+    while tap < count:
+        one = image[top + tap, start : start + width]
+        weight = weights[tap]
+        if tap + 1 < count:
+            two = image[top + tap + 1, start : start + width]
+            second = weights[tap + 1]
+            if tap == 0:
+                for x in range(width):
+                    row[x] = weight * np.float32(one[x]) + second * np.float32(two[x])
+            else:
+                for x in range(width):
+                    row[x] += weight * np.float32(one[x]) + second * np.float32(two[x])
+        elif tap == 0:
+            for x in range(width):
+                row[x] = weight * np.float32(one[x])
+        else:
+            for x in range(width):
+                row[x] += weight * np.float32(one[x])
+        tap += 2
+
+
+@njit(**OPTIONS)
+def resample_row(row, size, first, count, weights, line):
+    """line[4 x : 4 x + 3] = the weighted sum of the pixels of `row`; the fourth place is filled with a value of no use.
+
+    Four places rather than three: they are one vector of the processor.
+    """
+    for x in range(size):
+        source = first[x]
+        a = b = c = d = ZERO
+        for tap in range(count[x]):
+            weight = weights[x, tap]
+            a += weight * row[source]
+            b += weight * row[source + UINTP(1)]
+            c += weight * row[source + UINTP(2)]
+            d += weight * row[source + UINTP(3)]
+            source += UINTP(3)
+        place = UINTP(4) * UINTP(x)
+        line[place] = a
+        line[place + UINTP(1)] = b
+        line[place + UINTP(2)] = c
+        line[place + UINTP(3)] = d
+
+
+@njit(**OPTIONS)
+def separate(line, red, green, blue, size):
+    """Take the channels of one row apart."""
+    for x in range(size):
+        red[x] = line[4 * x]
+        green[x] = line[4 * x + 1]
+        blue[x] = line[4 * x + 2]
+
+
+@njit(**OPTIONS)
+def blend_constant(plane, factor, addend):
+    for x in range(len(plane)):
+        plane[x] = min(max(factor * plane[x] + addend, ZERO), ONE)
+
+
+@njit(**OPTIONS)
+def blend_gray(red, green, blue, factor):
+    rest = ONE - factor
+    for x in range(len(red)):
+        gray = rest * (RED * red[x] + GREEN * green[x] + BLUE * blue[x])
+        red[x] = min(max(factor * red[x] + gray, ZERO), ONE)
+        green[x] = min(max(factor * green[x] + gray, ZERO), ONE)
+        blue[x] = min(max(factor * blue[x] + gray, ZERO), ONE)
+
+
+@njit(**OPTIONS)
+def shift_hue(red, green, blue, turns):
+    sixths = np.float32(6) * turns
+    for x in range(len(red)):
+        r, g, b = red[x], green[x], blue[x]
+        value = max(max(r, g), b)
+        base = min(min(r, g), b)
+        chroma = value - base
+        turn = chroma * np.float32(6)
+        sixth = r - g + np.float32(4) * chroma
+        sixth = b - r + np.float32(2) * chroma if value == g else sixth
+        sixth = g - b if value == r else sixth
+        sixth += sixths * chroma
+        sixth = sixth + turn if sixth < ZERO else sixth
+        sixth = sixth - turn if sixth >= turn else sixth
+        twice = chroma + chroma
+        red[x] = base + min(max(abs(sixth - twice - chroma) - chroma, ZERO), chroma)
+        green[x] = base + min(max(twice - abs(sixth - twice), ZERO), chroma)
+        blue[x] = base + min(max(twice - abs(sixth - twice - twice), ZERO), chroma)
+
+
+@njit(**OPTIONS)
+def to_gray(red, green, blue):
+    for x in range(len(red)):
+        gray = RED * red[x] + GREEN * green[x] + BLUE * blue[x]
+        red[x] = gray
+        green[x] = gray
+        blue[x] = gray
+
+
+@njit(**OPTIONS)
+def sum_gray(red, green, blue):
+    total = ZERO
+    for x in range(len(red)):
+        total += RED * red[x] + GREEN * green[x] + BLUE * blue[x]
+    return total
+
+
+@njit(**OPTIONS)
+def apply_jitter(red, green, blue, parameters, first, last, mean):
+    """Apply the operations first to last - 1 of the sample's order; mean: of the grey image, for the contrast."""
+    for place in range(first, last):
+        operation = int(parameters[p.ORDER + place])
+        if operation == p.BRIGHTNESS or operation == p.CONTRAST:
+            is_contrast = operation == p.CONTRAST
+            factor = parameters[p.CONTRAST_FACTOR] if is_contrast else parameters[p.BRIGHTNESS_FACTOR]
+            addend = (ONE - factor) * mean if is_contrast else ZERO
+            if factor != ONE:
+                blend_constant(red, factor, addend)
+                blend_constant(green, factor, addend)
+                blend_constant(blue, factor, addend)
+        elif operation == p.SATURATION:
+            if parameters[p.SATURATION_FACTOR] != ONE:
+                blend_gray(red, green, blue, parameters[p.SATURATION_FACTOR])
+        elif parameters[p.HUE_SHIFT] != ZERO:
+            shift_hue(red, green, blue, parameters[p.HUE_SHIFT])
+
+
+@njit(**OPTIONS)
+def change_colours(red, green, blue, parameters):
+    """Colour jitter in the sample's order, then grey; three planes of float32 [pixels], changed in place.
+
+    A chunk of pixels goes through all operations at once; only the contrast waits, for the mean of all pixels.
+    """
+    pixels = len(red)
+    contrast = 4
+    for place in range(4):
+        if int(parameters[p.ORDER + place]) == p.CONTRAST and parameters[p.CONTRAST_FACTOR] != ONE:
+            contrast = place
+    total = 0.0
+    if contrast < 4:
+        for start in range(0, pixels, CHUNK):
+            stop = min(start + CHUNK, pixels)
+            r, g, b = red[start:stop], green[start:stop], blue[start:stop]
+            apply_jitter(r, g, b, parameters, 0, contrast, ZERO)
+            total += sum_gray(r, g, b)
+    mean = np.float32(total / pixels)
+    first = contrast if contrast < 4 else 0
+    for start in range(0, pixels, CHUNK):
+        stop = min(start + CHUNK, pixels)
+        r, g, b = red[start:stop], green[start:stop], blue[start:stop]
+        apply_jitter(r, g, b, parameters, first, 4, mean)
+        if parameters[p.GRAY] > ZERO:
+            to_gray(r, g, b)
+
+
+@njit(**OPTIONS)
+def gaussian(sigma, weights):
+    """Fill weights[k] of a Gaussian at distance k, 0 beyond ceil(3 sigma); return that radius."""
+    radius = int(math.ceil(np.float32(3) * sigma))
+    weights[:] = ZERO
+    total = 0.0
+    for k in range(radius + 1):
+        weights[k] = math.exp(-0.5 * (k / sigma) ** 2)
+        total += weights[k] if k == 0 else 2 * weights[k]
+    for k in range(radius + 1):
+        weights[k] /= total
+    return radius
+
+
+@njit(**OPTIONS)
+def mix_neighbours(source, centre, stride, weights, radius, target):
+    """target[i] = the sum over k of weights[|k|] * source[centre + i + k * stride], |k| up to radius rounded up to PAIRS."""
+    n = len(target)
+    middle = source[centre : centre + n]
+    w = weights[0]
+    for i in range(n):
+        target[i] = w * middle[i]
+    k = 1
+    while k <= radius:
+        w1, w2, w3 = weights[k], weights[k + 1], weights[k + 2]
+        a1, b1 = source[centre - k * stride :], source[centre + k * stride :]
+        a2, b2 = source[centre - (k + 1) * stride :], source[centre + (k + 1) * stride :]
+        a3, b3 = source[centre - (k + 2) * stride :], source[centre + (k + 2) * stride :]
+        for i in range(n):
+            target[i] += w1 * (a1[i] + b1[i]) + w2 * (a2[i] + b2[i]) + w3 * (a3[i] + b3[i])
+        k += 3
+
+
+@njit(**OPTIONS)
+def finish(source, solarize, scale, offset, target):
+    """Solarise and normalise one stretch of pixels into the view."""
+    if solarize:
+        for x in range(len(target)):
+            target[x] = scale * min(source[x], ONE - source[x]) + offset
+    else:
+        for x in range(len(target)):
+            target[x] = scale * source[x] + offset
+
+
+@njit(**OPTIONS)
+def blur_and_finish(plane, size, margin, weights, radius, solarize, scale, offset, lines, view):
+    """Blur one plane and write it to the view, a block of rows at a time so that both passes stay in the cache.
+
+    plane: `size` rows with `margin` more above and below, which are filled here. lines: float32 [3, pixels], scratch.
+    """
+    for y in range(margin):
+        plane[y * size : (y + 1) * size] = plane[margin * size : (margin + 1) * size]
+        plane[(margin + size + y) * size : (margin + size + y + 1) * size] = plane[
+            (margin + size - 1) * size : (margin + size) * size
+        ]
+    wide = size + 2 * margin
+    rows = max(1, CHUNK // size)
+    for top in range(0, size, rows):
+        count = min(rows, size - top)
+        down, padded, both = lines[0, : count * size], lines[1, : count * wide], lines[2, : (count - 1) * wide + size]
+        mix_neighbours(plane, (margin + top) * size, size, weights, radius, down)
+        for y in range(count):
+            start = y * wide
+            padded[start : start + margin] = down[y * size]
+            padded[start + margin : start + margin + size] = down[y * size : (y + 1) * size]
+            padded[start + margin + size : start + wide] = down[(y + 1) * size - 1]
+        mix_neighbours(padded, margin, 1, weights, radius, both)
+        for y in range(count):
+            finish(both[y * wide : y * wide + size], solarize, scale, offset, view[top + y])
+
+
+@njit(**OPTIONS)
+def resize_crop(image, parameters, size, row, line, red, green, blue):
+    """Crop, resize and flip one image into three planes of float32 [size * size] in 0-1."""
+    top, left = int(parameters[p.TOP]), int(parameters[p.LEFT])
+    height, width = int(parameters[p.HEIGHT]), int(parameters[p.WIDTH])
+    most = 2 * int(math.ceil(max(height, width, size) / size)) + 1
+    first_row, rows = np.empty(size, UINTP), np.empty(size, np.int64)
+    first_column, columns = np.empty(size, UINTP), np.empty(size, np.int64)
+    down, right = np.empty((size, most), np.float32), np.empty((size, most), np.float32)
+    resize_taps(height, size, False, 1, first_row, rows, down)
+    resize_taps(width, size, parameters[p.FLIP] > ZERO, 3, first_column, columns, right)
+    down *= np.float32(1 / 255)
+    for y in range(size):
+        mix_rows(image, top + first_row[y], 3 * left, 3 * width, rows[y], down[y], row)
+        resample_row(row, size, first_column, columns, right, line)
+        start, stop = y * size, (y + 1) * size
+        separate(line, red[start:stop], green[start:stop], blue[start:stop], size)
+
+
+@njit(
+    types.void(
+        types.Array(types.uint8, 3, "C", readonly=True),
+        types.float32[:, ::1],
+        types.float32[::1],
+        types.float32[::1],
+        types.float32[::1],
+        types.float32[:, :, :, ::1],
+    ),
+    **OPTIONS,
+)
+def render_rows(images, table, scale, offset, scratch, views):
+    """Render one view of each image: bytes [B, H, 3 W] and parameters [B, COLUMNS] to float32 [B, 3, S, S]."""
+    size = views.shape[2]
+    pixels = size * size
+    for sample in range(len(images)):
+        parameters, view = table[sample], views[sample]
+        sigma = parameters[p.SIGMA]
+        margin = blur_margin(sigma)
+        plane_size = (size + 2 * margin) * size
+        planes = scratch[: 3 * plane_size].reshape(3, plane_size)
+        rest = scratch[3 * plane_size :]
+        line = rest[: 4 * size]
+        row = rest[4 * size :]
+        # One slice a plane: a slice of all three would not be contiguous, and no loop over it a vector loop.
+        start, stop = margin * size, margin * size + pixels
+        red, green, blue = planes[0, start:stop], planes[1, start:stop], planes[2, start:stop]
+        resize_crop(images[sample], parameters, size, row, line, red, green, blue)
+        change_colours(red, green, blue, parameters)
+        solarize = parameters[p.SOLARIZE] > ZERO
+        if sigma > ZERO:
+            weights = np.empty(margin + PAIRS, np.float32)
+            radius = gaussian(sigma, weights)
+            block = max(1, CHUNK // size) * (size + 2 * margin)
+            lines = rest[: 3 * block].reshape(3, block)
+            for channel in range(3):
+                blur_and_finish(
+                    planes[channel], size, margin, weights, radius, solarize,
+                    scale[channel], offset[channel], lines, view[channel],
+                )
+        else:
+            for channel in range(3):
+                finish(planes[channel], solarize, scale[channel], offset[channel], view[channel].reshape(pixels))
+
+
+_scratch = threading.local()
+
+
+def render_with_numba(
+    images: NDArray[np.uint8],
+    table: NDArray[np.float32],
+    mean: Sequence[float],
+    std: Sequence[float],
+    views: NDArray[np.float32],
+) -> None:
+    """Render one view of each image into `views`, on the calling thread, without the GIL.
+
+    images: uint8 [B, H, W, 3], contiguous. table: ViewParameters.table(). views: float32 [B, 3, S, S], contiguous.
+    """
+    batch, height, width, _ = images.shape
+    size = views.shape[2]
+    margin = blur_margin(table[:, p.SIGMA].max())
+    wide = size + 2 * margin
+    # The planes, and behind them what only one stage at a time needs: one row of the source and of the target; the blur's lines.
+    needed = 3 * wide * size + max(4 * size + 3 * width + 1, 3 * max(1, CHUNK // size) * wide)
+    scratch = getattr(_scratch, "buffer", None)
+    if scratch is None or len(scratch) < needed:
+        scratch = _scratch.buffer = np.empty(needed, dtype=np.float32)
+    deviation = np.asarray(std, dtype=np.float32)
+    scale, offset = 1 / deviation, -np.asarray(mean, dtype=np.float32) / deviation
+    render_rows(images.reshape(batch, height, 3 * width), table, scale, offset, scratch, views)

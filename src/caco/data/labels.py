@@ -1,0 +1,37 @@
+"""One numbering of the classes for two sources, and which images of a labelled set are asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from caco.data.source import ImageSource
+from caco.errors import UsageError, did_you_mean
+
+
+class Relabelled:
+    """A source with the classes of another: the same images, labels renumbered."""
+
+    def __init__(self, source: ImageSource, classes: tuple[str, ...]) -> None:
+        """Raises UsageError when `source` has no labels, or a class that is not among `classes`."""
+        if source.labels is None:
+            raise UsageError(f"{source.name} has no labels (class folders, or a label column)")
+        unknown = [name for name in source.classes if name not in classes]
+        if unknown:
+            near = did_you_mean(unknown[0], classes)
+            raise UsageError(f"{source.name} has the class {unknown[0]!r}, which the training images lack.{near}")
+        numbers = np.array([classes.index(name) for name in source.classes], dtype=np.int64)
+        self.name, self.classes = source.name, classes
+        self.labels = numbers[source.labels]
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def key(self, index: int) -> str:
+        return self._source.key(index)
+
+    def load(self, index: int, shrink: Callable[[int, int], int] | None = None) -> Any:
+        return self._source.load(index, shrink)

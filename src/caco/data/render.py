@@ -1,0 +1,189 @@
+"""The pixels of random views in plain torch: the oracle of the fast kernel, and the path on GPUs.
+
+The order of torchvision's published pipeline: crop and resize, colour jitter, grey, blur, solarise, flip, normalise; in
+float32 without Pillow's rounding to 8 bits after every stage. Every stage works on the whole batch, with one row of
+parameters a sample and no indexing by sample, so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from caco.data import parameters as p
+from caco.data.parameters import ViewParameters
+
+
+# ITU-R 601-2 luma, which Pillow uses to make grey images.
+LUMA = (0.299, 0.587, 0.114)
+
+
+@torch.no_grad()
+def render_with_torch(
+    images: UInt8[Tensor, "B H W 3"] | list[NDArray[np.uint8]],
+    parameters: ViewParameters,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float[Tensor, "B 3 S S"]:
+    """Return one view of each image, float32 [B, 3, size, size], on the images' device (the CPU for arrays)."""
+    device = images.device if isinstance(images, Tensor) else torch.device("cpu")
+    # One copy takes everything the device needs to know: the parameters, then mean and std.
+    host = torch.from_numpy(np.concatenate([parameters.table().ravel(), mean, std]).astype(np.float32))
+    packed = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    rows, (mean_, std_) = packed[:-6].view(-1, p.COLUMNS), packed[-6:].view(2, 3, 1, 1)
+
+    def column(number: int) -> Float[Tensor, "B 1 1 1"]:
+        return rows[:, number, None, None, None]
+
+    with torch.autocast(device.type, enabled=False):
+        view = _crop_tensor(images, rows, size) if isinstance(images, Tensor) else _crop_arrays(images, rows, size)
+        # Whether any sample needs a stage is known here without asking the device: the parameters came from the host.
+        if _any_jitter(parameters):
+            view = jitter(view, rows)
+        if parameters.gray.any():
+            view = torch.where(column(p.GRAY) > 0, luma(view), view)
+        if parameters.sigma.any():
+            view = blur(view, rows[:, p.SIGMA], radius=int(np.ceil(3 * parameters.sigma.max())))
+        if parameters.solarize.any():
+            view = torch.where(column(p.SOLARIZE) > 0, solarize(view), view)
+        return (view - mean_) / std_
+
+
+def _any_jitter(parameters: ViewParameters) -> bool:
+    factors = (parameters.brightness, parameters.contrast, parameters.saturation)
+    return bool(parameters.hue.any()) or any((factor != 1).any() for factor in factors)
+
+
+def _crop_tensor(
+    images: UInt8[Tensor, "B H W 3"], rows: Float[Tensor, "B columns"], size: int
+) -> Float[Tensor, "B 3 S S"]:
+    """Crop, resize and flip, as two batched products with weights that are zero outside the crop."""
+    batch, height, width, _ = images.shape
+    down = resize_weights(rows[:, p.TOP], rows[:, p.HEIGHT], height, size)
+    right = resize_weights(rows[:, p.LEFT], rows[:, p.WIDTH], width, size, rows[:, p.FLIP] > 0)
+    lines = torch.bmm(down, images.flatten(2).float().div_(255)).view(batch, size, width, 3)
+    return lines.permute(0, 3, 1, 2) @ right.mT[:, None]
+
+
+def _crop_arrays(
+    images: list[NDArray[np.uint8]], rows: Float[Tensor, "B columns"], size: int
+) -> Float[Tensor, "B 3 S S"]:
+    """The same for arrays of any sizes, one after the other; only the crop of an image is read."""
+    views = []
+    for image, row in zip(images, rows, strict=True):
+        top, left, height, width = (int(row[number]) for number in (p.TOP, p.LEFT, p.HEIGHT, p.WIDTH))
+        crop = torch.tensor(image[top : top + height, left : left + width])[None]
+        whole = row[None].clone()
+        whole[:, [p.TOP, p.LEFT]] = 0
+        views.append(_crop_tensor(crop, whole, size))
+    return torch.cat(views)
+
+
+def resize_weights(
+    start: Float[Tensor, " B"], length: Float[Tensor, " B"], extent: int, size: int, flip: Tensor | None = None
+) -> Float[Tensor, "B size extent"]:
+    """Return the weights of antialiased bilinear resizing of pixels [start, start + length) to size pixels.
+
+    Like Pillow: a triangle as wide as two source pixels or two target pixels, whichever is more, cut at the crop's
+    borders and normalised.
+    """
+    place = torch.arange(size, dtype=torch.float32, device=start.device).expand(len(start), size)
+    if flip is not None:
+        place = torch.where(flip[:, None], size - 1 - place, place)
+    scale = length[:, None] / size
+    centre = (place + 0.5) * scale
+    source = torch.arange(extent, dtype=torch.float32, device=start.device) + 0.5 - start[:, None]
+    inside = (source > 0) & (source < length[:, None])
+    distance = (source[:, None, :] - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]
+    weights = (1 - distance).clamp(min=0) * inside[:, None, :]
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def luma(view: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 1 S S"]:
+    """Return the grey image."""
+    red, green, blue = view.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def jitter(view: Float[Tensor, "B 3 S S"], rows: Float[Tensor, "B columns"]) -> Float[Tensor, "B 3 S S"]:
+    """Change brightness, contrast, saturation and hue, in each sample's own order.
+
+    The first three are one operation, a blend with black, the mean grey or the grey image; pixels are in 0-1.
+    """
+    for place in range(4):
+        operation = rows[:, p.ORDER + place, None, None, None]
+        is_contrast, is_saturation = operation == p.CONTRAST, operation == p.SATURATION
+        factor = torch.where(
+            is_contrast,
+            rows[:, p.CONTRAST_FACTOR, None, None, None],
+            torch.where(
+                is_saturation,
+                rows[:, p.SATURATION_FACTOR, None, None, None],
+                rows[:, p.BRIGHTNESS_FACTOR, None, None, None],
+            ),
+        )
+        gray = luma(view)
+        partner = torch.where(is_contrast, gray.mean(dim=(2, 3), keepdim=True), gray * is_saturation)
+        blended = (factor * view + (1 - factor) * partner).clamp(0, 1)
+        turned = shift_hue(view, rows[:, p.HUE_SHIFT, None, None])
+        view = torch.where(operation == p.HUE, turned, blended)
+    return view
+
+
+def shift_hue(view: Float[Tensor, "B 3 S S"], turns: Float[Tensor, "B 1 1"]) -> Float[Tensor, "B 3 S S"]:
+    """Turn the hue of HSV, keeping saturation and value.
+
+    Value and chroma (largest and largest minus smallest channel) stay, so only the place on the hexagon of hues moves.
+    It is kept in units of the chroma: no division, and grey pixels need no case of their own.
+    """
+    red, green, blue = view.unbind(dim=1)
+    value = view.amax(dim=1)
+    chroma = value - view.amin(dim=1)
+    sixth = torch.where(
+        value == red, green - blue, torch.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    )
+    sixth = sixth + 6 * turns * chroma
+    sixth = torch.where(sixth < 0, sixth + 6 * chroma, sixth)
+    sixth = torch.where(sixth >= 6 * chroma, sixth - 6 * chroma, sixth)
+    base, zero = value - chroma, torch.zeros_like(chroma)
+
+    def channel(distance: Tensor) -> Tensor:
+        return base + distance.clamp(min=zero, max=chroma)
+
+    return torch.stack(
+        [
+            channel((sixth - 3 * chroma).abs() - chroma),
+            channel(2 * chroma - (sixth - 2 * chroma).abs()),
+            channel(2 * chroma - (sixth - 4 * chroma).abs()),
+        ],
+        dim=1,
+    )
+
+
+def blur(view: Float[Tensor, "B 3 S S"], sigma: Float[Tensor, " B"], radius: int) -> Float[Tensor, "B 3 S S"]:
+    """Blur with a Gaussian of each sample's sigma, cut at ceil(3 sigma); edge pixels are repeated outwards.
+
+    As two products with a band matrix a sample: on GPUs that beats many short convolutions. radius: the largest of the batch.
+    """
+    size = view.shape[-1]
+    offset = torch.arange(-radius, radius + 1, device=view.device)
+    near = offset.abs() <= torch.ceil(3 * sigma)[:, None]
+    wide = sigma.clamp(min=1e-6)[:, None]
+    weights = torch.exp(-0.5 * (offset / wide) ** 2) * near
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    place = torch.arange(size, device=view.device)
+    source = (place[None, :] + offset[:, None]).clamp(0, size - 1)
+    taken = (source[:, :, None] == place).to(view.dtype)
+    matrix = (weights @ taken.flatten(1)).view(-1, 1, size, size)
+    return matrix @ view @ matrix.mT
+
+
+def solarize(view: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
+    """Invert the pixels that Pillow would round to 128 or more; at 127.5 inverting changes nothing, so it is a minimum."""
+    return torch.minimum(view, 1 - view)

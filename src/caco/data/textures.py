@@ -1,0 +1,245 @@
+"""Built-in pictures that need no download: ten families of textures, drawn by a generator.
+
+A family is a shape (stripes, checks, dots, ...). Everything else is drawn at random for each picture: both colours,
+which of them is the ink, direction, scale, place, thickness, grain. So colour, brightness and position say nothing of
+the family, and raw pixels are of little use: an encoder has to see the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from caco.errors import UsageError, did_you_mean
+
+Floats = NDArray[np.floating[Any]]
+SPLITS = ("train", "test")
+_CHUNK = 1000  # pictures drawn at a time: small enough to stay in the processor's cache, large enough for numpy
+_COLOURS = 4  # candidates for the second colour; the one that differs most in brightness is taken
+
+
+class TextureSource:
+    """An `ImageSource` of drawn textures; all pictures are in memory, `images: uint8 [N, size, size, 3]`."""
+
+    def __init__(self, name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+        self.name = name
+        self.images = images
+        self.labels = labels
+        self.classes = tuple(FAMILIES)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, index: int) -> str:
+        """Return "family/number", e.g. "dots/000012"."""
+        return f"{self.classes[self.labels[index]]}/{index:06d}"
+
+    def load(self, index: int) -> NDArray[np.uint8]:
+        """Return picture `index`, uint8 [size, size, 3], RGB."""
+        return self.images[index]
+
+
+def texture_source(count: int, split: str = "train", size: int = 32, seed: int = 0) -> TextureSource:
+    """Return `count` pictures of size × size pixels; picture i is of family i modulo 10.
+
+    A picture depends on (seed, split, index, size) alone, not on count; "train" and "test" share none.
+    Raises UsageError for an unknown split, a negative count or seed, or a side below 8 pixels.
+    """
+    if split not in SPLITS:
+        near = did_you_mean(split, SPLITS)
+        raise UsageError(f"textures: no split is called {split!r}; there are train and test.{near}")
+    if count < 0 or seed < 0 or size < 8:
+        raise UsageError(f"textures: need count >= 0, seed >= 0 and size >= 8, not {count}, {seed} and {size}")
+    labels = np.arange(count, dtype=np.int64) % len(FAMILIES)
+    images = np.empty((count, size, size, 3), np.uint8)
+    # Two streams, filled picture by picture: a longer source begins with the pictures of a shorter one.
+    shapes, grain = (np.random.default_rng([seed, SPLITS.index(split), stream]) for stream in range(2))
+    for first in range(0, count, _CHUNK):
+        part = slice(first, min(first + _CHUNK, count))
+        number = part.stop - part.start
+        draws = shapes.random((number, _Draw.WIDTH), dtype=np.float32)
+        noise = grain.standard_normal((number, size, size, 1), dtype=np.float32)
+        images[part] = _paint(_ink(labels[part], draws, size), draws, noise)
+    return TextureSource(f"textures ({split})", images, labels)
+
+
+class _Draw:
+    """Columns of the table of random numbers in 0-1: one row a picture."""
+
+    ANGLE, PERIOD, ACROSS, ALONG, THICKNESS, EXTRA, POLARITY, GRAIN = range(8)
+    COLOURS = slice(8, 8 + 3 * (1 + _COLOURS))
+    WAVES = slice(COLOURS.stop, COLOURS.stop + 3 * 16)
+    WIDTH = WAVES.stop
+
+
+def _between(draw: Floats, least: float, most: float) -> Floats:
+    """Return draws spread over least-most, shaped to broadcast against pixels [N, S, S]."""
+    return (least + (most - least) * draw)[:, None, None]
+
+
+class _Sheet:
+    """The pixels of pictures of one family: rotated coordinates, in pixels, about each picture's own origin."""
+
+    def __init__(self, draws: Floats, size: int) -> None:
+        self.draws = draws
+        self.size = size
+        centred = np.arange(size, dtype=np.float32) - (size - 1) / 2
+        angle = _between(draws[:, _Draw.ANGLE], 0, 2 * np.pi)
+        cosine, sine = np.cos(angle), np.sin(angle)
+        self.across = cosine * centred + sine * centred[:, None]
+        self.along = cosine * centred[:, None] - sine * centred
+
+    def draw(self, column: int, least: float, most: float) -> Floats:
+        """Return one random number a picture, uniform in least-most, [N, 1, 1]."""
+        return _between(self.draws[:, column], least, most)
+
+    def period(self, least: float, most: float) -> Floats:
+        """Return a length in pixels, [N, 1, 1], from its bounds as shares of the picture's side."""
+        return self.draw(_Draw.PERIOD, least * self.size, most * self.size)
+
+    def lattice(self, period: Floats) -> tuple[Floats, Floats]:
+        """Return both coordinates in periods, from a random origin."""
+        return (
+            self.across / period + self.draw(_Draw.ACROSS, 0, 1),
+            self.along / period + self.draw(_Draw.ALONG, 0, 1),
+        )
+
+    def polar(self, spread: float) -> tuple[Floats, Floats]:
+        """Return distance in pixels and angle in turns about a centre at most `spread` sides from the middle."""
+        reach = spread * self.size
+        x = self.across + self.draw(_Draw.ACROSS, -reach, reach)
+        y = self.along + self.draw(_Draw.ALONG, -reach, reach)
+        return np.hypot(x, y), np.arctan2(y, x) / np.float32(2 * np.pi)
+
+
+# Each family returns the signed distance, in pixels, from the edge of its ink: positive inside. [N, S, S]
+
+
+def _fold(position: Floats) -> Floats:
+    """Return the distance to the middle of the period, 0 to 0.5, for a position in periods."""
+    return np.abs(position - np.floor(position) - np.float32(0.5))
+
+
+def _alternate(*distances: Floats) -> Floats:
+    """Return a two-colouring of the plane cut by sets of lines, from the signed distance to each set."""
+    nearest = np.minimum.reduce([np.abs(distance) for distance in distances])
+    return np.copysign(nearest, np.prod([np.sign(distance) for distance in distances], axis=0))
+
+
+def _stripes(sheet: _Sheet) -> Floats:
+    period = sheet.period(0.15, 0.3)
+    position, _ = sheet.lattice(period)
+    return (sheet.draw(_Draw.THICKNESS, 0.18, 0.32) - _fold(position)) * period
+
+
+def _checks(sheet: _Sheet) -> Floats:
+    period = sheet.period(0.28, 0.5)
+    x, y = sheet.lattice(period)
+    return _alternate(0.25 - _fold(x), 0.25 - _fold(y)) * period
+
+
+def _triangles(sheet: _Sheet) -> Floats:
+    period = sheet.period(0.45, 0.75)
+    x, y = sheet.lattice(period)
+    slanted = np.float32(np.sqrt(3) / 2) * y
+    lines = (x, slanted - 0.5 * x, -slanted - 0.5 * x)  # three directions 120° apart; they sum to 0, so they meet
+    return _alternate(*(0.25 - _fold(line + np.float32(0.25)) for line in lines)) * period
+
+
+def _dots(sheet: _Sheet) -> Floats:
+    period = sheet.period(0.2, 0.36)
+    x, y = sheet.lattice(period)
+    return (sheet.draw(_Draw.THICKNESS, 0.26, 0.36) - np.hypot(_fold(x), _fold(y))) * period
+
+
+def _rings(sheet: _Sheet) -> Floats:
+    period = sheet.period(0.15, 0.3)
+    distance, _ = sheet.polar(0.35)
+    return (sheet.draw(_Draw.THICKNESS, 0.18, 0.32) - _fold(distance / period + sheet.draw(_Draw.EXTRA, 0, 1))) * period
+
+
+def _rays(sheet: _Sheet) -> Floats:
+    count = np.floor(sheet.draw(_Draw.PERIOD, 5, 11))
+    distance, turns = sheet.polar(0.35)
+    return (0.25 - _fold(turns * count)) * distance * (2 * np.pi / count)
+
+
+def _bricks(sheet: _Sheet) -> Floats:
+    height = sheet.period(0.16, 0.26)
+    x, y = sheet.lattice(height)
+    length = 2.2
+    odd_row = np.floor(y) % 2
+    joint = 0.5 - _fold(x / length + odd_row / 2)
+    mortar = np.minimum(0.5 - _fold(y), joint * length)
+    return sheet.draw(_Draw.THICKNESS, 0.1, 0.16) * height - mortar * height
+
+
+def _zigzag(sheet: _Sheet) -> Floats:
+    period = sheet.period(0.16, 0.28)
+    x, y = sheet.lattice(period)
+    slope = sheet.draw(_Draw.EXTRA, 0.8, 1.4)
+    stretch = sheet.draw(_Draw.THICKNESS, 1.4, 2.0)
+    bent = y + slope * stretch * _fold(x / stretch)
+    return (0.25 - _fold(bent)) * period / np.sqrt(1 + slope**2)
+
+
+def _crosses(sheet: _Sheet) -> Floats:
+    period = sheet.period(0.28, 0.45)
+    x, y = (_fold(position) for position in sheet.lattice(period))
+    width = sheet.draw(_Draw.THICKNESS, 0.09, 0.15)
+    length = sheet.draw(_Draw.EXTRA, 0.34, 0.42)
+    upright = np.minimum(width - x, length - y)
+    lying = np.minimum(length - x, width - y)
+    return np.maximum(upright, lying) * period
+
+
+def _blotches(sheet: _Sheet) -> Floats:
+    """Smooth noise: waves of one length in random directions, cut at zero."""
+    period = sheet.period(0.22, 0.45)
+    field = np.zeros_like(sheet.across)
+    waves = sheet.draws[:, _Draw.WAVES].reshape(len(field), 3, -1)
+    for number in range(waves.shape[2]):
+        angle, phase, stretch = (_between(waves[:, kind, number], 0, 1) for kind in range(3))
+        angle, phase, stretch = 2 * np.pi * angle, 2 * np.pi * phase, (0.6 + 0.8 * stretch) * 2 * np.pi / period
+        field += np.cos((np.cos(angle) * sheet.across + np.sin(angle) * sheet.along) * stretch + phase)
+    steepness = np.sqrt(waves.shape[2]) * np.pi / period
+    return field / steepness
+
+
+FAMILIES: dict[str, Callable[[_Sheet], Floats]] = {
+    "stripes": _stripes,
+    "checks": _checks,
+    "triangles": _triangles,
+    "dots": _dots,
+    "rings": _rings,
+    "rays": _rays,
+    "bricks": _bricks,
+    "zigzag": _zigzag,
+    "crosses": _crosses,
+    "blotches": _blotches,
+}
+
+
+def _ink(labels: NDArray[np.int64], draws: Floats, size: int) -> Floats:
+    """Return the share of ink in each pixel, 0-1, [N, S, S]; edges are one pixel soft."""
+    ink = np.empty((len(labels), size, size), np.float32)
+    for label, family in enumerate(FAMILIES.values()):
+        chosen = labels == label
+        ink[chosen] = np.clip(family(_Sheet(draws[chosen], size)) + 0.5, 0, 1)
+    return ink
+
+
+def _paint(ink: Floats, draws: Floats, noise: Floats) -> NDArray[np.uint8]:
+    """Return uint8 [N, S, S, 3]: two random colours that differ in brightness, in random roles, and grain."""
+    colours = draws[:, _Draw.COLOURS].reshape(len(draws), 1 + _COLOURS, 3)
+    brightness = colours @ np.array([0.299, 0.587, 0.114], np.float32)
+    furthest = 1 + np.abs(brightness[:, 1:] - brightness[:, :1]).argmax(axis=1)
+    first, second = colours[:, 0], colours[np.arange(len(colours)), furthest]
+    swap = draws[:, _Draw.POLARITY, None] < 0.5
+    paper, pen = np.where(swap, second, first), np.where(swap, first, second)
+    picture = paper[:, None, None] + (pen - paper)[:, None, None] * ink[..., None]
+    picture += noise * _between(draws[:, _Draw.GRAIN], 0.01, 0.05)[..., None]
+    return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)

@@ -1,0 +1,30 @@
+"""Errors meant for people: what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CacoError(Exception):
+    """A problem its reader can act on; the command line shows it as one line, without a traceback."""
+
+    exit_status = 1
+
+
+class UsageError(CacoError):
+    """A wrong option, name, path or combination, found before any heavy work."""
+
+    exit_status = 2
+
+
+class Interrupted(CacoError):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved itself; resume continues exactly."""
+
+    exit_status = 75  # EX_TEMPFAIL: "try again later", which schedulers read as "requeue"
+
+
+def did_you_mean(name: str, choices: Iterable[str], most: int = 3) -> str:
+    """Return ``" Did you mean a, b?"`` with the nearest choices, or an empty string."""
+    near = difflib.get_close_matches(name, list(choices), n=most, cutoff=0.5)
+    return f" Did you mean {', '.join(near)}?" if near else ""

@@ -1,0 +1,185 @@
+"""Features of a whole source: every good image exactly once, in the source's order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from caco.data.augment import centre_view, normalise
+from caco.data.decode import BrokenImage
+from caco.data.source import ImageSource
+from caco.errors import CacoError
+
+View = TypeVar("View")
+
+BATCHES_ON_DEVICE = 32  # features are fetched from the device this many batches at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What an encoder makes of a source's images; all on the CPU, one row for each good image."""
+
+    vectors: Float[Tensor, "N F"]
+    """float32"""
+    labels: Int[Tensor, " N"] | None
+    """int64; None for a source without labels."""
+    keys: list[str]
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    """Key and reason of each image that could not be read."""
+
+
+def extract(
+    backbone: nn.Module,
+    source: ImageSource,
+    *,
+    size: int,
+    resize: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str,
+    workers: int,
+    indices: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Features:
+    """Return the backbone's features of a source's images (or of `indices`), seen through the validation transform.
+
+    The shorter side is resized to `resize` pixels and the centre `size` × `size` taken. The backbone is moved to `device`,
+    runs in evaluation mode and is left in the mode it was in. Broken images are skipped and listed. Images are decoded by
+    `workers` threads while the device computes. Raises CacoError when no image can be read, when the backbone returns
+    anything but [B, F], and when features are not finite.
+    """
+    device = torch.device(device)
+    backbone.to(device)
+    chosen = range(len(source)) if indices is None else [int(index) for index in indices]
+
+    def view(index: int) -> np.ndarray:
+        return centre_view(source.load(index), resize, size)
+
+    taken: list[int] = []
+    broken: list[tuple[str, str]] = []
+    finished: list[Tensor] = []
+    waiting: list[Tensor] = []
+    with evaluation_mode(backbone):
+        for places, views in in_batches(ahead(view, chosen, broken, 2 * batch_size + workers, workers), batch_size):
+            taken += places
+            images = to_device(torch.from_numpy(np.stack(views)), device)
+            waiting.append(backbone_features(backbone, normalise(images, mean, std), precision))
+            if len(waiting) == BATCHES_ON_DEVICE:
+                finished.append(torch.cat(waiting).cpu())
+                waiting.clear()
+    if waiting:
+        finished.append(torch.cat(waiting).cpu())
+    return _collect(source, taken, broken, finished)
+
+
+def pixel_features(
+    source: ImageSource, *, size: int, resize: int, workers: int, indices: Sequence[int] | np.ndarray | None = None
+) -> Features:
+    """Return raw pixels as features, float32 [N, size · size · 3] in 0-1: what no encoder at all would give.
+
+    The same images and the same validation transform as `extract`.
+    """
+    chosen = range(len(source)) if indices is None else [int(index) for index in indices]
+
+    def view(index: int) -> np.ndarray:
+        return centre_view(source.load(index), resize, size).ravel()
+
+    taken: list[int] = []
+    broken: list[tuple[str, str]] = []
+    finished: list[Tensor] = []
+    for places, views in in_batches(ahead(view, chosen, broken, 512 + workers, workers), 256):
+        taken += places
+        finished.append(torch.from_numpy(np.stack(views)).float() / 255)
+    return _collect(source, taken, broken, finished)
+
+
+def ahead(
+    view: Callable[[int], View], indices: Iterable[int], broken: list[tuple[str, str]], depth: int, workers: int
+) -> Iterator[tuple[int, View]]:
+    """Yield (index, view(index)) in the order of `indices`; up to `depth` views are made ahead by `workers` threads.
+
+    A BrokenImage is skipped and its (key, reason) appended to `broken`.
+    """
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
+    futures: deque[tuple[int, Future[View]]] = deque()
+    try:
+        remaining = iter(indices)
+        while True:
+            while len(futures) < depth and (index := next(remaining, None)) is not None:
+                futures.append((index, pool.submit(view, index)))
+            if not futures:
+                return
+            index, future = futures.popleft()
+            try:
+                yield index, future.result()
+            except BrokenImage as error:
+                broken.append((error.key, error.reason))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_batches(views: Iterable[tuple[int, View]], batch_size: int) -> Iterator[tuple[list[int], list[View]]]:
+    """Group (index, view) into full batches; the last may be smaller."""
+    places: list[int] = []
+    batch: list[View] = []
+    for index, view in views:
+        places.append(index)
+        batch.append(view)
+        if len(batch) == batch_size:
+            yield places, batch
+            places, batch = [], []
+    if batch:
+        yield places, batch
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode and afterwards every part of it back into its own."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@torch.no_grad()
+def backbone_features(
+    backbone: nn.Module, images: Float[Tensor, "B 3 S S"], precision: Literal["fp32", "bf16"]
+) -> Float[Tensor, "B F"]:
+    """Return the backbone's float32 features [B, F] of one batch, without gradient. Raises CacoError on another shape."""
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        output = backbone(images)
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise CacoError(f"a backbone must return one vector for each image, [{len(images)}, features], not {shape}")
+    return output.float()
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Copy images from the CPU without waiting for the device."""
+    return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
+
+
+def _collect(
+    source: ImageSource, taken: list[int], broken: list[tuple[str, str]], finished: list[Tensor]
+) -> Features:
+    if not taken:
+        why = f"; the first, {broken[0][0]}: {broken[0][1]}" if broken else ""
+        raise CacoError(f"none of the {len(broken):,} images of {source.name} can be read{why}")
+    vectors = torch.cat(finished)
+    if not torch.isfinite(vectors).all():
+        raise CacoError(f"the encoder gives features that are not finite for images of {source.name}")
+    labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken])
+    return Features(vectors, labels, [source.key(index) for index in taken], broken)

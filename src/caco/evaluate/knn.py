@@ -1,0 +1,243 @@
+"""k nearest neighbours: the labels of an image's neighbours vote on its own. No training, nothing to tune.
+
+Exact and streamed: memory is bounded by two chunk sizes, whatever the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from caco.errors import CacoError, UsageError
+
+QUERY_CHUNK = 1024
+REFERENCE_CHUNK = 16_384
+LEAST_TEMPERATURE = 0.0125  # exp(1/T) must stay within float32
+
+
+@dataclass(frozen=True, eq=False)
+class KnnResult:
+    """What one number of neighbours gave."""
+
+    neighbours: int
+    """How many neighbours voted for each image."""
+    top1: float
+    """Share (0-1) of queries whose class got the most votes."""
+    top5: float
+    """Share (0-1) of queries whose class is among the five with the most votes; a class without a vote is no guess."""
+    correct: Bool[Tensor, "M"]
+    """Which queries `top1` counts, on the CPU."""
+    note: str = ""
+    """What the reader should know of this figure; usually empty."""
+
+
+def knn_accuracy(
+    reference: Float[Tensor, "N F"],
+    reference_labels: Int[Tensor, "N"],
+    queries: Float[Tensor, "M F"],
+    query_labels: Int[Tensor, "M"],
+    *,
+    neighbours: Sequence[int] = (20,),
+    classes: int | None = None,
+    temperature: float = 0.2,
+    leave_one_out: bool = False,
+) -> tuple[KnnResult, ...]:
+    """Return the accuracy of weighted kNN voting for each number of neighbours, all from one search.
+
+    classes: None takes the largest label + 1. leave_one_out: queries are the reference itself, in the same order, and
+    no image votes on itself. More neighbours than images: all vote, and the result's note says so.
+    Runs on the device of `reference`. Raises CacoError on labels out of range or nothing to compare.
+    Source: Wu et al. 2018, arXiv:1805.01978; published `ops/knn_monitor.py`.
+    """
+    if len(query_labels) != len(queries):
+        raise CacoError(f"{len(queries)} query features but {len(query_labels)} labels")
+    if classes is None:
+        classes = int(torch.cat([reference_labels.cpu(), query_labels.cpu()]).amax()) + 1 if len(queries) else 1
+    _check_labels(query_labels, classes, "queries")
+    counts = _usable_neighbours(reference, reference_labels, queries, classes, neighbours, temperature, leave_one_out)
+    guesses: list[list[Tensor]] = [[] for _ in counts]
+    for chunk in _votes_by_chunk(
+        reference, reference_labels, queries, classes, counts, temperature, leave_one_out
+    ):
+        for place, votes in enumerate(chunk):
+            weight, best = _largest(votes, min(5, classes))
+            guesses[place].append(torch.where(weight > 0, best, -1))
+    results = []
+    for asked, count, chunks in zip(neighbours, counts, guesses, strict=True):
+        hits = torch.cat(chunks).cpu() == query_labels.cpu()[:, None]
+        note = "" if count == asked else f"only {count} reference images: all of them vote ({asked} were asked for)"
+        top5 = hits.any(dim=1).double().mean().item()
+        results.append(KnnResult(count, hits[:, 0].double().mean().item(), top5, hits[:, 0], note))
+    return tuple(results)
+
+
+def knn_votes(
+    reference: Float[Tensor, "N F"],
+    reference_labels: Int[Tensor, "N"],
+    queries: Float[Tensor, "M F"],
+    classes: int,
+    neighbours: int,
+    temperature: float = 0.2,
+) -> Float[Tensor, "M C"]:
+    """Return every class's votes for every query: the sum of exp(cosine/temperature) over its nearest neighbours.
+
+    Features are L2-normalised here; computed in their dtype, float32 at least, on the device of `reference`. Of equally
+    near neighbours the earlier one is taken. More neighbours than images: all vote. Raises CacoError as `knn_accuracy`.
+    """
+    counts = _usable_neighbours(reference, reference_labels, queries, classes, [neighbours], temperature, False)
+    chunks = _votes_by_chunk(reference, reference_labels, queries, classes, counts, temperature, False)
+    return torch.cat([votes for (votes,) in chunks])
+
+
+def ranking(votes: Float[Tensor, "M C"]) -> Int[Tensor, "M C"]:
+    """Return the classes ordered by votes, most first; of equal classes the lower comes first."""
+    return votes.argsort(dim=1, descending=True, stable=True)
+
+
+def first_share_of_each_class(labels: np.ndarray | Tensor, share: float) -> np.ndarray:
+    """Return the int64 indices of the first `share` of each class, at least one of each, in source order.
+
+    The published monitor's reference set: the first 20 % of each class in path order.
+    """
+    _check_share(share)
+    labels = np.asarray(labels)
+    parts = []
+    for members in _members(labels):
+        # The tiny addend undoes binary rounding: 0.29 · 100 is 28.999….
+        parts.append(members[: max(1, int(share * len(members) + 1e-9))])
+    return np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+
+
+def held_out_split(labels: np.ndarray | Tensor, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (kept, held out) int64 indices in source order: a random `share` of each class is held out.
+
+    At least one image of a class with two or more is held out and at least one kept; a class's only image is kept.
+    The same for the same labels and seed. Raises CacoError when no class has two images.
+    """
+    _check_share(share)
+    labels = np.asarray(labels)
+    generator = np.random.default_rng(seed)
+    held = np.zeros(len(labels), dtype=bool)
+    for members in _members(labels):
+        if len(members) > 1:
+            count = min(max(1, round(share * len(members))), len(members) - 1)
+            held[generator.permutation(members)[:count]] = True
+    if not held.any():
+        raise CacoError("no class has two images, so none can be held out; give --val")
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _members(labels: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield each class's indices in source order, classes in label order."""
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order])) + 1
+    yield from (part for part in np.split(order, starts) if len(part))
+
+
+def _votes_by_chunk(
+    reference: Tensor,
+    reference_labels: Tensor,
+    queries: Tensor,
+    classes: int,
+    neighbours: Sequence[int],
+    temperature: float,
+    leave_one_out: bool,
+) -> Iterator[list[Tensor]]:
+    """Yield, for each chunk of queries, the votes [chunk, C] of each number of neighbours."""
+    labels = reference_labels.to(reference.device)
+    for start in range(0, len(queries), QUERY_CHUNK):
+        part = _unit_rows(queries[start : start + QUERY_CHUNK].to(reference.device))
+        cosines, indices = _nearest(reference, part, max(neighbours), start if leave_one_out else None)
+        weights, voted = (cosines / temperature).exp(), labels[indices]
+        nothing = weights.new_zeros(len(part), classes)
+        yield [nothing.scatter_add(1, voted[:, :count], weights[:, :count]) for count in neighbours]
+
+
+def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | None) -> tuple[Tensor, Tensor]:
+    """Return the cosines and indices [m, count] of the nearest reference rows, nearest first.
+
+    first_row: the reference row that is query 0 itself (then query 1 is the next, …) and must not be found; None: none.
+    """
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, len(reference), REFERENCE_CHUNK):
+        cosines = queries @ _unit_rows(reference[start : start + REFERENCE_CHUNK]).T
+        if first_row is not None:
+            cosines.diagonal(first_row - start).fill_(-torch.inf)  # empty where the query is in another chunk
+        values, columns = _largest(cosines, min(count, cosines.shape[1]))
+        found = (values, columns + start)
+        if best is not None:
+            # Earlier rows stand first, so a stable sort keeps them first among equals.
+            values, indices = (torch.cat(pair, dim=1) for pair in zip(best, found, strict=True))
+            values, order = values.sort(dim=1, descending=True, stable=True)
+            found = (values[:, :count], indices.gather(1, order[:, :count]))
+        best = found
+    assert best is not None  # _usable_neighbours refused an empty reference
+    return best
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest values of each row and their columns; of equal values the lower columns, in order.
+
+    `topk` alone takes any of equal values, which differs between devices and chunk sizes; the rare rows where such a tie
+    decides who is in are taken a second time, without the surplus.
+    """
+    top, columns = values.topk(count, dim=1)
+    tied = ((values >= top[:, -1:]).sum(dim=1) > count).nonzero().squeeze(1)
+    if len(tied):
+        rows, least = values[tied], top[tied, -1:]
+        equal, better = rows == least, rows > least
+        surplus = equal & (equal.cumsum(dim=1) > count - better.sum(dim=1, keepdim=True))
+        columns[tied] = rows.masked_fill(surplus, -torch.inf).topk(count, dim=1).indices
+    columns = columns.sort(dim=1).values
+    top, order = values.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return top, columns.gather(1, order)
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+
+
+def _usable_neighbours(
+    reference: Tensor,
+    reference_labels: Tensor,
+    queries: Tensor,
+    classes: int,
+    neighbours: Sequence[int],
+    temperature: float,
+    leave_one_out: bool,
+) -> list[int]:
+    """Check everything that can be wrong with the input; return the numbers of neighbours that can vote."""
+    if not len(queries):
+        raise CacoError("kNN needs at least one image to judge; there is none")
+    if len(reference_labels) != len(reference):
+        raise CacoError(f"{len(reference)} reference features but {len(reference_labels)} labels")
+    if reference.shape[1] != queries.shape[1]:
+        raise CacoError(f"reference features have {reference.shape[1]} numbers each, the queries' {queries.shape[1]}")
+    if leave_one_out and len(queries) != len(reference):
+        raise CacoError("leave-one-out judges the reference by itself: give the same features twice")
+    available = len(reference) - leave_one_out
+    if available < 1:
+        raise CacoError("kNN needs at least one labelled image that can vote; there is none")
+    if not neighbours or min(neighbours) < 1:
+        raise UsageError("the number of neighbours must be at least 1")
+    if temperature < LEAST_TEMPERATURE:
+        raise UsageError(f"the temperature of the votes must be at least {LEAST_TEMPERATURE}, not {temperature}")
+    _check_labels(reference_labels, classes, "reference")
+    return [min(count, available) for count in neighbours]
+
+
+def _check_labels(labels: Tensor, classes: int, what: str) -> None:
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        raise CacoError(f"label {wrong} of the {what} is outside 0-{classes - 1} ({classes} classes)")
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share < 1:
+        raise UsageError(f"a share of images must lie between 0 and 1, not {share}")

@@ -1,0 +1,210 @@
+"""The published linear evaluation: random crops, a layer-wise learning rate, features computed anew in every epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
+from caco.data.augment import draw_parameters, render_views
+from caco.data.loader import epoch_order
+from caco.data.source import ImageSource
+from caco.errors import CacoError, UsageError
+from caco.evaluate.features import ahead, backbone_features, evaluation_mode, extract, in_batches, to_device
+from caco.evaluate.linear import INITIAL_STD, LinearResult, check_labels, judge_head
+
+FORWARD_BATCH = 256  # images that go through the backbone at a time, whatever the head's batch size
+
+
+class LayerWiseSGD(Optimizer):
+    """SGD with momentum whose gradient is scaled, for each tensor, by its own rate (LARC without clipping).
+
+    u = (g + weight_decay·p) · trust·‖p‖ / (‖g‖ + weight_decay·‖p‖ + 1e-8) where both norms are positive, else u = g;
+    buffer ← momentum·buffer + u; p ← p − lr·buffer. Weights and biases alike. No host synchronisation.
+    Source: You et al. 2017, arXiv:1708.03888; published `linear.py`; `linear_probe_lars.npz`.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        super().__init__(
+            parameters,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient},
+        )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step. (No closure: the loss is computed once.)"""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+
+    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        gradient, decay = parameter.grad, group["weight_decay"]
+        parameter_norm, gradient_norm = parameter.norm(), gradient.norm()
+        rate = group["trust_coefficient"] * parameter_norm / (gradient_norm + decay * parameter_norm + 1e-8)
+        # A bias starts at 0: without this exception its rate would be 0 for ever.
+        scaled = (parameter_norm > 0) & (gradient_norm > 0)
+        update = torch.where(scaled, gradient.add(parameter, alpha=decay) * rate, gradient)
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+        parameter.add_(buffer, alpha=-group["lr"])
+
+
+def train_reference_probe(
+    backbone: nn.Module,
+    train_source: ImageSource,
+    val_source: ImageSource,
+    *,
+    device: torch.device | str,
+    workers: int,
+    size: int = 224,
+    resize: int = 256,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    epochs: int = 100,
+    batch_size: int = 4096,
+    learning_rate: float = 0.025,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> LinearResult:
+    """Train the published linear head on a frozen backbone in evaluation mode and judge it on the validation set.
+
+    Train views: a random crop of 8-100 % of the area, resized to `size`, flipped half of the time. The rate is
+    learning_rate · batch_size / 256, a cosine to 0 by epochs. A batch larger than the training set is the whole set.
+    on_epoch(epoch, mean loss) is called after each epoch, counted from 0. The result's head is that of the last epoch.
+    Raises CacoError without labels, on labels out of range, or when no image can be read.
+    """
+    device = torch.device(device)
+    train_labels, val_labels = _labels(train_source), _labels(val_source)
+    classes = check_labels(train_labels, val_labels, len(train_source.classes) or None)
+    if epochs < 1 or batch_size < 1:
+        raise UsageError("the linear probe needs at least one epoch and a batch size of at least 1")
+    batch_size = min(batch_size, len(train_source))
+    backbone.to(device)
+    head = _new_head(int(backbone.num_features), classes, seed, device)
+    optimizer = LayerWiseSGD(head.parameters(), 0.0, momentum, weight_decay)
+    crops = _CroppedFeatures(backbone, train_source, train_labels, size, mean, std, seed, device, workers, precision)
+    for epoch in range(epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * batch_size / 256 * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        losses, seen = [], 0
+        for features, labels in crops.batches(epoch, batch_size):
+            loss = F.cross_entropy(head(features), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach() * len(labels))
+            seen += len(labels)
+        if not seen:
+            raise CacoError(f"none of the {len(train_source):,} images of {train_source.name} can be read")
+        if on_epoch is not None:
+            on_epoch(epoch, torch.stack(losses).sum().item() / seen)
+    val = extract(
+        backbone,
+        val_source,
+        size=size,
+        resize=resize,
+        mean=mean,
+        std=std,
+        device=device,
+        workers=workers,
+        precision=precision,
+    )
+    assert val.labels is not None  # _labels refused a source without
+    weight, bias = head.weight.detach(), head.bias.detach()
+    return judge_head(weight, bias, val.vectors, val.labels, learning_rate, (), epochs, batch_size, device)
+
+
+@dataclass(frozen=True)
+class _CroppedFeatures:
+    """The features of one random crop of every training image, in a new order and with new crops in each epoch."""
+
+    backbone: nn.Module
+    source: ImageSource
+    labels: Int[Tensor, " N"]
+    size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    seed: int
+    device: torch.device
+    workers: int
+    precision: Literal["fp32", "bf16"]
+
+    def batches(self, epoch: int, batch_size: int) -> Iterator[tuple[Float[Tensor, "B F"], Int[Tensor, " B"]]]:
+        """Yield features and labels of an epoch's batches on the device; broken images are skipped, the last is smaller."""
+        recipe = _crop_and_flip(self.size)
+
+        def view(index: int) -> Tensor:
+            image = self.source.load(index)
+            height, width = image.shape[:2]
+            parameters = draw_parameters(
+                recipe, [height], [width], seed=self.seed, epoch=epoch, indices=[index], view=0
+            )
+            return render_views([image], parameters, recipe, self.mean, self.std)[0]
+
+        order = [int(index) for index in epoch_order(len(self.source), self.seed, epoch)]
+        views = ahead(view, order, [], 2 * FORWARD_BATCH + self.workers, self.workers)
+        for places, group in in_batches(views, batch_size):
+            yield self._forward(group), self.labels[places].to(self.device)
+
+    def _forward(self, views: list[Tensor]) -> Float[Tensor, "B F"]:
+        parts = []
+        with evaluation_mode(self.backbone):
+            for start in range(0, len(views), FORWARD_BATCH):
+                images = to_device(torch.stack(views[start : start + FORWARD_BATCH]), self.device)
+                parts.append(backbone_features(self.backbone, images, self.precision))
+        return torch.cat(parts)
+
+
+def _crop_and_flip(size: int) -> ViewRecipe:
+    """Return torchvision's RandomResizedCrop(size) and RandomHorizontalFlip as a recipe."""
+    return ViewRecipe(
+        size=size,
+        area=(0.08, 1.0),
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        hue=0.0,
+        jitter_probability=0.0,
+        gray_probability=0.0,
+        blur_probability=0.0,
+        blur_sigma=(0.1, 2.0),
+        solarize_probability=0.0,
+        flip_probability=0.5,
+    )
+
+
+def _new_head(features: int, classes: int, seed: int, device: torch.device) -> nn.Linear:
+    """Return the published initial head: weight ~ N(0, 0.01), bias 0."""
+    head = nn.utils.skip_init(nn.Linear, features, classes)
+    with torch.no_grad():
+        head.weight.normal_(0, INITIAL_STD, generator=torch.Generator().manual_seed(seed))
+        head.bias.zero_()
+    return head.to(device)
+
+
+def _labels(source: ImageSource) -> Int[Tensor, " N"]:
+    if source.labels is None:
+        raise CacoError(f"{source.name} has no labels; a linear probe needs them (a folder for each class)")
+    return torch.from_numpy(np.asarray(source.labels, np.int64))

@@ -1,0 +1,174 @@
+"""Dataclasses to command-line options and back; the standard library's argparse does the parsing.
+
+A field is a flag, its type is the check, the string under it is the help. Nested dataclasses become groups
+(`--views.size`). Errors are one line with the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar, Union
+
+from caco.errors import UsageError, did_you_mean
+
+T = TypeVar("T")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are exceptions."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')} (all options: {self.prog} --help)")
+
+
+def parse(kind: type[T], arguments: Sequence[str], prog: str, start: Callable[[dict[str, Any]], T]) -> T:
+    """Parse arguments into a `kind`: `start(given)` returns the values for all options that were not given.
+
+    given maps option names ("lr", "views.size") to values. Raises UsageError; exits after `--help`.
+    """
+    parser = _Parser(
+        prog=prog,
+        usage="%(prog)s [options]",
+        description=inspect.getdoc(kind),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=110),
+    )
+    _add_options(parser, kind, start({}), "")
+    namespace, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        name = unknown[0].partition("=")[0]
+        what = f"unknown option {name}.{did_you_mean(name, known)}" if name[0] == "-" else f"what is {name!r} for?"
+        raise UsageError(f"{what} (all options: {prog} --help)")
+    given = vars(namespace)
+    return override(start(given), given)
+
+
+def override(values: T, given: dict[str, Any]) -> T:
+    """Return values with `given` ("views.size": 32) put in place."""
+    changes: dict[str, Any] = {}
+    for name, value in given.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            changes[head] = override(changes.get(head, getattr(values, head)), {rest: value})
+        else:
+            changes[head] = value
+    return dataclasses.replace(values, **changes)  # type: ignore[type-var]
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every option of a dataclass by its dotted name."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{field.name}."))
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def from_dictionary(kind: type[T], values: dict[str, Any]) -> T:
+    """Return a `kind` from what `dataclasses.asdict` and JSON made of one. Unknown names raise UsageError."""
+    hints = typing.get_type_hints(kind)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise UsageError(f"unknown setting {sorted(unknown)[0]!r} in the configuration of {kind.__name__}")
+    arguments = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            arguments[name] = from_dictionary(hints[name], value)  # type: ignore[arg-type]
+        else:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def _add_options(parser: Any, kind: type, defaults: Any, prefix: str) -> None:
+    hints, helps = typing.get_type_hints(kind), _field_help(kind)
+    for field in dataclasses.fields(kind):
+        hint, default = hints[field.name], getattr(defaults, field.name)
+        if dataclasses.is_dataclass(hint):
+            group = parser.add_argument_group(field.name, inspect.getdoc(hint))
+            _add_options(group, hint, default, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            continue
+        help_text = helps.get(field.name, "").replace("%", "%%")
+        if "positional" in field.metadata:
+            parser.add_argument(field.name, metavar=field.metadata["positional"], nargs="?", help=help_text)
+            continue
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        help_text += f" [{shown or 'none'}]"
+        flag = f"--{prefix}{field.name}".replace("_", "-")
+        parser.add_argument(flag, dest=prefix + field.name, help=help_text, **_argument(hint))
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """Return argparse's keywords for a type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return {**_argument(inner[0]), "nargs": "+" if Ellipsis in inner else len(inner), "action": _StoreTuple}
+    if origin is typing.Literal:
+        return {"type": _choice(inner), "metavar": "|".join(inner)}
+    if origin in (Union, types.UnionType):  # one type, or a word such as auto
+        words = tuple(word for part in inner for word in typing.get_args(part))
+        (number,) = [part for part in inner if part in (int, float)]
+        return {"type": _number_or_word(number, words), "metavar": "|".join([number.__name__, *words])}
+    return {"type": hint, "metavar": hint.__name__}
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _choice(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}.{did_you_mean(text, choices)}")
+        return text
+
+    return convert
+
+
+def _number_or_word(number: type, words: tuple[str, ...]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        if text in words:
+            return text
+        try:
+            return number(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {', '.join(words)}") from None
+
+    return convert
+
+
+@functools.cache
+def _field_help(kind: type) -> dict[str, str]:
+    """Return the string that stands under each field of a dataclass and of its bases."""
+    helps: dict[str, str] = {}
+    for owner in reversed(kind.__mro__):
+        module = sys.modules.get(owner.__module__)
+        if not dataclasses.is_dataclass(owner) or module is None:
+            continue
+        body = _class_bodies(inspect.getsourcefile(module) or "")[owner.__name__]
+        for field, below in zip(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                helps[ast.unparse(field.target)] = str(below.value.value)
+    return helps
+
+
+@functools.cache
+def _class_bodies(path: str) -> dict[str, list[ast.stmt]]:
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}

@@ -1,0 +1,157 @@
+"""Named settings. Each recipe's docstring states its source, hardware, hours and expected accuracy.
+
+Recipes hold what belongs to a kind of data: view size and blur, bank size and rate, length of the warm start.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+
+from caco.config import BankOptions, EncoderOptions, MonitorOptions, OptimizerOptions, Pretrain, Views
+from caco.errors import UsageError, did_you_mean
+from caco.options import flatten
+
+
+def _published_monitor(epochs: int) -> MonitorOptions:
+    return MonitorOptions(knn_epochs=epochs, knn_first_epochs=20, knn_share=0.2)
+
+
+def imagenet_200_b1024() -> Pretrain:
+    """ResNet-50, ImageNet-1k, 200 epochs, batch 1,024, one pair of crops.
+
+    Source: published README 1.1; paper arXiv:2203.14370. Expected linear top-1: 71.3 (published; not re-run by us).
+    Hardware: 8 GPUs of 32 GB (published).
+    """
+    return Pretrain(
+        recipe="imagenet-200-b1024",
+        backbone="resnet50",
+        epochs=200,
+        batch_size=1024,
+        lr=0.3,
+        bank_size=65536,
+        encoder=EncoderOptions(stem="standard"),
+        monitor=_published_monitor(10),
+    )
+
+
+def imagenet_200_b4096() -> Pretrain:
+    """ResNet-50, ImageNet-1k, 200 epochs, batch 4,096, one pair of crops.
+
+    Source: published README 1.2 (its heading and table: 4,096 in all). Expected linear top-1: 72.0 (published; not
+    re-run by us). Hardware: 4 machines of 8 GPUs of 32 GB (published).
+    """
+    return replace(imagenet_200_b1024(), recipe="imagenet-200-b4096", batch_size=4096, monitor=_published_monitor(20))
+
+
+def imagenet_800_b4096() -> Pretrain:
+    """ResNet-50, ImageNet-1k, 800 epochs, batch 4,096, one pair of crops.
+
+    Source: third row of the published table. Expected linear top-1: 75.3 (published; not re-run by us).
+    Hardware: 4 machines of 8 GPUs of 32 GB (published).
+    """
+    return replace(imagenet_200_b4096(), recipe="imagenet-800-b4096", epochs=800)
+
+
+def imagenet_800_multicrop_b2048() -> Pretrain:
+    """ResNet-50, ImageNet-1k, 800 epochs, batch 2,048, two views of 224 px and six of 96 px.
+
+    Source: published README 2. Expected linear top-1: 75.7 (published; not re-run by us).
+    Hardware: 4 machines of 8 GPUs of 32 GB (published).
+    """
+    return replace(
+        imagenet_200_b1024(),
+        recipe="imagenet-800-multicrop-b2048",
+        epochs=800,
+        batch_size=2048,
+        views=Views(area=(0.14, 1.0), small=6, saturation=0.4, blur=(0.5, 0.5), solarize=(0.0, 0.0)),
+        monitor=_published_monitor(50),
+    )
+
+
+def cifar() -> Pretrain:
+    """ResNet-18 with the small stem for 32 px images (CIFAR-10, CIFAR-100): 200 epochs, batch 512, no blur.
+
+    Source: ours, after the MoCo CIFAR demo (views, 4,096 slots suffice). Hardware: one GPU.
+    Accuracy after 200 epochs: not yet measured by us.
+    """
+    return Pretrain(
+        recipe="cifar",
+        backbone="resnet18",
+        epochs=200,
+        batch_size=512,
+        lr=0.3,
+        bank_size=4096,
+        views=Views(size=32, blur=(0.0, 0.0), solarize=(0.0, 0.2), evaluation_resize=32),
+        encoder=EncoderOptions(embedding=128, projector=512, stem="small"),
+        bank=BankOptions(warm_start_steps=200),
+        optimizer=OptimizerOptions(weight_decay=1e-4, warmup_epochs=5),
+        monitor=MonitorOptions(knn_epochs=5),
+    )
+
+
+def small_photos() -> Pretrain:
+    """Hundreds to some thousands of own photos, one GPU or none: ResNet-18, 128 px, batch 128.
+
+    Source: ours. Hardware: two CPU cores manage some 10 images/s; one GPU, hours become minutes.
+    """
+    return Pretrain(
+        recipe="small-photos",
+        backbone="resnet18",
+        epochs="auto",
+        batch_size=128,
+        lr=0.3,
+        bank_size=4096,
+        views=Views(size=128, blur=(0.5, 0.1), evaluation_resize=146),
+        encoder=EncoderOptions(embedding=128, projector=1024),
+        bank=BankOptions(warm_start_steps=200),
+        optimizer=OptimizerOptions(weight_decay=1e-4),
+        monitor=MonitorOptions(knn_epochs=10),
+    )
+
+
+def demo() -> Pretrain:
+    """Drawn textures, a few minutes on two CPU cores (caco demo)."""
+    return Pretrain(recipe="demo")
+
+
+RECIPES: dict[str, Callable[[], Pretrain]] = {
+    make().recipe: make
+    for make in (
+        imagenet_200_b1024,
+        imagenet_200_b4096,
+        imagenet_800_b4096,
+        imagenet_800_multicrop_b2048,
+        cifar,
+        small_photos,
+        demo,
+    )
+}
+
+
+def find_recipe(name: str) -> Pretrain:
+    """Return a recipe by name; raises UsageError with the nearest names."""
+    if name not in RECIPES:
+        near = did_you_mean(name, RECIPES) or f" There are: {', '.join(RECIPES)}."
+        raise UsageError(f"--recipe: no recipe is called {name!r}.{near}")
+    return RECIPES[name]()
+
+
+def listing() -> str:
+    """Return one line for each recipe: its name and the first line of its docstring."""
+    width = max(map(len, RECIPES))
+    return "\n".join(f"{name:{width}}  {(inspect.getdoc(make) or '').splitlines()[0]}" for name, make in RECIPES.items())
+
+
+def whole(name: str) -> str:
+    """Return all there is to know of a recipe: source, hardware, accuracy, and every option's value."""
+    recipe = find_recipe(name)
+    not_set_here = ("data", "val", "out", "weights", "recipe", "device", "resume", "overwrite", "download")
+    options = {key: value for key, value in flatten(recipe).items() if key not in not_set_here}
+    lines = [f"--{key.replace('_', '-')} {_shown(value)}" for key, value in options.items()]
+    return f"{name}\n\n{inspect.getdoc(RECIPES[name])}\n\n" + "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

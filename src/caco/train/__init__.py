@@ -1,0 +1,1 @@
+"""The run: the loop, its checkpoints, and what it writes down."""

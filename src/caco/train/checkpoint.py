@@ -1,0 +1,73 @@
+"""Checkpoints: everything a run needs to go on exactly, in files that are whole or not there.
+
+checkpoints/
+  step-00000600.pt   one of the latest few; the highest number is where a resume starts
+  best.pt            the run at its best kNN accuracy
+Each is a torch file of tensors and plain containers (`weights_only=True` reads it) with a format version.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from caco.errors import CacoError, UsageError
+from caco.files import replace_file
+from caco.weights import load_torch
+
+FORMAT = "caco-checkpoint-1"
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = max(keep, 1)
+
+    def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
+        """Write a checkpoint atomically, then remove all but the latest few. step: counts the warm start's steps too."""
+        path = self.folder / f"step-{step:08d}.pt"
+        buffer = io.BytesIO()
+        torch.save({"format": FORMAT, **state}, buffer)
+        replace_file(path, buffer.getbuffer())
+        if best:
+            replace_file(self.folder / "best.pt", buffer.getbuffer())
+        for old in self.paths()[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def paths(self) -> list[Path]:
+        """Return the numbered checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8,}", path.stem))
+
+    def latest(self) -> tuple[Path, dict[str, Any]]:
+        """Return the newest checkpoint that can be read. Raises CacoError when none can."""
+        problems = []
+        for path in reversed(self.paths()):
+            try:
+                return path, read_checkpoint(path)
+            except UsageError as error:
+                problems.append(str(error))
+        reason = "; ".join(problems) or f"{self.folder} is empty"
+        raise CacoError(f"no checkpoint to resume from: {reason}. Use --overwrite to start anew.")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint of ours. Raises UsageError for a damaged or foreign file, or one that would run code."""
+    content = load_torch(path)
+    if content.get("format") != FORMAT:
+        raise UsageError(f"{path} is not a checkpoint of this version of caco ({FORMAT}): it says {content.get('format')!r}")
+    return content
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that a killed process left behind."""
+    for path in folder.rglob(".*.tmp"):
+        if path.name.split(".")[-2] != str(os.getpid()):
+            path.unlink(missing_ok=True)

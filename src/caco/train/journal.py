@@ -1,0 +1,109 @@
+"""What a run writes down.
+
+metrics.jsonl  what was learned: the truth that every other view reads; the same, byte for byte, after a resume
+speed.jsonl    how fast: images/s and the share of time spent waiting for data (differs from run to run)
+train.log      what was said on the console, with times
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from caco.errors import CacoError
+
+
+class Journal:
+    """The files of one run, appended to as it goes on."""
+
+    def __init__(self, folder: Path, keep_bytes: int = 0, tensorboard: bool = False) -> None:
+        """keep_bytes: length of metrics.jsonl at the checkpoint resumed from; what came later is done again."""
+        self._metrics = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
+        self._metrics.truncate(keep_bytes)
+        self._metrics.seek(0, os.SEEK_END)
+        self._speed = open(folder / "speed.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._log = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
+        self._events = _event_writer(folder) if tensorboard else None
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Append one record to metrics.jsonl."""
+        line = json.dumps({"kind": kind, "step": step, **values})
+        self._metrics.write(line.encode() + b"\n")
+        self._metrics.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def record_speed(self, step: int, images_per_second: float, data_wait: float) -> None:
+        """Append one record to speed.jsonl. data_wait: share of the time, 0-1."""
+        record = {"step": step, "images_per_second": round(images_per_second, 2), "data_wait": round(data_wait, 4)}
+        self._speed.write(json.dumps(record) + "\n")
+        self._speed.flush()
+
+    def say(self, text: str) -> None:
+        """Say something on the console (above a progress bar) and in train.log."""
+        tqdm.write(text, file=sys.stderr)
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+    def sync(self) -> int:
+        """Bring metrics.jsonl to the disk and return its length in bytes, for a checkpoint."""
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._metrics, self._speed, self._log):
+            file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class ProgressBar:
+    """A bar on a terminal; on anything else a line now and then."""
+
+    SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self, journal: Journal, steps: int, done: int) -> None:
+        self._journal, self._steps = journal, steps
+        self._began, self._first = time.monotonic(), done
+        self._last_line = self._began
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), leave=False)
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+    def show(self, step: int, text: str) -> None:
+        """Show the latest numbers."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text, refresh=False)
+        elif time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._began) / max(step - self._first, 1) * (self._steps - step)
+            self._journal.say(f"step {step:,}/{self._steps:,} {text}, {_duration(left)} left")
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise CacoError("--monitor.tensorboard needs TensorBoard: pip install 'caco[tensorboard]'") from error
+    return SummaryWriter(str(folder))

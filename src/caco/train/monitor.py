@@ -1,0 +1,101 @@
+"""The kNN check while training: how well the labels of neighbours agree. The trainer only records what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from caco.config import MonitorOptions, Views
+from caco.data.labels import Relabelled
+from caco.data.source import ImageSource
+from caco.evaluate.features import Features, extract
+from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy
+
+VOTE_TEMPERATURE = 0.2
+
+
+@dataclass(frozen=True)
+class KnnMonitor:
+    """Which images refer, which ask, and how both are prepared.
+
+    Features are the backbone's pooled output, eval mode, validation transform (published `ops/knn_monitor.py`); but
+    every image counts once, and a failure is an error, not an accuracy of 0.
+    """
+
+    reference: ImageSource
+    reference_indices: np.ndarray
+    queries: ImageSource | None
+    """None: the reference itself, each image leaving itself out."""
+    query_indices: np.ndarray | None
+    neighbours: int
+    views: Views
+    device: torch.device
+    precision: torch.dtype
+    workers: int
+
+    def __call__(self, backbone: nn.Module) -> dict[str, float]:
+        """Return {"top1", "top5"} in percent, and the numbers of {"queries", "reference"} images."""
+        reference = self._features(backbone, self.reference, self.reference_indices)
+        queries = reference
+        if self.queries is not None:
+            queries = self._features(backbone, self.queries, self.query_indices)
+        assert reference.labels is not None and queries.labels is not None
+        (result,) = knn_accuracy(
+            reference.vectors.to(self.device),
+            reference.labels,
+            queries.vectors,
+            queries.labels,
+            neighbours=[self.neighbours],
+            classes=len(self.reference.classes),
+            temperature=VOTE_TEMPERATURE,
+            leave_one_out=self.queries is None,
+        )
+        counts = {"queries": len(queries.vectors), "reference": len(reference.vectors)}
+        return {"top1": 100 * result.top1, "top5": 100 * result.top5, **counts}
+
+    def _features(self, backbone: nn.Module, source: ImageSource, indices: np.ndarray | None) -> Features:
+        return extract(
+            backbone,
+            source,
+            size=self.views.size,
+            resize=self.views.evaluation_resize,
+            mean=self.views.mean,
+            std=self.views.std,
+            device=self.device,
+            workers=self.workers,
+            indices=indices,
+            precision="bf16" if self.precision == torch.bfloat16 else "fp32",
+        )
+
+
+def create_monitor(
+    source: ImageSource,
+    val: ImageSource | None,
+    options: MonitorOptions,
+    views: Views,
+    seed: int,
+    device: torch.device,
+    precision: torch.dtype,
+    workers: int,
+) -> KnnMonitor | None:
+    """Return the check for these images, or None when there are no labels to check with (or it is switched off).
+
+    With --val: its images ask, the training images refer (if these have no labels: the other --val images). Without:
+    a fixed share of the training images asks the rest. (They are trained on without labels like all others.)
+    """
+    if options.knn_epochs <= 0:
+        return None
+    common = (options.knn_neighbours, views, device, precision, workers)
+    if source.labels is None:
+        if val is None or val.labels is None:
+            return None
+        return KnnMonitor(val, np.arange(len(val)), None, None, *common)
+    if val is not None and val.labels is not None:
+        reference = first_share_of_each_class(source.labels, options.knn_share)
+        return KnnMonitor(source, reference, Relabelled(val, source.classes), None, *common)
+    kept, held_out = held_out_split(source.labels, options.held_out, seed)
+    reference = kept[first_share_of_each_class(np.asarray(source.labels)[kept], options.knn_share)]
+    return KnnMonitor(source, reference, source, held_out, *common)

@@ -1,0 +1,116 @@
+"""The folder of a run: when it may be used, and what stands in it from the start.
+
+config.json       every setting, resolved
+environment.json  versions, devices, command (a list: one entry for each start)
+metrics.jsonl, speed.jsonl, train.log, skipped.txt, checkpoints/, export/, report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from caco.config import Pretrain
+from caco.errors import UsageError
+from caco.files import replace_json
+from caco.options import flatten, from_dictionary
+
+# What a resumed run may change: these have no part in the mathematics.
+FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download", "data", "val")
+FREE_GROUPS = ("monitor.",)
+
+
+def open_run_folder(config: Pretrain) -> Path:
+    """Return the run's folder, ready for a new run (`--overwrite` deletes the old) or for `--resume`. Raises UsageError."""
+    if not config.out:
+        raise UsageError("--out is missing: name a folder for the run, for example --out runs/first")
+    folder = Path(config.out)
+    holds_run = (folder / "config.json").exists()
+    if config.resume and config.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if config.resume and not holds_run:
+        raise UsageError(f"--resume: there is no run in {folder}; leave --resume out to start one")
+    if folder.is_file() or (folder.is_dir() and not holds_run and any(folder.iterdir())):
+        raise UsageError(f"--out {folder} exists and is not a run of caco; choose another folder")
+    if holds_run and not config.resume:
+        if not config.overwrite:
+            raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def read_config(folder: Path) -> Pretrain:
+    """Return the configuration of the run in a folder. Raises UsageError when there is none, or it is damaged."""
+    path = folder / "config.json"
+    try:
+        return from_dictionary(Pretrain, json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UsageError(f"there is no run in {folder} (no config.json)") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+
+
+def write_config(folder: Path, config: Pretrain) -> None:
+    """Write config.json."""
+    replace_json(folder / "config.json", dataclasses.asdict(replace(config, resume=False, overwrite=False)))
+
+
+def check_same_mathematics(saved: Pretrain, wanted: Pretrain) -> None:
+    """Raise UsageError when a resumed run is asked to compute something else than it began."""
+    before, after = flatten(saved), flatten(wanted)
+    changed = [
+        f"--{name.replace('_', '-')} {after[name]} (the run has {before[name]})"
+        for name in before
+        if after[name] not in (before[name], "auto") and name not in FREE_TO_CHANGE and not name.startswith(FREE_GROUPS)
+    ]
+    if changed:
+        raise UsageError(f"--resume cannot change {'; '.join(changed)}; start a new run for that")
+
+
+def write_environment(folder: Path, device: str, processes: int) -> None:
+    """Add an entry on this start to environment.json: versions, machine, command, commit of the source."""
+    import numpy
+    import PIL
+    import timm
+    import torch
+    import torchvision
+
+    import caco
+
+    path = folder / "environment.json"
+    entries = json.loads(path.read_text()) if path.exists() else []
+    entries.append(
+        {
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "command": sys.argv,
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or device,
+            "processes": processes,
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "caco": caco.__version__,
+            "commit": _commit(),
+            "packages": {m.__name__: m.__version__ for m in (torch, torchvision, timm, numpy, PIL)},
+        }
+    )
+    replace_json(path, entries)
+
+
+def _commit() -> str | None:
+    """Return the commit of caco's source, "+" behind it when changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

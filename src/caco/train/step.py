@@ -1,0 +1,107 @@
+"""One step: from views on the device to moved weights. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from caco import schedule
+from caco.config import BankOptions, EncoderOptions, OptimizerOptions
+from caco.model import WARM_START_KEY_MOMENTUM, Output
+from caco.optim import set_lr
+from caco.train.distributed import World
+from caco.train.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of an epoch: they change between epochs, not within (as published)."""
+
+    lr: float
+    bank_lr: float
+    key_momentum: float
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """All schedules of a run; `at(epoch)` returns the rates."""
+
+    epochs: int
+    lr: float
+    batch_size: int
+    bank_size: int
+    optimizer: OptimizerOptions
+    bank: BankOptions
+    encoder: EncoderOptions
+
+    def at(self, epoch: int) -> Rates:
+        """Return the rates of an epoch, counted from 0."""
+        warmup = self.optimizer.warmup_epochs
+        return Rates(
+            lr=schedule.encoder_lr(epoch, self.epochs, warmup, self.lr, self.optimizer.final_lr, self.batch_size),
+            bank_lr=schedule.bank_lr(epoch, self.epochs, warmup, self.bank.lr, self.bank.final_lr, self.bank_size),
+            key_momentum=schedule.key_momentum(
+                epoch, self.epochs, self.encoder.key_momentum, self.encoder.key_momentum_schedule == "cosine"
+            ),
+        )
+
+    @property
+    def warm_start_lr(self) -> float:
+        """Learning rate of the warm start: the full base rate (published)."""
+        return self.lr * self.batch_size / 256
+
+
+def train_step(
+    state: TrainingState,
+    network: nn.Module,
+    views: Sequence[Tensor],
+    rates: Rates,
+    next_key_momentum: float,
+    precision: torch.dtype,
+) -> Output:
+    """Move encoder, bank and key encoder by one batch.
+
+    network: `state.model`, or the data-parallel wrapper around it. next_key_momentum: of the step that follows, since
+    the published code updates the key encoder at the start of a step, which is the end of the one before.
+    """
+    set_lr(state.optimizer, rates.lr)
+    set_lr(state.bank_optimizer, rates.bank_lr)
+    with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
+        output: Output = network(views)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.bank_optimizer.zero_grad(set_to_none=True)
+    output.loss.backward()
+    state.optimizer.step()
+    state.bank_optimizer.step()
+    state.model.update_key_encoder(next_key_momentum)
+    state.step += 1
+    state.meters.add(output, state.step)
+    return output
+
+
+def warm_start_step(
+    state: TrainingState,
+    network: nn.Module,
+    views: Sequence[Tensor],
+    lr: float,
+    precision: torch.dtype,
+    world: World,
+) -> Tensor:
+    """Move the encoder by one batch of ordinary contrast, store the keys in the bank, and return the loss.
+
+    network: `WarmStart(state.model)`, or the data-parallel wrapper around it.
+    """
+    set_lr(state.optimizer, lr)
+    with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
+        loss, keys = network(views[:2])
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    state.optimizer.step()
+    state.model.update_key_encoder(WARM_START_KEY_MOMENTUM)
+    state.model.bank.fill(world.gather(keys), batch=state.warm_start_step)
+    state.warm_start_step += 1
+    state.meters.note_loss(loss, state.warm_start_step)
+    return loss.detach()

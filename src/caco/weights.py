@@ -1,0 +1,172 @@
+"""Weights in and out of files: a backbone others can load, and any usual file as a start.
+
+Files are never trusted: only tensors and plain containers are read (`weights_only=True`), so a pickle that would run
+code is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from caco.backbone import create_backbone
+from caco.config import IMAGENET_MEAN, IMAGENET_STD
+from caco.errors import CacoError, UsageError
+from caco.files import replace_file
+
+CARD_FORMAT = "caco-backbone-1"
+
+# Where other systems put the encoder inside their files; the first prefix that some key has is stripped.
+PREFIXES = ("encoder.backbone.", "module.encoder_q.", "module.backbone.", "encoder_q.", "module.", "backbone.", "model.")
+CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
+HEADS = ("fc.", "head.", "classifier.")
+
+
+@dataclass(frozen=True)
+class BackboneCard:
+    """What must be known to use a backbone file: how to build the module and how to prepare a picture."""
+
+    backbone: str
+    """timm name, or "own" for a user's module."""
+    stem: str = "standard"
+    size: int = 224
+    """Side of the views it was trained on, in pixels."""
+    resize: int = 256
+    """Evaluation: shorter side before the centre crop, in pixels."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    step: int = 0
+    """Training steps taken."""
+
+
+def save_backbone(path: Path, backbone: nn.Module, card: BackboneCard) -> None:
+    """Write a backbone's state dict as safetensors, keys as timm's, with its card in the header; atomically."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in backbone.state_dict().items()}
+    header = {"format": CARD_FORMAT, "card": json.dumps(dataclasses.asdict(card))}
+    replace_file(path, safetensors.torch.save(tensors, metadata=header))
+
+
+def load_backbone(path: Path, backbone: str = "", size: int = 0) -> tuple[nn.Module, BackboneCard]:
+    """Return the backbone in a file, in eval mode, and its card.
+
+    A file of ours says what it holds; for any other, `backbone` names the timm model (and `size` its views, 224 px if
+    not said). Raises UsageError when the file cannot be read or does not fit.
+    """
+    tensors, card = read_weights(path)
+    if card is None:
+        if not backbone:
+            raise UsageError(f"{path} does not say which model it holds; name it with --backbone")
+        stem = "small" if _first_kernel(tensors) == 3 else "standard"
+        card = BackboneCard(backbone=backbone, stem=stem, size=size or 224, resize=round((size or 224) * 256 / 224))
+    if card.backbone == "own":
+        raise UsageError(f"{path} holds a module of your own; load it from Python: caco.load_weights(module, path)")
+    module = create_backbone(card.backbone, card.size, card.stem)
+    load_into(module, tensors, str(path))
+    return module.eval(), card
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Copy weights into a module. A classifier's weights in `tensors` are left out; anything else must fit exactly.
+
+    Raises UsageError that names the first keys that are missing, left over or of another shape.
+    """
+    wanted = module.state_dict()
+    missing = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
+    extra = [key for key in tensors if key not in wanted and not key.startswith(HEADS)]
+    shapes = [
+        f"{key} {tuple(tensors[key].shape)} for {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in tensors and tensors[key].shape != wanted[key].shape
+    ]
+    for what, keys in (("lacks", missing), ("has unknown", extra), ("has another shape:", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UsageError(f"{origin} does not fit the backbone: it {what} {', '.join(keys[:3])}{more}")
+    module.load_state_dict({key: tensors[key] for key in wanted if key in tensors}, strict=False)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], BackboneCard | None]:
+    """Return the tensors of an encoder's backbone by their timm (torchvision) names, and the card if there is one.
+
+    Reads safetensors, torch files (state dicts, or checkpoints that hold one, ours and the published ones included).
+    Raises UsageError for a file that is absent, truncated, foreign, or would run code.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    content = load_torch(path)
+    card = BackboneCard(**content["card"]) if isinstance(content.get("card"), dict) else None
+    for container in CONTAINERS:
+        if isinstance(content.get(container), dict):
+            content = content[container]
+            break
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UsageError(f"{path} holds no weights; its entries are {', '.join(map(str, list(content)[:5])) or 'none'}")
+    return strip_prefix(tensors), card
+
+
+def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the backbone's part of a state dict under plain names."""
+    for prefix in PREFIXES:
+        if any(key.startswith(prefix) for key in tensors):
+            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return dict(tensors)
+
+
+def load_torch(path: Path) -> dict[str, Any]:
+    """Return the dictionary in a torch file, safely. Raises UsageError for anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UsageError(f"{path} is refused: it holds more than tensors, and loading it could run code") from error
+        raise UsageError(f"{path} is not a torch file, or is damaged") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is not a torch file, or is damaged ({str(error).splitlines()[0][:80]})") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], BackboneCard | None]:
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is not a safetensors file, or is damaged ({error})") from error
+    if header.get("format") == CARD_FORMAT:
+        card = json.loads(header["card"])
+        return tensors, BackboneCard(**{**card, "mean": tuple(card["mean"]), "std": tuple(card["std"])})
+    return strip_prefix(tensors), None
+
+
+def _first_kernel(tensors: Mapping[str, Tensor]) -> int:
+    first = tensors.get("conv1.weight")
+    return int(first.shape[-1]) if first is not None and first.ndim == 4 else 0
+
+
+def download_weights(name: str) -> dict[str, Tensor]:
+    """Return the named weights from timm's hub ("resnet50.a1_in1k"): the only place where the network is used.
+
+    Raises CacoError when it cannot be reached or does not have them.
+    """
+    import timm
+
+    try:
+        return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+    except Exception as error:  # the hub's client raises many kinds
+        raise CacoError(f"--weights timm:{name}: not downloaded ({str(error).splitlines()[0][:120]})") from error

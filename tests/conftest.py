@@ -1,0 +1,31 @@
+"""Shape and dtype annotations of the package are enforced in every test; outside the tests they cost nothing."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per core
+
+from jaxtyping import install_import_hook
+
+install_import_hook("caco", "typechecker.checked")
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = os.path.join(os.path.dirname(__file__), "golden")
+
+
+@pytest.fixture
+def golden():
+    """Return a function that reads a file of the reference's inputs and outputs: name → {array name: float64 tensor}."""
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        with np.load(os.path.join(GOLDEN, f"{name}.npz")) as file:
+            return {key: torch.from_numpy(np.asarray(file[key])) for key in file}
+
+    return read
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest deviation as a share of the reference's largest value."""
+    return float((ours.detach() - reference).abs().max() / reference.abs().max())
