@@ -6,21 +6,20 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Union
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageChops
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from caco.errors import CacoError
 
 Pixels = NDArray[np.uint8]
 Shrink = Callable[[int, int], int]
-"""From the upright height and width of a stored image to the factor (1, 2, 4 or 8) by which it may be decoded smaller."""
+"""From an image's upright height and width to the factor (1, 2, 4 or 8) by which it may be decoded smaller."""
 
 # Pillow asks each of these in turn and no other: some of its readers start outside programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-ENDINGS = frozenset("jpg jpeg jpe jfif png webp bmp tif tiff gif ppm pgm".split())
+ENDINGS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm"])
 MOST_PIXELS = 2 * 1024**3 // 12  # at most 2 GiB when Pillow, the white ground and the result hold 4 bytes a pixel each
 
 # Pillow warns of odd metadata, once per file. `catch_warnings` around each call would swap the process's filters under
@@ -51,13 +50,13 @@ class BrokenImage(CacoError):
         return f"{self.key}: {self.reason}"
 
 
-def decode_rgb(data: bytes, key: str, shrink: Union[int, Shrink] = 1, minimum_side: int = 8) -> Pixels:
+def decode_rgb(data: bytes, key: str, shrink: int | Shrink = 1, minimum_side: int = 8) -> Pixels:
     """Return the pixels of an encoded image, uint8 [H, W, 3], RGB, upright, writable.
 
-    JPEG, PNG, WebP, BMP, TIFF, GIF and PPM; of several frames or pages, the first. Transparency is laid on white; deeper
-    pixels are scaled to 8 bits: whole-number ones by the range of their type, others as in `_scaled`. `shrink` 2, 4 or 8
-    decodes a JPEG at that fraction of its size (rounded up), at less cost; other formats ignore it. Thread-safe.
-    Raises BrokenImage: empty, truncated, not an image, more than MOST_PIXELS, a side below `minimum_side` pixels.
+    JPEG, PNG, WebP, BMP, TIFF, GIF and PPM; of several frames or pages, the first. Transparency is laid on white;
+    more than 8 bits are scaled down (`_scaled`); colour profiles are not applied. A shrink of 2, 4 or 8 decodes a JPEG
+    at that fraction of its size (rounded up), at less cost; other formats ignore it. Thread-safe.
+    Raises BrokenImage: empty, truncated, not an image, more than MOST_PIXELS, a side below minimum_side pixels.
     """
     image = _open(data, key)
     try:
@@ -71,7 +70,7 @@ def decode_rgb(data: bytes, key: str, shrink: Union[int, Shrink] = 1, minimum_si
             if factor > 1:
                 image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
             image.load()
-            # Looked up after loading: Pillow turns a TIFF upright by itself then, and a PNG may keep its EXIF at the end.
+            # Looked up after loading: Pillow turns a TIFF upright by itself, and a PNG may keep EXIF at its end.
             turn = _UPRIGHT.get(_orientation(image))
             upright = image if turn is None else image.transpose(turn)
             return np.array(_rgb(upright, image))
@@ -100,15 +99,15 @@ class _explained:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: object, problem: Union[BaseException, None], trace: object) -> None:
+    def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
         if isinstance(problem, Image.DecompressionBombError):
             raise BrokenImage(self.key, f"too large: more than {MOST_PIXELS:,} pixels") from problem
         # Damaged files make Pillow raise nearly anything (KeyError, struct.error, SyntaxError, ...): one bad file among
         # millions must not end a run of days. Only Pillow's own calls stand inside this `with`.
         if isinstance(problem, Exception) and not isinstance(problem, (BrokenImage, MemoryError)):
             said = str(problem) or type(problem).__name__
-            truncated = isinstance(problem, EOFError) or any(word in said.lower() for word in ("truncated", "unexpected end"))
-            raise BrokenImage(self.key, f"{'truncated' if truncated else 'damaged'}: {said}") from problem
+            kind_of_damage = "truncated" if isinstance(problem, EOFError) or "truncated" in said.lower() else "damaged"
+            raise BrokenImage(self.key, f"{kind_of_damage}: {said}") from problem
 
 
 def _open(data: bytes, key: str) -> Image.Image:
@@ -118,7 +117,7 @@ def _open(data: bytes, key: str) -> Image.Image:
     with _explained(key):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.UnidentifiedImageError as problem:
+        except UnidentifiedImageError as problem:
             raise BrokenImage(key, f"not an image of a known kind: begins with {data[:12]!r}") from problem
     if image.width * image.height > MOST_PIXELS:
         raise BrokenImage(key, f"too large: {image.height} x {image.width} pixels, more than {MOST_PIXELS:,}")
@@ -139,7 +138,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if lying else (image.height, image.width)
 
 
-def _rgb(image: Image.Image, source: Image.Image) -> Union[Image.Image, Pixels]:
+def _rgb(image: Image.Image, source: Image.Image) -> Image.Image | Pixels:
     """Return a loaded image of any mode as RGB; `source` is the same as it was opened, with its format and metadata."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return np.repeat(_scaled(np.asarray(image), source)[:, :, None], 3, axis=2)
@@ -155,16 +154,16 @@ def _rgb(image: Image.Image, source: Image.Image) -> Union[Image.Image, Pixels]:
 def _scaled(values: NDArray[np.generic], source: Image.Image) -> Pixels:
     """Return grey values of more than 8 bits as uint8 [H, W].
 
-    Unsigned 16 bit (12 bit in such a TIFF) is scaled by its full range. The range of floats, 32-bit and signed numbers is
-    a matter of habit: 0-1, 0-255 and 0-65535 are taken as such, the least that holds the values; anything else is
-    stretched from its least to its greatest value. Not-a-number becomes black.
+    Unsigned 16 bit (12 bit in such a TIFF) is scaled by its full range. The range of floats, 32-bit and signed numbers
+    is a matter of habit: 0-1, 0-255 and 0-65535 are taken as such, the least that holds the values; anything else is
+    stretched from its least to its greatest value. Not-a-number becomes 0.
     """
     if source.mode.startswith("I;16"):
         bits = source.tag_v2.get(258, (16,))[0] if source.format == "TIFF" else 16  # type: ignore[attr-defined]
         return _to_bytes(values, 0, 2**bits - 1)
     if source.format in ("PNG", "PPM"):  # Pillow 10 opens 16-bit PNG as I; PPM in I is always stretched to 16 bits
         return _to_bytes(values, 0, 65535)
-    numbers = np.where(np.isfinite(values), values, 0).astype(np.float64)  # type: ignore[arg-type]
+    numbers = np.where(np.isfinite(values), values, 0).astype(np.float64)
     least, greatest = float(numbers.min()), float(numbers.max())
     if least < 0 or greatest > 65535:
         return _to_bytes(numbers, least, greatest)
@@ -175,5 +174,5 @@ def _scaled(values: NDArray[np.generic], source: Image.Image) -> Pixels:
 def _to_bytes(values: NDArray[np.generic], least: float, greatest: float) -> Pixels:
     """Return values with least-greatest mapped to 0-255, rounded; all black if both are equal."""
     scale = 255 / (greatest - least) if greatest > least else 0.0
-    scaled = (values.astype(np.float32) - np.float32(least)) * np.float32(scale)
-    return np.clip(scaled + np.float32(0.5), 0, 255).astype(np.uint8)
+    scaled: Pixels = np.clip((values.astype(np.float64) - least) * scale + 0.5, 0, 255).astype(np.uint8)
+    return scaled

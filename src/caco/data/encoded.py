@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Optional
 
 import numpy as np
 from numpy.typing import NDArray
 
 from caco.data.decode import BrokenImage, Pixels, Shrink, decode_rgb
 
-Labels = Optional[NDArray[np.int64]]
+Labels = NDArray[np.int64] | None
 
 
 class EncodedSource(ABC):
@@ -67,11 +66,14 @@ def labels_by_name(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, 
 
 
 def labels_by_number(numbers: NDArray[np.int64], classes: Sequence[str] = ()) -> tuple[Labels, tuple[str, ...]]:
-    """Return labels and classes, named by their number where `classes` is too short.
+    """Return labels and classes from numbers, int64 [N]; where `classes` lacks a name, the numbers there are the names.
 
     A set with a number below 0 (by custom "no label") has no labels.
     """
     if not len(numbers) or numbers.min() < 0:
         return None, ()
-    unnamed = range(len(classes), int(numbers.max()) + 1)
-    return numbers.astype(np.int64), (*classes, *map(str, unnamed))
+    if numbers.max() < len(classes):
+        return numbers, tuple(classes)
+    there, labels = np.unique(numbers, return_inverse=True)
+    names = tuple(classes[number] if number < len(classes) else str(number) for number in there.tolist())
+    return labels.astype(np.int64), names

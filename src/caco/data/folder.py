@@ -125,7 +125,8 @@ def _check(listing: Listing, name: str) -> None:
             f"only the one, or give a pattern like '{pattern}'"
         )
     if not images and not containers:
-        kinds = [f"{count:,} {'.' + kind if kind else 'without ending'}" for kind, count in listing.others.most_common(5)]
+        common = listing.others.most_common(5)
+        kinds = [f"{count:,} {'.' + kind if kind else 'without ending'}" for kind, count in common]
         raise UsageError(
             f"{name} holds no images; found: {', '.join(kinds) or 'no files at all'} "
             f"(images end in {', '.join('.' + kind for kind in sorted(ENDINGS))})"
@@ -141,8 +142,15 @@ def _folder_labels(names: Sequence[str], name: str) -> tuple[Labels, tuple[str, 
     if len(classes) < 2:
         return None, ()
     if all(folder.lower() in SPLIT_NAMES for folder in classes):
-        raise UsageError(f"{name} holds the parts {', '.join(classes)} of a set: say which, e.g. {name.rstrip('/')}/{classes[0]}")
+        example = f"{name.rstrip('/')}/{classes[0]}"
+        raise UsageError(f"{name} holds the parts {', '.join(classes)} of a set: say which, such as {example}")
     return labels, classes
+
+
+def relative_names(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the folder that absolute paths are all in, and each path relative to it, with `/` between its parts."""
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return common, [Path(os.path.relpath(path, common)).as_posix() for path in paths]
 
 
 def list_source(path: Path, name: str) -> FileSource:

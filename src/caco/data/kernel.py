@@ -1,7 +1,7 @@
 """The pixels of random views on CPUs: one compiled function (numba) that takes an image to its normalised view.
 
 The same mathematics as `render`, which is its oracle, arranged so that every inner loop runs over contiguous float32 and
-touches little memory: source rows are mixed to one row, that row is resampled with its three channels side by side, and
+touches little memory: source rows are mixed to one row, that row is resampled into three planes, and
 colours, blur and the final scaling work on planes. It holds no lock: call it from as many threads as there are cores.
 """
 
@@ -20,6 +20,7 @@ from caco.data import parameters as p
 
 # Sums may be reordered and multiply-adds fused, and no pixel is NaN (they come from bytes): what vector code needs.
 FAST = {"contract", "reassoc", "nsz", "nnan"}
+ORDERED = {"nogil": True, "cache": True, "fastmath": FAST - {"reassoc"}, "error_model": "numpy"}
 OPTIONS = {"nogil": True, "cache": True, "fastmath": FAST, "error_model": "numpy"}
 
 # Pixels whose colours are changed together: three planes of it stay in the first-level cache.
@@ -41,7 +42,7 @@ def blur_margin(sigma):
 
 @njit(**OPTIONS)
 def resize_taps(length, size, flip, step, first, count, weights):
-    """Fill, for each target pixel, its first source pixel (times step), how many follow, and their weights."""
+    """Fill, for each target pixel, its first source pixel (times step), how many follow, and their weights and a zero."""
     scale = length / size
     support = max(scale, 1.0)
     for target in range(size):
@@ -56,6 +57,7 @@ def resize_taps(length, size, flip, step, first, count, weights):
             total += weight
         for tap in range(taps):
             weights[place, tap] /= total
+        weights[place, taps] = 0.0
         first[place] = low * step
         count[place] = taps
 
@@ -85,36 +87,27 @@ def mix_rows(image, top, start, width, count, weights, row):
         tap += 2
 
 
-@njit(**OPTIONS)
-def resample_row(row, size, first, count, weights, line):
-    """line[4 x : 4 x + 3] = the weighted sum of the pixels of `row`; the fourth place is filled with a value of no use.
+@njit(**ORDERED)
+def resample_row(row, size, first, count, weights, red, green, blue):
+    """The weighted sums of the pixels of `row` (three channels side by side), into the three planes' rows.
 
-    Four places rather than three: they are one vector of the processor.
+    Two taps at a time: that is all of them when a crop is enlarged. An odd count is filled up with a weight of zero.
     """
     for x in range(size):
         source = first[x]
-        a = b = c = d = ZERO
-        for tap in range(count[x]):
-            weight = weights[x, tap]
-            a += weight * row[source]
-            b += weight * row[source + UINTP(1)]
-            c += weight * row[source + UINTP(2)]
-            d += weight * row[source + UINTP(3)]
-            source += UINTP(3)
-        place = UINTP(4) * UINTP(x)
-        line[place] = a
-        line[place + UINTP(1)] = b
-        line[place + UINTP(2)] = c
-        line[place + UINTP(3)] = d
-
-
-@njit(**OPTIONS)
-def separate(line, red, green, blue, size):
-    """Take the channels of one row apart."""
-    for x in range(size):
-        red[x] = line[4 * x]
-        green[x] = line[4 * x + 1]
-        blue[x] = line[4 * x + 2]
+        one, two = weights[x, 0], weights[x, 1]
+        r = one * row[source] + two * row[source + UINTP(3)]
+        g = one * row[source + UINTP(1)] + two * row[source + UINTP(4)]
+        b = one * row[source + UINTP(2)] + two * row[source + UINTP(5)]
+        tap = 2
+        while tap < count[x]:
+            source += UINTP(6)
+            one, two = weights[x, tap], weights[x, tap + 1]
+            r += one * row[source] + two * row[source + UINTP(3)]
+            g += one * row[source + UINTP(1)] + two * row[source + UINTP(4)]
+            b += one * row[source + UINTP(2)] + two * row[source + UINTP(5)]
+            tap += 2
+        red[x], green[x], blue[x] = r, g, b
 
 
 @njit(**OPTIONS)
@@ -269,11 +262,11 @@ def blur_and_finish(plane, size, margin, weights, radius, solarize, scale, offse
 
     plane: `size` rows with `margin` more above and below, which are filled here. lines: float32 [3, pixels], scratch.
     """
+    below = (margin + size) * size
     for y in range(margin):
-        plane[y * size : (y + 1) * size] = plane[margin * size : (margin + 1) * size]
-        plane[(margin + size + y) * size : (margin + size + y + 1) * size] = plane[
-            (margin + size - 1) * size : (margin + size) * size
-        ]
+        for x in range(size):
+            plane[y * size + x] = plane[margin * size + x]
+            plane[below + y * size + x] = plane[below - size + x]
     wide = size + 2 * margin
     rows = max(1, CHUNK // size)
     for top in range(0, size, rows):
@@ -282,31 +275,33 @@ def blur_and_finish(plane, size, margin, weights, radius, solarize, scale, offse
         mix_neighbours(plane, (margin + top) * size, size, weights, radius, down)
         for y in range(count):
             start = y * wide
-            padded[start : start + margin] = down[y * size]
-            padded[start + margin : start + margin + size] = down[y * size : (y + 1) * size]
-            padded[start + margin + size : start + wide] = down[(y + 1) * size - 1]
+            for x in range(margin):
+                padded[start + x] = down[y * size]
+                padded[start + margin + size + x] = down[(y + 1) * size - 1]
+            for x in range(size):
+                padded[start + margin + x] = down[y * size + x]
         mix_neighbours(padded, margin, 1, weights, radius, both)
         for y in range(count):
             finish(both[y * wide : y * wide + size], solarize, scale, offset, view[top + y])
 
 
 @njit(**OPTIONS)
-def resize_crop(image, parameters, size, row, line, red, green, blue):
+def resize_crop(image, parameters, size, row, red, green, blue):
     """Crop, resize and flip one image into three planes of float32 [size * size] in 0-1."""
     top, left = int(parameters[p.TOP]), int(parameters[p.LEFT])
     height, width = int(parameters[p.HEIGHT]), int(parameters[p.WIDTH])
-    most = 2 * int(math.ceil(max(height, width, size) / size)) + 1
+    most = 2 * int(math.ceil(max(height, width, size) / size)) + 2
     first_row, rows = np.empty(size, UINTP), np.empty(size, np.int64)
     first_column, columns = np.empty(size, UINTP), np.empty(size, np.int64)
     down, right = np.empty((size, most), np.float32), np.empty((size, most), np.float32)
     resize_taps(height, size, False, 1, first_row, rows, down)
     resize_taps(width, size, parameters[p.FLIP] > ZERO, 3, first_column, columns, right)
     down *= np.float32(1 / 255)
+    row[3 * width : 3 * width + 3] = ZERO  # a weight of zero may fall here, and zero times rubbish could be NaN
     for y in range(size):
         mix_rows(image, top + first_row[y], 3 * left, 3 * width, rows[y], down[y], row)
-        resample_row(row, size, first_column, columns, right, line)
         start, stop = y * size, (y + 1) * size
-        separate(line, red[start:stop], green[start:stop], blue[start:stop], size)
+        resample_row(row, size, first_column, columns, right, red[start:stop], green[start:stop], blue[start:stop])
 
 
 @njit(
@@ -331,12 +326,10 @@ def render_rows(images, table, scale, offset, scratch, views):
         plane_size = (size + 2 * margin) * size
         planes = scratch[: 3 * plane_size].reshape(3, plane_size)
         rest = scratch[3 * plane_size :]
-        line = rest[: 4 * size]
-        row = rest[4 * size :]
         # One slice a plane: a slice of all three would not be contiguous, and no loop over it a vector loop.
         start, stop = margin * size, margin * size + pixels
         red, green, blue = planes[0, start:stop], planes[1, start:stop], planes[2, start:stop]
-        resize_crop(images[sample], parameters, size, row, line, red, green, blue)
+        resize_crop(images[sample], parameters, size, rest, red, green, blue)
         change_colours(red, green, blue, parameters)
         solarize = parameters[p.SOLARIZE] > ZERO
         if sigma > ZERO:
@@ -372,8 +365,8 @@ def render_with_numba(
     size = views.shape[2]
     margin = blur_margin(table[:, p.SIGMA].max())
     wide = size + 2 * margin
-    # The planes, and behind them what only one stage at a time needs: one row of the source and of the target; the blur's lines.
-    needed = 3 * wide * size + max(4 * size + 3 * width + 1, 3 * max(1, CHUNK // size) * wide)
+    # The planes, and behind them what only one stage at a time needs: one row of the source; the blur's lines.
+    needed = 3 * wide * size + max(3 * width + 3, 3 * max(1, CHUNK // size) * wide)
     scratch = getattr(_scratch, "buffer", None)
     if scratch is None or len(scratch) < needed:
         scratch = _scratch.buffer = np.empty(needed, dtype=np.float32)

@@ -35,3 +35,21 @@ class Relabelled:
 
     def load(self, index: int, shrink: Callable[[int, int], int] | None = None) -> Any:
         return self._source.load(index, shrink)
+
+
+class Subset:
+    """Some of a source's images, in the order of `indices`."""
+
+    def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
+        self.name, self.classes = source.name, source.classes
+        self.labels = None if source.labels is None else np.asarray(source.labels)[indices]
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def key(self, index: int) -> str:
+        return self._source.key(int(self._indices[index]))
+
+    def load(self, index: int, shrink: Callable[[int, int], int] | None = None) -> Any:
+        return self._source.load(int(self._indices[index]), shrink)

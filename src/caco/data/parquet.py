@@ -8,6 +8,7 @@ found again by the next run.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import mmap
@@ -15,15 +16,15 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Union
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from caco.data.decode import BrokenImage
 from caco.data.encoded import EncodedSource, Labels, labels_by_name, labels_by_number
+from caco.data.folder import relative_names
 from caco.data.index import Index, read_index, stamp, write_index
-from caco.data.shards import distinct_names
 from caco.errors import CacoError, UsageError
 
 if TYPE_CHECKING:
@@ -43,19 +44,19 @@ class ParquetSource(EncodedSource):
     def __init__(
         self,
         name: str,
-        content: Union[memoryview, mmap.mmap],
+        content: memoryview | mmap.mmap,
         ends: NDArray[np.int64],
         files: Sequence[str],
-        rows: Sequence[int],
+        rows: NDArray[np.int64],
         labels: Labels,
         classes: tuple[str, ...],
     ) -> None:
-        """content: all images' bytes; ends: int64 [N], where each image's bytes end; rows: number of rows of each file."""
+        """content: all images' bytes; ends: int64 [N], where each image ends; rows: int64 [files], rows of each."""
         super().__init__(name, labels, classes)
         self._content = content
         self._ends = ends
         self._files = files
-        self._first_rows = np.cumsum([0, *rows])
+        self._first_rows = np.concatenate([[0], np.cumsum(rows)])
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -73,3 +74,170 @@ class ParquetSource(EncodedSource):
         if not data:
             raise BrokenImage(self.key(index), "empty: the row has no image bytes (a path alone is not followed)")
         return data
+
+
+def parquet_source(paths: Sequence[Path], name: str, cache_folder: Path) -> ParquetSource:
+    """Return the images of Parquet files, in the order of the files and of their rows.
+
+    More than IN_MEMORY bytes of images are unpacked to `parquet-*.bytes` in `cache_folder`, as large as all images
+    together, which is used again as long as the Parquet files keep their time of change and size.
+    Raises UsageError without pyarrow, or for files that are damaged, without a column of images, or of several layouts;
+    CacoError if the unpacked images cannot be written.
+    """
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as problem:
+        raise UsageError(f"{name}: Parquet files need pyarrow: pip install 'caco[parquet]'") from problem
+    files = [os.path.realpath(path) for path in paths]
+    file = files[0]
+    try:
+        layout = None
+        size = 0
+        for file in files:
+            with ParquetFile(file, memory_map=True) as opened:
+                layout = _layout(opened.schema_arrow, file, layout)
+                size += _uncompressed_size(opened.metadata, layout.image)
+    except (ArrowException, OSError) as problem:
+        raise UsageError(f"{file} cannot be read as Parquet: {problem}") from problem
+    assert layout is not None
+    content: memoryview | mmap.mmap
+    if size <= IN_MEMORY:
+        buffer = io.BytesIO()
+        index = _unpack(files, layout, buffer)
+        content = buffer.getbuffer()
+    else:
+        index, content = _unpack_once(files, layout, cache_folder)
+    columns = index.columns
+    if not len(columns["ends"]):
+        raise UsageError(f"{name} holds no images: the Parquet files have no rows")
+    _, names = relative_names(files)
+    return ParquetSource(name, content, columns["ends"], names, columns["rows"], columns.get("label"), index.classes)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which columns hold what."""
+
+    image: str
+    """Path of the column of image bytes: "image.bytes", or "image" if it holds the bytes itself."""
+    label: str | None
+    classes: tuple[str, ...]
+
+
+def _layout(schema: arrow.Schema, file: str, first: _Layout | None) -> _Layout:
+    """Return the layout of a file. Raises UsageError if it has no images, or differs from the first file's layout."""
+    names = schema.names
+    features = _features(schema)
+    declared = [name for name, kind in features.items() if kind["_type"] == "Image" and name in names]
+    image = next(filter(None, (_image_path(schema, name) for name in (*declared, *_IMAGE_COLUMNS, *names))), None)
+    if image is None:
+        raise UsageError(f"{file} has no column of images (bytes, or {{bytes, path}}), only {', '.join(names)}")
+    declared = [name for name, kind in features.items() if kind["_type"] == "ClassLabel" and name in names]
+    label = next((name for name in (*declared, *_LABEL_COLUMNS) if name in names), None)
+    layout = _Layout(image, label, tuple(features.get(label or "", {}).get("names") or ()))
+    if first is not None and layout != first:
+        raise UsageError(f"{file} has other columns or classes than the files before it; give files of one set")
+    return layout
+
+
+def _features(schema: arrow.Schema) -> dict[str, dict[str, Any]]:
+    """Return what Hugging Face says of each column: {"_type": "Image"}, {"_type": "ClassLabel", "names": [...]}, ..."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: kind for name, kind in features.items() if isinstance(kind, dict) and "_type" in kind}
+    except (KeyError, ValueError, TypeError, AttributeError):  # not from Hugging Face, or of an unknown form
+        return {}
+
+
+def _image_path(schema: arrow.Schema, name: str) -> str | None:
+    """Return the path of the image bytes in a column, or None if it is not there or holds none."""
+    from pyarrow import types
+
+    if name not in schema.names:
+        return None
+    kind = schema.field(name).type
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return f"{name}.bytes"
+    return name if types.is_binary(kind) or types.is_large_binary(kind) else None
+
+
+def _uncompressed_size(metadata: parquet.FileMetaData, column: str) -> int:
+    """Return the bytes of a column in a file when unpacked."""
+    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(part.total_uncompressed_size for part in columns if part.path_in_schema == column)
+
+
+def _unpack(files: Sequence[str], layout: _Layout, out: BinaryIO) -> Index:
+    """Write the bytes of all images to `out`; return where each ends, each file's number of rows, and the labels."""
+    sizes: list[int] = []
+    labels: list[Any] = []
+    rows: list[int] = []
+    stamps = {}
+    for file in files:
+        stamps[file] = stamp(file)
+        before = len(sizes)
+        for images, batch_labels in _batches(file, layout):
+            out.writelines(images)
+            sizes.extend(map(len, images))
+            labels.extend(batch_labels)
+        rows.append(len(sizes) - before)
+    columns = {"ends": np.cumsum(sizes, dtype=np.int64), "rows": np.array(rows, np.int64)}
+    numbers, classes = _labels(labels, layout.classes)
+    if numbers is not None:
+        columns["label"] = numbers
+    return Index([], stamps, columns, classes)
+
+
+def _batches(file: str, layout: _Layout) -> Iterator[tuple[list[bytes], list[Any]]]:
+    """Yield images (b"" if there are no bytes) and labels, some hundred rows at a time."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    wanted = [layout.image, *([layout.label] if layout.label else [])]
+    try:
+        with ParquetFile(file, memory_map=True) as opened:
+            for batch in opened.iter_batches(256, columns=wanted):
+                images = batch.column(layout.image.removesuffix(".bytes"))
+                if layout.image.endswith(".bytes"):
+                    images = images.field("bytes")
+                labels = batch.column(layout.label).to_pylist() if layout.label else []
+                yield [data or b"" for data in images.to_pylist()], labels
+    except (ArrowException, OSError) as problem:
+        raise UsageError(f"{file} cannot be read as Parquet: {problem}") from problem
+
+
+def _labels(values: list[Any], names: tuple[str, ...]) -> tuple[Labels, tuple[str, ...]]:
+    """Return labels and classes from a column of numbers or names; none if they are of another kind or have gaps."""
+    if values and all(isinstance(value, str) for value in values):
+        return labels_by_name(values)
+    if values and all(isinstance(value, int) for value in values):
+        return labels_by_number(np.array(values, np.int64), names)
+    return None, ()
+
+
+def _unpack_once(files: Sequence[str], layout: _Layout, cache_folder: Path) -> tuple[Index, mmap.mmap]:
+    """Return what an earlier run unpacked of these files, or unpack them now."""
+    place = "\n".join(["parquet", layout.image, *files])
+    stem = f"parquet-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+    content, index_file = cache_folder / f"{stem}.bytes", cache_folder / f"{stem}.npz"
+    index = read_index(index_file, place)
+    if index is None or not content.exists() or content.stat().st_size != index.columns["ends"][-1]:
+        logging.getLogger(__name__).info("unpacking %d Parquet files to %s, once", len(files), content)
+        temporary = content.with_name(f".{content.name}.{os.getpid()}.tmp")
+        try:
+            cache_folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as out:
+                index = _unpack(files, layout, out)
+            os.replace(temporary, content)
+            write_index(index_file, place, index)
+        except OSError as problem:
+            raise CacoError(
+                f"the images of {files[0]} cannot be unpacked to {cache_folder}: {problem.strerror}; "
+                "set CACO_DATA to a folder with more room"
+            ) from problem
+        finally:
+            temporary.unlink(missing_ok=True)
+    with open(content, "rb") as file:
+        return index, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from caco.data.decode import ENDINGS
-from caco.data.encoded import EncodedSource, labels_by_name, labels_by_number, read_bytes
-from caco.data.folder import ending
+from caco.data.encoded import EncodedSource, Labels, labels_by_name, labels_by_number, read_bytes
+from caco.data.folder import ending, relative_names
 from caco.data.index import Index, read_index, stamp, write_index
 from caco.errors import UsageError
+
+
+class _Member(NamedTuple):
+    """One file in a tar file."""
+
+    name: str
+    offset: int
+    """Where its bytes begin."""
+    size: int
 
 
 class ShardSource(EncodedSource):
@@ -23,7 +34,7 @@ class ShardSource(EncodedSource):
         """shards: their paths; index: the members' names, with the columns shard, offset, size and, if any, label."""
         super().__init__(name, index.columns.get("label"), index.classes)
         self.shards = shards
-        self._shard_names = distinct_names(shards)
+        self._shard_names = relative_names(shards)[1]
         self._members = index.names
         self._shard, self._offset, self._size = (index.columns[column] for column in ("shard", "offset", "size"))
 
@@ -68,46 +79,79 @@ def _index(shards: Sequence[str]) -> Index:
         members, labels = _members(shard)
         for member in members:
             names.append(member.name)
-            places.append((number, member.offset_data, member.size))
+            places.append((number, member.offset, member.size))
             texts.append(labels.get(_sample(member.name), ""))
     shard_column, offset, size = np.array(places, np.int64).reshape(-1, 3).T
     columns = {"shard": shard_column, "offset": offset, "size": size}
     if not texts or not all(texts):
         return Index(names, stamps, columns)
-    if all(text.isdecimal() for text in texts):
+    numbers: Labels
+    if all(text.isdecimal() and len(text) < 10 for text in texts):
         numbers, classes = labels_by_number(np.array(texts).astype(np.int64))
     else:
         numbers, classes = labels_by_name(texts)
-    return Index(names, stamps, {**columns, "label": numbers}, classes)
+    if numbers is not None:
+        columns["label"] = numbers
+    return Index(names, stamps, columns, classes)
 
 
-def _members(shard: str) -> tuple[list[tarfile.TarInfo], dict[str, str]]:
+def _members(shard: str) -> tuple[list[_Member], dict[str, str]]:
     """Return a tar file's images, and for each sample with a `.cls` member that member's text."""
     images = []
     labels = {}
     try:
-        with tarfile.open(shard, "r:") as tar:  # the colon: not compressed, or there would be no offsets
-            for member in tar:
-                if not member.isreg() or member.issparse() or os.path.basename(member.name)[:1] in ("", "."):
-                    continue
+        with open(shard, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for member in _plain_members(content) or _any_members(shard):
                 kind = ending(member.name)
-                if kind in ENDINGS:
+                if kind in ENDINGS and not os.path.basename(member.name).startswith("."):
                     images.append(member)
                 elif kind == "cls":
-                    content = tar.extractfile(member)
-                    labels[_sample(member.name)] = content.read().decode().strip() if content else ""
-    except (tarfile.TarError, OSError, UnicodeDecodeError) as problem:
+                    text = content[member.offset : member.offset + member.size]
+                    labels[_sample(member.name)] = text.decode().strip()
+    except (tarfile.TarError, OSError, ValueError) as problem:
         raise UsageError(f"{shard} cannot be read as an uncompressed tar file: {problem}") from problem
     return images, labels
+
+
+def _any_members(shard: str) -> list[_Member]:
+    """Return the files in any uncompressed tar file. Raises TarError."""
+    with tarfile.open(shard, "r:") as tar:
+        files = (member for member in tar if member.isreg() and not member.issparse())
+        return [_Member(member.name, member.offset_data, member.size) for member in files]
+
+
+def _plain_members(content: mmap.mmap) -> list[_Member] | None:
+    """Return the files in a tar file of the common kind, some 15 times as fast as tarfile does.
+
+    None for what `tarfile` should judge: long names, sparse files, links, damage. Layout: POSIX.1-2017, pax, "ustar".
+    """
+    members = []
+    position = 0
+    while header := content[position : position + 512].rstrip(b"\0"):
+        header = header.ljust(512, b"\0")
+        try:
+            size, checksum = (int(header[part].strip(b"\0 "), 8) for part in (slice(124, 136), slice(148, 156)))
+        except ValueError:
+            return None
+        first, position = position + 512, position + 512 + (size + 511) // 512 * 512
+        if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" ") or position > len(content):
+            return None
+        kind = header[156:157]
+        if kind in (b"0", b"\0"):
+            name = header[:100].partition(b"\0")[0]
+            if header[257:263] == b"ustar\0" and header[345] != 0:
+                name = header[345:500].partition(b"\0")[0] + b"/" + name
+            members.append(_Member(name.decode("utf-8", "surrogateescape"), first, size))
+        elif kind == b"x":  # finer times and the like are of no matter here; names and sizes are
+            records = content[first : first + size]
+            if any(word in records for word in (b" path=", b" size=", b"GNU.sparse", b"charset")):
+                return None
+        elif kind != b"5" or size:
+            return None
+    return members
 
 
 def _sample(member: str) -> str:
     """Return the name that a sample's members share: up to the first dot after the last slash."""
     folder, slash, file = member.rpartition("/")
     return folder + slash + file.partition(".")[0]
-
-
-def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Return each path relative to the folder they are all in, with `/` between its parts."""
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [Path(os.path.relpath(path, common)).as_posix() for path in paths]

@@ -18,7 +18,7 @@ from caco.errors import UsageError, did_you_mean
 Floats = NDArray[np.floating[Any]]
 SPLITS = ("train", "test")
 _CHUNK = 1000  # pictures drawn at a time: small enough to stay in the processor's cache, large enough for numpy
-_COLOURS = 4  # candidates for the second colour; the one that differs most in brightness is taken
+_COLOURS = 6  # drawn for each picture, which gets the darkest and the brightest of them: no shape drowns
 
 
 class TextureSource:
@@ -39,7 +39,8 @@ class TextureSource:
 
     def load(self, index: int) -> NDArray[np.uint8]:
         """Return picture `index`, uint8 [size, size, 3], RGB."""
-        return self.images[index]
+        picture: NDArray[np.uint8] = self.images[index]
+        return picture
 
 
 def texture_source(count: int, split: str = "train", size: int = 32, seed: int = 0) -> TextureSource:
@@ -70,7 +71,7 @@ class _Draw:
     """Columns of the table of random numbers in 0-1: one row a picture."""
 
     ANGLE, PERIOD, ACROSS, ALONG, THICKNESS, EXTRA, POLARITY, GRAIN = range(8)
-    COLOURS = slice(8, 8 + 3 * (1 + _COLOURS))
+    COLOURS = slice(8, 8 + 3 * _COLOURS)
     WAVES = slice(COLOURS.stop, COLOURS.stop + 3 * 16)
     WIDTH = WAVES.stop
 
@@ -120,19 +121,21 @@ class _Sheet:
 
 def _fold(position: Floats) -> Floats:
     """Return the distance to the middle of the period, 0 to 0.5, for a position in periods."""
-    return np.abs(position - np.floor(position) - np.float32(0.5))
+    distance: Floats = np.abs(position - np.floor(position) - np.float32(0.5))
+    return distance
 
 
 def _alternate(*distances: Floats) -> Floats:
     """Return a two-colouring of the plane cut by sets of lines, from the signed distance to each set."""
     nearest = np.minimum.reduce([np.abs(distance) for distance in distances])
-    return np.copysign(nearest, np.prod([np.sign(distance) for distance in distances], axis=0))
+    coloured: Floats = np.copysign(nearest, np.prod([np.sign(distance) for distance in distances], axis=0))
+    return coloured
 
 
 def _stripes(sheet: _Sheet) -> Floats:
     period = sheet.period(0.15, 0.3)
     position, _ = sheet.lattice(period)
-    return (sheet.draw(_Draw.THICKNESS, 0.18, 0.32) - _fold(position)) * period
+    return (sheet.draw(_Draw.THICKNESS, 0.2, 0.3) - _fold(position)) * period
 
 
 def _checks(sheet: _Sheet) -> Floats:
@@ -152,13 +155,13 @@ def _triangles(sheet: _Sheet) -> Floats:
 def _dots(sheet: _Sheet) -> Floats:
     period = sheet.period(0.2, 0.36)
     x, y = sheet.lattice(period)
-    return (sheet.draw(_Draw.THICKNESS, 0.26, 0.36) - np.hypot(_fold(x), _fold(y))) * period
+    return (sheet.draw(_Draw.THICKNESS, 0.33, 0.42) - np.hypot(_fold(x), _fold(y))) * period
 
 
 def _rings(sheet: _Sheet) -> Floats:
     period = sheet.period(0.15, 0.3)
     distance, _ = sheet.polar(0.35)
-    return (sheet.draw(_Draw.THICKNESS, 0.18, 0.32) - _fold(distance / period + sheet.draw(_Draw.EXTRA, 0, 1))) * period
+    return (sheet.draw(_Draw.THICKNESS, 0.2, 0.3) - _fold(distance / period + sheet.draw(_Draw.EXTRA, 0, 1))) * period
 
 
 def _rays(sheet: _Sheet) -> Floats:
@@ -174,7 +177,7 @@ def _bricks(sheet: _Sheet) -> Floats:
     odd_row = np.floor(y) % 2
     joint = 0.5 - _fold(x / length + odd_row / 2)
     mortar = np.minimum(0.5 - _fold(y), joint * length)
-    return sheet.draw(_Draw.THICKNESS, 0.1, 0.16) * height - mortar * height
+    return sheet.draw(_Draw.THICKNESS, 0.13, 0.2) * height - mortar * height
 
 
 def _zigzag(sheet: _Sheet) -> Floats:
@@ -183,17 +186,19 @@ def _zigzag(sheet: _Sheet) -> Floats:
     slope = sheet.draw(_Draw.EXTRA, 0.8, 1.4)
     stretch = sheet.draw(_Draw.THICKNESS, 1.4, 2.0)
     bent = y + slope * stretch * _fold(x / stretch)
-    return (0.25 - _fold(bent)) * period / np.sqrt(1 + slope**2)
+    steepness: Floats = np.sqrt(1 + slope**2)
+    return (0.25 - _fold(bent)) * period / steepness
 
 
 def _crosses(sheet: _Sheet) -> Floats:
     period = sheet.period(0.28, 0.45)
     x, y = (_fold(position) for position in sheet.lattice(period))
-    width = sheet.draw(_Draw.THICKNESS, 0.09, 0.15)
-    length = sheet.draw(_Draw.EXTRA, 0.34, 0.42)
+    width = sheet.draw(_Draw.THICKNESS, 0.11, 0.15)
+    length = sheet.draw(_Draw.EXTRA, 0.36, 0.42)
     upright = np.minimum(width - x, length - y)
     lying = np.minimum(length - x, width - y)
-    return np.maximum(upright, lying) * period
+    cross: Floats = np.maximum(upright, lying)
+    return cross * period
 
 
 def _blotches(sheet: _Sheet) -> Floats:
@@ -234,12 +239,13 @@ def _ink(labels: NDArray[np.int64], draws: Floats, size: int) -> Floats:
 
 def _paint(ink: Floats, draws: Floats, noise: Floats) -> NDArray[np.uint8]:
     """Return uint8 [N, S, S, 3]: two random colours that differ in brightness, in random roles, and grain."""
-    colours = draws[:, _Draw.COLOURS].reshape(len(draws), 1 + _COLOURS, 3)
+    colours = draws[:, _Draw.COLOURS].reshape(len(draws), _COLOURS, 3)
     brightness = colours @ np.array([0.299, 0.587, 0.114], np.float32)
-    furthest = 1 + np.abs(brightness[:, 1:] - brightness[:, :1]).argmax(axis=1)
-    first, second = colours[:, 0], colours[np.arange(len(colours)), furthest]
+    rows = np.arange(len(draws))
+    darkest, brightest = colours[rows, brightness.argmin(axis=1)], colours[rows, brightness.argmax(axis=1)]
     swap = draws[:, _Draw.POLARITY, None] < 0.5
-    paper, pen = np.where(swap, second, first), np.where(swap, first, second)
+    paper, pen = np.where(swap, brightest, darkest), np.where(swap, darkest, brightest)
     picture = paper[:, None, None] + (pen - paper)[:, None, None] * ink[..., None]
     picture += noise * _between(draws[:, _Draw.GRAIN], 0.01, 0.05)[..., None]
-    return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
+    return pixels

@@ -53,10 +53,10 @@ def extract(
 ) -> Features:
     """Return the backbone's features of a source's images (or of `indices`), seen through the validation transform.
 
-    The shorter side is resized to `resize` pixels and the centre `size` × `size` taken. The backbone is moved to `device`,
-    runs in evaluation mode and is left in the mode it was in. Broken images are skipped and listed. Images are decoded by
-    `workers` threads while the device computes. Raises CacoError when no image can be read, when the backbone returns
-    anything but [B, F], and when features are not finite.
+    The shorter side is resized to `resize` pixels and the centre `size` × `size` taken. The backbone is moved to
+    `device`, runs in evaluation mode and is left in the mode it was in. Broken images are skipped and listed. Images
+    are decoded by `workers` threads while the device computes. Raises CacoError when no image can be read, when the
+    backbone returns anything but [B, F], and when features are not finite.
     """
     device = torch.device(device)
     backbone.to(device)
@@ -158,7 +158,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def backbone_features(
     backbone: nn.Module, images: Float[Tensor, "B 3 S S"], precision: Literal["fp32", "bf16"]
 ) -> Float[Tensor, "B F"]:
-    """Return the backbone's float32 features [B, F] of one batch, without gradient. Raises CacoError on another shape."""
+    """Return the backbone's float32 features of one batch, without gradient. Raises CacoError on another shape."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         output = backbone(images)
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):

@@ -36,7 +36,7 @@ def rank_me(embeddings: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
             gram += part.double().T @ part.double()
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.special.entr(share).sum().exp()
+    return _perplexity(share)
 
 
 def sphere_std(embeddings: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
@@ -61,7 +61,8 @@ def alignment(first: Float[Tensor, "N D"], second: Float[Tensor, "N D"]) -> Floa
 def uniformity(embeddings: Float[Tensor, "N D"], temperature: float = 2.0) -> Float[Tensor, ""]:
     """Return log of the mean of exp(−t·‖x − y‖²) over all pairs of different images; 0 is collapse, lower is better.
 
-    Embeddings are L2-normalised here. Streamed: never more than 2,048 rows of pairs at once. Raises ValueError for N < 2.
+    Embeddings are L2-normalised here. Streamed: never more than 2,048 rows of pairs at once.
+    Raises ValueError for N < 2.
     Source: Wang & Isola 2020, arXiv:2005.10242, equation 2 with t = 2.
     """
     count = len(embeddings)
@@ -75,6 +76,12 @@ def uniformity(embeddings: Float[Tensor, "N D"], temperature: float = 2.0) -> Fl
         kernel.diagonal(start).zero_()
         total += kernel.sum()
     return (total / (count * (count - 1))).log()
+
+
+def _perplexity(share: Float[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Return exp of the entropy of shares that sum to 1: how many equal shares would be as spread."""
+    entropy: Tensor = torch.special.entr(share).sum()
+    return entropy.exp()
 
 
 class Usage(NamedTuple):
@@ -97,7 +104,7 @@ class ChoiceWindow:
         self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
         """int64 [K]; save and restore it to resume a window."""
 
-    def add(self, positives: Int[Tensor, "..."]) -> None:
+    def add(self, positives: Int[Tensor, "*any"]) -> None:
         """Count the chosen slots of one step, in any shape."""
         chosen = positives.flatten()
         self.counts.scatter_add_(0, chosen, torch.ones_like(chosen))
@@ -115,7 +122,7 @@ class ChoiceWindow:
         choices = counts.sum()
         used = (counts > 0).sum()
         frequency = counts.float() / choices.clamp_min(1)
-        return Usage(used, used / len(counts), torch.special.entr(frequency).sum().exp(), choices)
+        return Usage(used, used / len(counts), _perplexity(frequency), choices)
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,8 @@ def verdict(
     """Return what is wrong with a run, worst first; nothing when it is healthy. Judges what it is given.
 
     slots, used, perplexity, choices: of the bank and a window of choices (`Usage`), judged together; fewer than 100
-    choices are not judged. spread: `sphere_std`, about √(1 − ‖mean embedding‖²). rank, dimensions: `rank_me` of embeddings of that width.
+    choices are not judged. spread: `sphere_std`, about √(1 − ‖mean embedding‖²). rank, dimensions: `rank_me` of
+    embeddings of that width.
     """
     findings = []
     if spread is not None and not spread > LOW_SPREAD:  # also when it is NaN

@@ -31,7 +31,7 @@ class KnnResult:
     """Share (0-1) of queries whose class got the most votes."""
     top5: float
     """Share (0-1) of queries whose class is among the five with the most votes; a class without a vote is no guess."""
-    correct: Bool[Tensor, "M"]
+    correct: Bool[Tensor, " M"]
     """Which queries `top1` counts, on the CPU."""
     note: str = ""
     """What the reader should know of this figure; usually empty."""
@@ -39,9 +39,9 @@ class KnnResult:
 
 def knn_accuracy(
     reference: Float[Tensor, "N F"],
-    reference_labels: Int[Tensor, "N"],
+    reference_labels: Int[Tensor, " N"],
     queries: Float[Tensor, "M F"],
-    query_labels: Int[Tensor, "M"],
+    query_labels: Int[Tensor, " M"],
     *,
     neighbours: Sequence[int] = (20,),
     classes: int | None = None,
@@ -55,8 +55,6 @@ def knn_accuracy(
     Runs on the device of `reference`. Raises CacoError on labels out of range or nothing to compare.
     Source: Wu et al. 2018, arXiv:1805.01978; published `ops/knn_monitor.py`.
     """
-    if len(query_labels) != len(queries):
-        raise CacoError(f"{len(queries)} query features but {len(query_labels)} labels")
     if classes is None:
         classes = int(torch.cat([reference_labels.cpu(), query_labels.cpu()]).amax()) + 1 if len(queries) else 1
     _check_labels(query_labels, classes, "queries")
@@ -79,7 +77,7 @@ def knn_accuracy(
 
 def knn_votes(
     reference: Float[Tensor, "N F"],
-    reference_labels: Int[Tensor, "N"],
+    reference_labels: Int[Tensor, " N"],
     queries: Float[Tensor, "M F"],
     classes: int,
     neighbours: int,
@@ -105,7 +103,8 @@ def first_share_of_each_class(labels: np.ndarray | Tensor, share: float) -> np.n
 
     The published monitor's reference set: the first 20 % of each class in path order.
     """
-    _check_share(share)
+    if not 0 < share <= 1:
+        raise UsageError(f"a share of each class must be above 0 and at most 1, not {share}")
     labels = np.asarray(labels)
     parts = []
     for members in _members(labels):
@@ -184,8 +183,8 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values of each row and their columns; of equal values the lower columns, in order.
 
-    `topk` alone takes any of equal values, which differs between devices and chunk sizes; the rare rows where such a tie
-    decides who is in are taken a second time, without the surplus.
+    `topk` alone takes any of equal values, which differs between devices and chunk sizes; the rare rows where such a
+    tie decides who is in are taken a second time, without the surplus.
     """
     top, columns = values.topk(count, dim=1)
     tied = ((values >= top[:, -1:]).sum(dim=1) > count).nonzero().squeeze(1)
@@ -215,10 +214,6 @@ def _usable_neighbours(
     """Check everything that can be wrong with the input; return the numbers of neighbours that can vote."""
     if not len(queries):
         raise CacoError("kNN needs at least one image to judge; there is none")
-    if len(reference_labels) != len(reference):
-        raise CacoError(f"{len(reference)} reference features but {len(reference_labels)} labels")
-    if reference.shape[1] != queries.shape[1]:
-        raise CacoError(f"reference features have {reference.shape[1]} numbers each, the queries' {queries.shape[1]}")
     if leave_one_out and len(queries) != len(reference):
         raise CacoError("leave-one-out judges the reference by itself: give the same features twice")
     available = len(reference) - leave_one_out

@@ -1,7 +1,7 @@
 """A linear classifier on frozen features: the default judge of an encoder.
 
-Many learning rates are trained at once, as one batch of heads on the same shuffled features. The rate is chosen on a part
-held out of *train*; the head reported is trained anew on all of train. The validation set is looked at once.
+Many learning rates are trained at once, as one batch of heads on the same shuffled features. The rate is chosen on a
+part held out of *train*; the head reported is trained anew on all of train. The validation set is looked at once.
 """
 
 from __future__ import annotations
@@ -73,17 +73,15 @@ def linear_probe(
 ) -> LinearResult:
     """Train a linear head on cached features and judge it on the validation set.
 
-    Features are standardised by train's mean and standard deviation. SGD with momentum, no weight decay, cosine to 0 over
-    all steps; weight ~ N(0, 0.01), bias 0. `held_out` is the share of each class of train on which the rate is chosen; with
-    one rate nothing is held out. classes: None takes the largest train label + 1. device: None trains where `train` is.
-    The same input gives the same result on the same machine. Raises CacoError on labels out of range, nothing to train on
-    or to judge, and when every rate diverges; UsageError on options that cannot be.
+    Features are standardised by train's mean and standard deviation. SGD with momentum, no weight decay, cosine to 0
+    over all steps; weight ~ N(0, 0.01), bias 0. `held_out` is the share of each class of train on which the rate is
+    chosen; with one rate nothing is held out. classes: None takes the largest train label + 1. device: None trains
+    where `train` is. The same input gives the same result on the same machine. Raises CacoError on labels out of range,
+    nothing to train on or to judge, and a head that diverges; UsageError on options that cannot be.
     """
     classes = check_labels(train_labels, val_labels, classes)
     if not learning_rates or min(learning_rates) <= 0 or epochs < 1:
         raise UsageError("the linear probe needs at least one learning rate above 0 and one epoch")
-    if len(train) != len(train_labels) or len(val) != len(val_labels):
-        raise CacoError("the linear probe needs one label for each feature vector")
     target = torch.device(device) if device is not None else train.device
     centre, scale = _standardisation(train.float())
     features = (train.float() - centre).div_(scale).to(target)
@@ -133,6 +131,7 @@ def train_heads(
     biases = features.new_zeros(heads, classes)
     weight_velocity, bias_velocity = torch.zeros_like(weights), torch.zeros_like(biases)
     rates = torch.tensor(learning_rates, dtype=features.dtype).to(device)
+    minus_one = -features.new_ones(())
     steps_per_epoch = math.ceil(count / batch_size)
     total = epochs * steps_per_epoch
     for epoch in range(epochs):
@@ -141,7 +140,8 @@ def train_heads(
             batch = features[chosen]
             logits = torch.addmm(biases.view(-1), batch, weights.view(-1, width).T)
             error = logits.view(-1, heads, classes).softmax(dim=2)
-            error.scatter_add_(2, labels[chosen][:, None, None].expand(-1, heads, 1), -error.new_ones(error[:, :, :1].shape))
+            truth = labels[chosen][:, None, None].expand(-1, heads, 1)
+            error.scatter_add_(2, truth, minus_one.expand(truth.shape))
             error = error.flatten(1).div_(len(chosen))
             weight_velocity.mul_(momentum).view(-1, width).addmm_(error.T, batch)
             bias_velocity.mul_(momentum).view(-1).add_(error.sum(dim=0))
@@ -188,7 +188,10 @@ def judge_head(
 
 
 def check_labels(train_labels: Tensor, val_labels: Tensor, classes: int | None) -> int:
-    """Return the number of classes. Raises CacoError when there is nothing to train on or judge, or a label is outside."""
+    """Return the number of classes.
+
+    Raises CacoError when there is nothing to train on or to judge, or a label is outside.
+    """
     if not len(train_labels) or not len(val_labels):
         raise CacoError("a linear probe needs at least one labelled image to train on and one to judge")
     if classes is None:
@@ -229,7 +232,7 @@ def _standardisation(train: Float[Tensor, "N F"]) -> tuple[Tensor, Tensor]:
 def _batch_size(batch_size: int | Literal["auto"], count: int) -> int:
     """Return the batch size; auto: a power of two, some 50 to 100 steps an epoch where 16 to 1,024 images allow it."""
     if batch_size == "auto":
-        return min(1024, max(16, 2 ** int(math.log2(max(1, count / 50)))))
+        return min(1024, max(16, 1 << (count // 50).bit_length() - 1)) if count >= 50 else 16
     if batch_size < 1:
         raise UsageError(f"the batch size must be at least 1, not {batch_size}")
     return min(batch_size, count)

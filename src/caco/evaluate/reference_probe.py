@@ -52,10 +52,10 @@ class LayerWiseSGD(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group)
+                    self._step_one(parameter, parameter.grad, group)
 
-    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient, decay = parameter.grad, group["weight_decay"]
+    def _step_one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        decay = group["weight_decay"]
         parameter_norm, gradient_norm = parameter.norm(), gradient.norm()
         rate = group["trust_coefficient"] * parameter_norm / (gradient_norm + decay * parameter_norm + 1e-8)
         # A bias starts at 0: without this exception its rate would be 0 for ever.
@@ -102,7 +102,9 @@ def train_reference_probe(
         raise UsageError("the linear probe needs at least one epoch and a batch size of at least 1")
     batch_size = min(batch_size, len(train_source))
     backbone.to(device)
-    head = _new_head(int(backbone.num_features), classes, seed, device)
+    width = backbone.num_features
+    assert isinstance(width, int)  # of every backbone: architecture.md
+    head = _new_head(width, classes, seed, device)
     optimizer = LayerWiseSGD(head.parameters(), 0.0, momentum, weight_decay)
     crops = _CroppedFeatures(backbone, train_source, train_labels, size, mean, std, seed, device, workers, precision)
     for epoch in range(epochs):
@@ -152,7 +154,7 @@ class _CroppedFeatures:
     precision: Literal["fp32", "bf16"]
 
     def batches(self, epoch: int, batch_size: int) -> Iterator[tuple[Float[Tensor, "B F"], Int[Tensor, " B"]]]:
-        """Yield features and labels of an epoch's batches on the device; broken images are skipped, the last is smaller."""
+        """Yield features and labels of an epoch's batches on the device; the last may be smaller."""
         recipe = _crop_and_flip(self.size)
 
         def view(index: int) -> Tensor:
@@ -165,16 +167,21 @@ class _CroppedFeatures:
 
         order = [int(index) for index in epoch_order(len(self.source), self.seed, epoch)]
         views = ahead(view, order, [], 2 * FORWARD_BATCH + self.workers, self.workers)
-        for places, group in in_batches(views, batch_size):
-            yield self._forward(group), self.labels[places].to(self.device)
+        waiting = torch.empty(0, device=self.device)
+        indices: list[int] = []
+        for places, group in in_batches(views, FORWARD_BATCH):
+            features = self._forward(group)
+            waiting = torch.cat([waiting, features]) if len(waiting) else features
+            indices += places
+            while len(indices) >= batch_size:
+                yield waiting[:batch_size], self.labels[indices[:batch_size]].to(self.device)
+                waiting, indices = waiting[batch_size:], indices[batch_size:]
+        if indices:
+            yield waiting, self.labels[indices].to(self.device)
 
     def _forward(self, views: list[Tensor]) -> Float[Tensor, "B F"]:
-        parts = []
         with evaluation_mode(self.backbone):
-            for start in range(0, len(views), FORWARD_BATCH):
-                images = to_device(torch.stack(views[start : start + FORWARD_BATCH]), self.device)
-                parts.append(backbone_features(self.backbone, images, self.precision))
-        return torch.cat(parts)
+            return backbone_features(self.backbone, to_device(torch.stack(views), self.device), self.precision)
 
 
 def _crop_and_flip(size: int) -> ViewRecipe:
@@ -197,7 +204,7 @@ def _crop_and_flip(size: int) -> ViewRecipe:
 
 def _new_head(features: int, classes: int, seed: int, device: torch.device) -> nn.Linear:
     """Return the published initial head: weight ~ N(0, 0.01), bias 0."""
-    head = nn.utils.skip_init(nn.Linear, features, classes)
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, features, classes)
     with torch.no_grad():
         head.weight.normal_(0, INITIAL_STD, generator=torch.Generator().manual_seed(seed))
         head.bias.zero_()

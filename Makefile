@@ -1,0 +1,33 @@
+# Everything happens in .venv, which `make install` makes once and every other target reuses.
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+
+.PHONY: install demo test check bench docs clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install  ## pre-train on built-in pictures, judge, and write a page to look at
+	$(BIN)/caco demo --out runs/demo --overwrite
+
+test: install  ## all tests
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+check: install  ## linter, formatter, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## all benchmarks, small sizes
+	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
+
+docs: install  ## the command line reference in docs/, written from the code
+	$(BIN)/python docs/write_reference.py
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""`python -m caco`."""
+
+from caco.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,88 @@
+"""The commands as Python functions. Options are those of the command line; groups are dictionaries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from caco import commands
+from caco.cli import pretrain_start
+from caco.config import Embed, Knn, Linear, Pretrain, Report
+from caco.errors import UsageError, did_you_mean
+from caco.options import flatten, override
+from caco.weights import load_backbone as _load_backbone
+from caco.weights import load_into, read_weights
+
+T = TypeVar("T")
+
+
+def pretrain(data: str | Path, out: str | Path, *, backbone: str | nn.Module | None = None, **options: Any) -> Path:
+    """Pre-train an encoder on images and return the path of the finished backbone (`caco pretrain`).
+
+    backbone: a timm name, or a module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W].
+    Example: `pretrain("photos/", "runs/first", recipe="cifar", bank_size=8192, views={"size": 64})`.
+    Raises caco.errors.UsageError for wrong options, CacoError when the run cannot go on.
+    """
+    given = _given(Pretrain(), {"data": str(data), "out": str(out), **options})
+    if isinstance(backbone, nn.Module):
+        given["backbone"] = "own"
+    elif backbone is not None:
+        given["backbone"] = backbone
+    start = pretrain_start(given)
+    return commands.pretrain(override(start, given), backbone if isinstance(backbone, nn.Module) else None)
+
+
+def knn(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Judge an encoder by nearest neighbours and return the result, accuracies in percent (`caco knn`)."""
+    return commands.knn(_config(Knn(), run, options))
+
+
+def linear(run: str | Path, **options: Any) -> dict[str, Any]:
+    """Judge an encoder by a linear classifier and return the result, accuracies in percent (`caco linear`)."""
+    return commands.linear(_config(Linear(), run, options))
+
+
+def embed(run: str | Path, **options: Any) -> Path:
+    """Write one feature vector for each image and return the file's path (`caco embed`)."""
+    return commands.embed(_config(Embed(), run, options))
+
+
+def report(run: str | Path, **options: Any) -> Path:
+    """Write the page of a run and return its path (`caco report`)."""
+    return commands.report(_config(Report(), run, options))
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """Return the backbone of a run folder or file, in eval mode: [B, 3, S, S] → [B, num_features]."""
+    from caco.evaluate.encoder import find_weights
+
+    return _load_backbone(find_weights(Path(path)))[0]
+
+
+def load_weights(module: nn.Module, path: str | Path) -> nn.Module:
+    """Load a backbone file or run into a module of your own (what `pretrain(backbone=module)` trained); returns it."""
+    from caco.evaluate.encoder import find_weights
+
+    load_into(module, read_weights(find_weights(Path(path)))[0], str(path))
+    return module
+
+
+def _config(defaults: T, run: str | Path, options: dict[str, Any]) -> T:
+    paths = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return override(defaults, _given(defaults, {"run": str(run), **paths}))
+
+
+def _given(defaults: object, options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return options by dotted names. Raises UsageError for one that does not exist."""
+    known = flatten(defaults)
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            given.update(_given(defaults, value, f"{prefix}{name}."))
+        elif prefix + name in known:
+            given[prefix + name] = value
+        else:
+            raise UsageError(f"unknown option {prefix + name}.{did_you_mean(prefix + name, known)}")
+    return given

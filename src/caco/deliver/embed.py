@@ -1,0 +1,57 @@
+"""One feature vector for each image, in a file that other tools read."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from caco.errors import UsageError
+from caco.evaluate.features import Features
+from caco.files import replace_file
+
+ENDINGS = (".npz", ".parquet")
+
+
+def check_features_path(path: str) -> Path:
+    """Return the path if features can be written to it. Raises UsageError."""
+    if not path:
+        raise UsageError("--out is missing: name a file that ends in .npz or .parquet")
+    if Path(path).suffix not in ENDINGS:
+        raise UsageError(f"--out {path}: features are written as .npz or .parquet")
+    if Path(path).suffix == ".parquet":
+        _pyarrow()
+    return Path(path)
+
+
+def write_features(path: Path, features: Features, classes: tuple[str, ...]) -> None:
+    """Write keys, vectors [N, F] float32 and, if there are any, labels and class names; atomically.
+
+    .npz: arrays "keys", "vectors", "labels", "classes". .parquet: columns key, vector, label, class.
+    """
+    vectors = features.vectors.numpy()
+    buffer = io.BytesIO()
+    if path.suffix == ".npz":
+        arrays = {"keys": np.array(features.keys), "vectors": vectors}
+        if features.labels is not None:
+            arrays |= {"labels": features.labels.numpy(), "classes": np.array(classes)}
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    else:
+        pyarrow, parquet = _pyarrow()
+        flat = pyarrow.array(vectors.ravel())
+        columns = {"key": features.keys, "vector": pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
+        if features.labels is not None:
+            numbers = features.labels.tolist()
+            columns |= {"label": numbers, "class": [classes[number] for number in numbers]}
+        parquet.write_table(pyarrow.table(columns), buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def _pyarrow() -> tuple:  # type: ignore[type-arg]
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError("Parquet files need pyarrow: pip install 'caco[parquet]'") from None
+    return pyarrow, pyarrow.parquet

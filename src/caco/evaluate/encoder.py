@@ -1,0 +1,86 @@
+"""The encoder that is judged or used: from a run, a file, or one of the two baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from caco.backbone import create_backbone
+from caco.config import Evaluation
+from caco.data.source import ImageSource
+from caco.errors import UsageError
+from caco.evaluate.features import Features, extract, pixel_features
+from caco.train.checkpoint import CheckpointFolder
+from caco.weights import BackboneCard, load_backbone
+
+BASELINES = ("random", "pixels")
+
+
+@dataclass(frozen=True)
+class UsableEncoder:
+    """A backbone (None: raw pixels), how pictures are prepared for it, and where it runs."""
+
+    backbone: nn.Module | None
+    card: BackboneCard
+    device: torch.device
+    precision: torch.dtype
+    workers: int
+    batch_size: int
+
+    def features(self, source: ImageSource) -> Features:
+        """Return the features of every good image of a source, each exactly once."""
+        card = self.card
+        if self.backbone is None:
+            return pixel_features(source, size=card.size, resize=card.resize, workers=self.workers)
+        return extract(
+            self.backbone,
+            source,
+            size=card.size,
+            resize=card.resize,
+            mean=card.mean,
+            std=card.std,
+            device=self.device,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            precision="bf16" if self.precision == torch.bfloat16 else "fp32",
+        )
+
+
+def load_encoder(options: Evaluation) -> tuple[nn.Module | None, BackboneCard]:
+    """Return the backbone that `options.run` names (None: raw pixels) and its card. Raises UsageError."""
+    run, size = options.run, options.size
+    if not run:
+        raise UsageError("name a run folder or a backbone file first, for example: caco knn runs/first --data photos/")
+    if run in BASELINES and not Path(run).exists():
+        card = BackboneCard(backbone=options.backbone or "none", size=size or 224, resize=_resize_for(size or 224))
+        if run == "pixels":
+            return None, card
+        if not options.backbone:
+            raise UsageError("random needs to know the model: --backbone resnet18")
+        torch.manual_seed(options.seed)
+        return create_backbone(options.backbone, card.size).eval(), card
+    module, card = load_backbone(find_weights(Path(run)), options.backbone, size)
+    return module, replace(card, size=size, resize=_resize_for(size)) if size else card
+
+
+def find_weights(path: Path) -> Path:
+    """Return the weights of a run folder: its finished backbone, else its latest checkpoint; a file is itself."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UsageError(f"there is no run folder or file {path}")
+    finished = path / "export" / "backbone.safetensors"
+    if finished.exists():
+        return finished
+    checkpoints = CheckpointFolder(path / "checkpoints", keep=1).paths()
+    if not checkpoints:
+        raise UsageError(f"{path} holds no finished backbone (export/backbone.safetensors) and no checkpoint")
+    return checkpoints[-1]
+
+
+def _resize_for(size: int) -> int:
+    """Return the usual shorter side for a centre crop: 256 for 224; small pictures are not enlarged first."""
+    return size if size <= 64 else round(size * 256 / 224)

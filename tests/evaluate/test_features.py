@@ -1,0 +1,191 @@
+"""Extraction end to end on a tiny network and an in-memory source with a broken image."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from caco.config import IMAGENET_MEAN, IMAGENET_STD
+from caco.data.decode import BrokenImage
+from caco.errors import CacoError
+from caco.evaluate.features import ahead, evaluation_mode, extract, in_batches, pixel_features
+
+OPTIONS = {"size": 32, "resize": 36, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": "cpu", "workers": 2}
+
+
+class Pictures:
+    """Random pictures of many sizes, one broken, in two classes."""
+
+    name = "pictures"
+    classes = ("first", "second")
+
+    def __init__(self, count=23, broken=(5,), labelled=True):
+        generator = np.random.default_rng(0)
+        sizes = generator.integers(34, 60, (count, 2))
+        self.images = [generator.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in sizes]
+        self.broken = broken
+        self.labels = np.arange(count, dtype=np.int64) % 2 if labelled else None
+        self.loads = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def key(self, index):
+        return f"picture {index}"
+
+    def load(self, index):
+        self.loads.append(index)
+        if index in self.broken:
+            raise BrokenImage(self.key(index), "made so")
+        return self.images[index]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=0)
+
+
+def one_by_one(backbone, source, index):
+    """The validation transform on Pillow as torchvision defines it, and a forward pass of a single image."""
+    image = Image.fromarray(source.images[index])
+    scale = 36 / min(image.size)
+    width, height = (36 if side == min(image.size) else int(scale * side) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - 32) / 2), round((height - 32) / 2)
+    pixels = np.asarray(image.crop((left, top, left + 32, top + 32))) / 255
+    values = torch.from_numpy((pixels - IMAGENET_MEAN) / IMAGENET_STD).permute(2, 0, 1).float()
+    with torch.no_grad():
+        return backbone.eval()(values[None])[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 256])
+def test_every_good_image_once_and_in_order(backbone, batch_size):
+    source = Pictures()
+    features = extract(backbone, source, batch_size=batch_size, **OPTIONS)
+    good = [index for index in range(23) if index != 5]
+    assert features.keys == [f"picture {index}" for index in good]
+    assert features.broken == [("picture 5", "made so")]
+    assert features.labels.tolist() == [index % 2 for index in good]
+    assert sorted(source.loads) == list(range(23))
+    assert features.vectors.dtype == torch.float32
+    assert not features.vectors.requires_grad
+    expected = torch.stack([one_by_one(backbone, source, index) for index in good])
+    # Pillow rounds the crop's edge pixels differently when it resizes the whole picture: by one step of 255 at most.
+    torch.testing.assert_close(features.vectors, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_batch_size_and_workers_do_not_matter(backbone):
+    first = extract(backbone, Pictures(), batch_size=3, **{**OPTIONS, "workers": 1})
+    second = extract(backbone, Pictures(), batch_size=22, **{**OPTIONS, "workers": 4})
+    torch.testing.assert_close(first.vectors, second.vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_chosen_images_and_no_labels(backbone):
+    source = Pictures(labelled=False)
+    whole = extract(backbone, source, **OPTIONS)
+    part = extract(backbone, source, indices=np.array([8, 2, 5]), **OPTIONS)
+    assert part.labels is None
+    assert part.keys == ["picture 8", "picture 2"]
+    assert part.broken == [("picture 5", "made so")]
+    torch.testing.assert_close(part.vectors, whole.vectors[[7, 2]])
+
+
+def test_the_network_is_left_as_it_was(backbone):
+    backbone.train()
+    frozen = next(module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d))
+    frozen.eval()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    modes = [module.training for module in backbone.modules()]
+    extract(backbone, Pictures(), **OPTIONS)
+    assert [module.training for module in backbone.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    with pytest.raises(ZeroDivisionError), evaluation_mode(backbone):
+        1 / backbone.training
+    assert [module.training for module in backbone.modules()] == modes
+
+
+def test_bf16_is_close_to_fp32(backbone):
+    exact = extract(backbone, Pictures(), **OPTIONS).vectors
+    narrow = extract(backbone, Pictures(), precision="bf16", **OPTIONS).vectors
+    assert narrow.dtype == torch.float32
+    assert not torch.equal(narrow, exact)
+    assert torch.nn.functional.cosine_similarity(narrow, exact).min() > 0.99
+
+
+def test_more_batches_than_are_kept_on_the_device(backbone, monkeypatch):
+    whole = extract(backbone, Pictures(), **OPTIONS)
+    monkeypatch.setattr("caco.evaluate.features.BATCHES_ON_DEVICE", 2)
+    parts = extract(backbone, Pictures(), batch_size=3, **OPTIONS)
+    torch.testing.assert_close(parts.vectors, whole.vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_raw_pixels():
+    source = Pictures()
+    pixels = pixel_features(source, size=32, resize=36, workers=2)
+    assert pixels.vectors.shape == (22, 32 * 32 * 3)
+    assert pixels.labels.tolist() == [index % 2 for index in range(23) if index != 5]
+    source.images[0] = np.full((40, 50, 3), (255, 0, 51), np.uint8)
+    first = pixel_features(source, size=32, resize=36, workers=2, indices=[0]).vectors
+    torch.testing.assert_close(first.view(32, 32, 3), torch.tensor([1.0, 0.0, 0.2]).expand(32, 32, 3))
+
+
+def test_errors_say_what_is_wrong(backbone):
+    with pytest.raises(CacoError, match="none of the 3 images of pictures can be read; the first, picture 0: made so"):
+        extract(backbone, Pictures(3, broken=(0, 1, 2)), **OPTIONS)
+    with pytest.raises(CacoError, match="none of the 0 images"):
+        pixel_features(Pictures(0, broken=()), size=32, resize=36, workers=1)
+    with pytest.raises(CacoError, match=r"not \[22, 3, 32, 32\]"):
+        extract(nn.Identity(), Pictures(), **OPTIONS)
+    spoiled = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    nn.init.constant_(spoiled[1].bias, torch.nan)
+    with pytest.raises(CacoError, match="not finite"):
+        extract(spoiled, Pictures(), **OPTIONS)
+
+
+def test_decoding_runs_ahead_but_not_too_far():
+    started, broken = [], []
+    release = threading.Event()
+
+    def view(index):
+        started.append(index)
+        assert release.wait(10)
+        if index == 1:
+            raise BrokenImage("one", "made so")
+        return -index
+
+    stream = ahead(view, range(30), broken, depth=5, workers=3)
+    first = threading.Thread(target=lambda: seen.append(next(stream)))
+    seen = []
+    first.start()
+    while len(started) < 3:
+        time.sleep(0.001)
+    release.set()
+    first.join()
+    assert seen == [(0, 0)]
+    while len(started) < 5:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert sorted(started) == list(range(5))  # index 5 is asked for only when another view is taken
+    assert next(stream) == (2, -2)
+    assert broken == [("one", "made so")]
+    stream.close()
+    assert len(started) < 30
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    def view(index):
+        raise ZeroDivisionError(index)
+
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(view, range(100), [], depth=10, workers=2))
+
+
+def test_in_batches():
+    assert list(in_batches(((i, 2 * i) for i in range(5)), 2)) == [([0, 1], [0, 2]), ([2, 3], [4, 6]), ([4], [8])]
+    assert list(in_batches([], 2)) == []
