@@ -146,9 +146,9 @@ def test_it_learns():
         Edges(),
         Stripes(48, 0),
         Stripes(40, 1),
-        epochs=10,
-        batch_size=8,
-        learning_rate=30.0,
+        epochs=20,
+        batch_size=48,
+        learning_rate=100.0,
         on_epoch=lambda epoch, loss: losses.append(loss),
         **OPTIONS,
     )

@@ -18,7 +18,7 @@ class ArraySource:
 
     def __init__(
         self,
-        images: NDArray[np.uint8],
+        images: NDArray[Any],
         labels: Sequence[int] | NDArray[Any] | None = None,
         classes: Sequence[str] = (),
         name: str = "array",

@@ -23,7 +23,6 @@ from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import render_with_torch
 from caco.errors import UsageError, did_you_mean
 
-
 __all__ = ["ViewParameters", "centre_view", "draw_parameters", "normalise", "render_view_into", "render_views"]
 
 Engine = Literal["auto", "torch", "numba"]
@@ -40,11 +39,11 @@ def render_views(
     engine: Engine = "auto",
     threads: int = 1,
 ) -> Float[Tensor, "B 3 S S"]:
-    """Render one view of each image: float32 [B, 3, S, S], S = recipe.size, normalised by mean and std (of pixels in 0-1).
+    """Render one view of each image: float32 [B, 3, S, S], S = recipe.size, less mean, over std (of pixels in 0-1).
 
     images: one uint8 tensor [B, H, W, 3] on any device, or B uint8 arrays [H, W, 3] of any sizes. engine: torch, numba
-    (CPU only), or auto (numba for images on the CPU where it is installed). threads: of the numba engine; without the GIL.
-    Raises UsageError when the engine cannot do it.
+    (CPU only), or auto (numba for images on the CPU where it is installed). threads: of the numba engine, without the
+    GIL. Raises UsageError when the engine cannot do it.
     """
     if len(images) != len(parameters):
         raise ValueError(f"{len(images)} images, but parameters of {len(parameters)}")
@@ -110,7 +109,7 @@ def choose_engine(engine: Engine, device: torch.device) -> Literal["torch", "num
 
 
 def centre_view(image: UInt8[np.ndarray, "H W 3"], resize: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Return the fixed view of evaluation: the shorter side resized to `resize` pixels, then the central square of `size`.
+    """Return the fixed view of evaluation: the shorter side resized to `resize` pixels, then the middle `size` x `size`.
 
     The pixels of torchvision's Resize and CenterCrop on a Pillow image, of which only the crop is computed.
     """
@@ -126,10 +125,8 @@ def centre_view(image: UInt8[np.ndarray, "H W 3"], resize: int, size: int) -> UI
     return np.asarray(view)
 
 
-def normalise(
-    batch: UInt8[Tensor, "B H W 3"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "B 3 H W"]:
-    """Return uint8 images [B, H, W, 3] as float32 [B, 3, H, W] in 0-1, less the mean, divided by the standard deviation."""
+def normalise(batch: UInt8[Tensor, "B H W 3"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B 3 H W"]:
+    """Return uint8 images as float32 [B, 3, H, W] in 0-1, less the mean, divided by the standard deviation."""
     pixels = batch.permute(0, 3, 1, 2).float() / 255
     centre, spread = (torch.tensor(values, device=batch.device).view(3, 1, 1) for values in (mean, std))
     return (pixels - centre) / spread

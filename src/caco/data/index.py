@@ -47,7 +47,7 @@ def read_index(cache: Path | None, place: str) -> Index | None:
     if cache is None:
         return None
     try:
-        with np.load(cache, allow_pickle=False) as file:
+        with np.load(io.BytesIO(cache.read_bytes()), allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             if (header["format"], header["place"]) != (FORMAT, place):
                 return None

@@ -1,8 +1,10 @@
 """The pixels of random views on CPUs: one compiled function (numba) that takes an image to its normalised view.
 
-The same mathematics as `render`, which is its oracle, arranged so that every inner loop runs over contiguous float32 and
-touches little memory: source rows are mixed to one row, that row is resampled into three planes, and
-colours, blur and the final scaling work on planes. It holds no lock: call it from as many threads as there are cores.
+The same mathematics as `render`, which is its oracle, arranged so that inner loops run over contiguous float32 and touch
+little memory: source rows are mixed to one row, that row is resampled into three planes, and colours, blur and the final
+scaling work on planes. It holds no lock: call it from as many threads as there are cores.
+
+Python's types mean nothing to numba, hence no_type_check; arrays are float32, positions in images are whole numbers.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from typing import no_type_check
 
 import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
 from caco.data import parameters as p
-
 
 # Sums may be reordered and multiply-adds fused, and no pixel is NaN (they come from bytes): what vector code needs.
 FAST = {"contract", "reassoc", "nsz", "nnan"}
@@ -35,14 +37,16 @@ UINTP = np.uintp
 
 
 @njit(**OPTIONS)
+@no_type_check
 def blur_margin(sigma):
     """Rows added above and below a plane: the blur's radius, ceil(3 sigma), rounded up to whole groups of PAIRS."""
     return int(math.ceil(math.ceil(np.float32(3) * sigma) / PAIRS)) * PAIRS
 
 
 @njit(**OPTIONS)
+@no_type_check
 def resize_taps(length, size, flip, step, first, count, weights):
-    """Fill, for each target pixel, its first source pixel (times step), how many follow, and their weights and a zero."""
+    """Fill, for each target pixel, its first source pixel (times step), the number of taps, their weights and a 0."""
     scale = length / size
     support = max(scale, 1.0)
     for target in range(size):
@@ -63,6 +67,7 @@ def resize_taps(length, size, flip, step, first, count, weights):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def mix_rows(image, top, start, width, count, weights, row):
     """row = the weighted sum of `count` rows of bytes from `top`, `width` bytes from `start`."""
     tap = 0
@@ -88,6 +93,7 @@ def mix_rows(image, top, start, width, count, weights, row):
 
 
 @njit(**ORDERED)
+@no_type_check
 def resample_row(row, size, first, count, weights, red, green, blue):
     """The weighted sums of the pixels of `row` (three channels side by side), into the three planes' rows.
 
@@ -111,12 +117,14 @@ def resample_row(row, size, first, count, weights, red, green, blue):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def blend_constant(plane, factor, addend):
     for x in range(len(plane)):
         plane[x] = min(max(factor * plane[x] + addend, ZERO), ONE)
 
 
 @njit(**OPTIONS)
+@no_type_check
 def blend_gray(red, green, blue, factor):
     rest = ONE - factor
     for x in range(len(red)):
@@ -127,6 +135,7 @@ def blend_gray(red, green, blue, factor):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def shift_hue(red, green, blue, turns):
     sixths = np.float32(6) * turns
     for x in range(len(red)):
@@ -148,6 +157,7 @@ def shift_hue(red, green, blue, turns):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def to_gray(red, green, blue):
     for x in range(len(red)):
         gray = RED * red[x] + GREEN * green[x] + BLUE * blue[x]
@@ -157,6 +167,7 @@ def to_gray(red, green, blue):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def sum_gray(red, green, blue):
     total = ZERO
     for x in range(len(red)):
@@ -165,6 +176,7 @@ def sum_gray(red, green, blue):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def apply_jitter(red, green, blue, parameters, first, last, mean):
     """Apply the operations first to last - 1 of the sample's order; mean: of the grey image, for the contrast."""
     for place in range(first, last):
@@ -185,6 +197,7 @@ def apply_jitter(red, green, blue, parameters, first, last, mean):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def change_colours(red, green, blue, parameters):
     """Colour jitter in the sample's order, then grey; three planes of float32 [pixels], changed in place.
 
@@ -213,6 +226,7 @@ def change_colours(red, green, blue, parameters):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def gaussian(sigma, weights):
     """Fill weights[k] of a Gaussian at distance k, 0 beyond ceil(3 sigma); return that radius."""
     radius = int(math.ceil(np.float32(3) * sigma))
@@ -227,8 +241,9 @@ def gaussian(sigma, weights):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def mix_neighbours(source, centre, stride, weights, radius, target):
-    """target[i] = the sum over k of weights[|k|] * source[centre + i + k * stride], |k| up to radius rounded up to PAIRS."""
+    """target[i] = the sum of weights[|k|] * source[centre + i + k * stride] for |k| up to radius (and its group's last)."""
     n = len(target)
     middle = source[centre : centre + n]
     w = weights[0]
@@ -246,6 +261,7 @@ def mix_neighbours(source, centre, stride, weights, radius, target):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def finish(source, solarize, scale, offset, target):
     """Solarise and normalise one stretch of pixels into the view."""
     if solarize:
@@ -257,6 +273,7 @@ def finish(source, solarize, scale, offset, target):
 
 
 @njit(**OPTIONS)
+@no_type_check
 def blur_and_finish(plane, size, margin, weights, radius, solarize, scale, offset, lines, view):
     """Blur one plane and write it to the view, a block of rows at a time so that both passes stay in the cache.
 
@@ -286,6 +303,7 @@ def blur_and_finish(plane, size, margin, weights, radius, solarize, scale, offse
 
 
 @njit(**OPTIONS)
+@no_type_check
 def resize_crop(image, parameters, size, row, red, green, blue):
     """Crop, resize and flip one image into three planes of float32 [size * size] in 0-1."""
     top, left = int(parameters[p.TOP]), int(parameters[p.LEFT])
@@ -315,6 +333,7 @@ def resize_crop(image, parameters, size, row, red, green, blue):
     ),
     **OPTIONS,
 )
+@no_type_check
 def render_rows(images, table, scale, offset, scratch, views):
     """Render one view of each image: bytes [B, H, 3 W] and parameters [B, COLUMNS] to float32 [B, 3, S, S]."""
     size = views.shape[2]
@@ -339,8 +358,16 @@ def render_rows(images, table, scale, offset, scratch, views):
             lines = rest[: 3 * block].reshape(3, block)
             for channel in range(3):
                 blur_and_finish(
-                    planes[channel], size, margin, weights, radius, solarize,
-                    scale[channel], offset[channel], lines, view[channel],
+                    planes[channel],
+                    size,
+                    margin,
+                    weights,
+                    radius,
+                    solarize,
+                    scale[channel],
+                    offset[channel],
+                    lines,
+                    view[channel],
                 )
         else:
             for channel in range(3):

@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from caco.config import ViewRecipe
 
-
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), dtype=np.int8)
 
@@ -49,8 +48,8 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 class ViewParameters:
     """What is done to each of N images to make one view of it; numpy arrays, one row a sample.
 
-    Crop in pixels of the image; a factor of 1, a hue shift of 0 (in turns) and a sigma of 0 (in pixels of the view) leave
-    the pixels as they are: that is what samples without colour jitter or without blur have.
+    Crop in pixels of the image; a factor of 1, a hue shift of 0 (in turns) and a sigma of 0 (in pixels of the view)
+    leave the pixels as they are: that is what samples without colour jitter or without blur have.
     """
 
     top: NDArray[np.int32]
@@ -98,8 +97,9 @@ def draw_parameters(
 ) -> ViewParameters:
     """Draw one view's parameters for each sample: a pure function of (seed, epoch, view, sample index).
 
-    heights, widths: integers [N] (or one for all), the images' sizes in pixels. indices: integers [N], the samples' numbers
-    in their source. Crops are distributed as torchvision's RandomResizedCrop, the rest as its transforms of the same name.
+    heights, widths: integers [N] (or one for all), the images' sizes in pixels. indices: integers [N], the samples'
+    numbers in their source. Crops are distributed as torchvision's RandomResizedCrop, the rest as its transforms of the
+    same name.
     """
     indices = np.atleast_1d(np.asarray(indices)).astype(np.uint64)
     count = len(indices)
@@ -181,7 +181,7 @@ def _streams(seed: int, epoch: int, view: int, indices: NDArray[np.uint64]) -> N
 
 
 def _uniform(streams: NDArray[np.uint64], numbers: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Return the draws of these numbers, float64 [draws, samples] in [0, 1): the outputs of SplitMix64 from each state."""
+    """Return the draws of these numbers, float64 [draws, samples] in [0, 1): SplitMix64's outputs from each state."""
     steps = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
     return (_mix(streams[None, :] + steps[:, None]) >> np.uint64(11)) * 2.0**-53
 

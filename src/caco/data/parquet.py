@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,7 +169,7 @@ def _uncompressed_size(metadata: parquet.FileMetaData, column: str) -> int:
     return sum(part.total_uncompressed_size for part in columns if part.path_in_schema == column)
 
 
-def _unpack(files: Sequence[str], layout: _Layout, out: BinaryIO) -> Index:
+def _unpack(files: Sequence[str], layout: _Layout, out: io.BytesIO | io.BufferedWriter) -> Index:
     """Write the bytes of all images to `out`; return where each ends, each file's number of rows, and the labels."""
     sizes: list[int] = []
     labels: list[Any] = []

@@ -18,7 +18,6 @@ from torch import Tensor
 from caco.data import parameters as p
 from caco.data.parameters import ViewParameters
 
-
 # ITU-R 601-2 luma, which Pillow uses to make grey images.
 LUMA = (0.299, 0.587, 0.114)
 
@@ -169,7 +168,7 @@ def shift_hue(view: Float[Tensor, "B 3 S S"], turns: Float[Tensor, "B 1 1"]) -> 
 def blur(view: Float[Tensor, "B 3 S S"], sigma: Float[Tensor, " B"], radius: int) -> Float[Tensor, "B 3 S S"]:
     """Blur with a Gaussian of each sample's sigma, cut at ceil(3 sigma); edge pixels are repeated outwards.
 
-    As two products with a band matrix a sample: on GPUs that beats many short convolutions. radius: the largest of the batch.
+    As two products with a band matrix a sample, which is one batched call each. radius: the largest of the batch.
     """
     size = view.shape[-1]
     offset = torch.arange(-radius, radius + 1, device=view.device)
@@ -185,5 +184,5 @@ def blur(view: Float[Tensor, "B 3 S S"], sigma: Float[Tensor, " B"], radius: int
 
 
 def solarize(view: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 S S"]:
-    """Invert the pixels that Pillow would round to 128 or more; at 127.5 inverting changes nothing, so it is a minimum."""
+    """Invert what Pillow would round to 128 or more; at 127.5 inverting changes nothing, so it is a minimum."""
     return torch.minimum(view, 1 - view)

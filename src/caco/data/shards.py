@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -120,8 +121,8 @@ def _any_members(shard: str) -> list[_Member]:
         return [_Member(member.name, member.offset_data, member.size) for member in files]
 
 
-def _plain_members(content: mmap.mmap) -> list[_Member] | None:
-    """Return the files in a tar file of the common kind, some 15 times as fast as tarfile does.
+def _plain_members(content: mmap.mmap | bytes) -> list[_Member] | None:
+    """Return the files in a tar file of the common kind, some four times as fast as tarfile does.
 
     None for what `tarfile` should judge: long names, sparse files, links, damage. Layout: POSIX.1-2017, pax, "ustar".
     """
@@ -134,7 +135,10 @@ def _plain_members(content: mmap.mmap) -> list[_Member] | None:
         except ValueError:
             return None
         first, position = position + 512, position + 512 + (size + 511) // 512 * 512
-        if checksum != sum(header) - sum(header[148:156]) + 8 * ord(" ") or position > len(content):
+        summed = header[:148] + b" " * 8 + header[156:]  # a header's checksum is the sum of its bytes, itself blank;
+        if zlib.adler32(summed) & 0xFFFF != (checksum + 1) % 65521:  # Adler-32 has it as its lower half, in C
+            return None
+        if position > len(content):
             return None
         kind = header[156:157]
         if kind in (b"0", b"\0"):

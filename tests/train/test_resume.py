@@ -1,0 +1,164 @@
+"""A run that is stopped anywhere and resumed is, to the last bit, the run that was never stopped. Real processes, killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+EPOCHS, IMAGES, BATCH, WARM_START = 5, 40, 8, 7
+STEPS = EPOCHS * (IMAGES // BATCH)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of noisy pictures of different sizes (so that they are decoded as the run goes on), one broken."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for number in range(IMAGES):
+        path = folder / ("bright" if number % 2 else "dark") / f"{number:03}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        low = 120 if number % 2 else 0
+        size = (20 + number % 5, 24, 3)
+        Image.fromarray(generator.integers(low, low + 100, size, dtype=np.uint8)).save(path)
+    (folder / "dark" / "006.jpg").write_bytes(b"not a picture")
+    return folder
+
+
+def command(photos: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "caco", "pretrain", "--data", str(photos), "--out", str(out)),
+        *("--backbone", "test_resnet", "--views.size", "16", "--views.evaluation-resize", "16", "--epochs", str(EPOCHS)),
+        *("--batch-size", str(BATCH), "--bank-size", "24", "--bank.warm-start-steps", str(WARM_START)),
+        *("--encoder.projector", "16", "--encoder.embedding", "8", "--monitor.log-steps", "2", "--device", "cpu"),
+        *("--monitor.knn-epochs", "2", "--monitor.checkpoint-minutes", "0", "--workers", "2", *more),
+    ]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(command(photos, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    assert (one / "skipped.txt").read_text() == (other / "skipped.txt").read_text()
+    assert (one / "export/backbone.safetensors").read_bytes() == (other / "export/backbone.safetensors").read_bytes()
+    names = {path.name for path in (one / "checkpoints").iterdir()}
+    assert names == {path.name for path in (other / "checkpoints").iterdir()} and "best.pt" in names
+    for name in names:
+        first, second = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other))
+        assert_identical(first, second, name)
+
+
+def assert_identical(one, other, where: str) -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_identical(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_identical(a, b, f"{where}/{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def begun(out: Path, process: subprocess.Popen[str], checkpoints_before: set[str]) -> bool:
+    """Wait until the process has written a checkpoint of its own, or ended; return whether it still runs."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if {path.name for path in (out / "checkpoints").glob("step-*.pt")} - checkpoints_before:
+            return True
+        time.sleep(0.005)
+    return process.poll() is None
+
+
+def test_killed_at_random_moments_many_times(photos, uninterrupted, tmp_path):
+    """`kill -9` again and again, each time a random moment after the first new checkpoint, until a run comes through."""
+    out, kills = tmp_path / "killed", 0
+    generator = random.Random(time.time_ns())
+    while kills < 40:
+        before = {path.name for path in (out / "checkpoints").glob("step-*.pt")}
+        resume = ["--resume"] if (out / "config.json").exists() and before else ["--overwrite"]
+        process = subprocess.Popen(
+            command(photos, out, *resume), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        if begun(out, process, before) and kills < 6:
+            time.sleep(generator.uniform(0, 0.25))
+            process.kill()
+        error = process.communicate()[1]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills += 1
+    assert kills >= 2, "the process was too quick to be killed"
+    assert_equal_runs(uninterrupted, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, number):
+    out = tmp_path / "stopped"
+    # No timed checkpoints: what is resumed from is what the signal saved, in the middle of an epoch.
+    process = subprocess.Popen(
+        command(photos, out, "--monitor.checkpoint-minutes", "1000"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    metrics = out / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and b'"train"' in metrics.read_bytes()):
+        time.sleep(0.002)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, error
+    assert "saved" in error and "--resume" in error and "Traceback" not in error
+    saved = sorted((out / "checkpoints").glob("step-*.pt"))
+    assert saved
+    resumed = run([sys.executable, "-m", "caco", "pretrain", "--out", str(out), "--resume", "--monitor.checkpoint-minutes", "0"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_runs(uninterrupted, out)
+
+
+def test_the_uninterrupted_run_is_complete(uninterrupted):
+    records = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    by_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("warm start", "train", "epoch", "knn")}
+    assert [r["step"] for r in by_kind["warm start"]] == [2, 4, 6, 7]
+    assert len(by_kind["epoch"]) == EPOCHS and [r["epoch"] for r in by_kind["knn"]] == [1, 3, 4]
+    assert by_kind["train"][-1]["step"] == STEPS
+    assert (uninterrupted / "skipped.txt").read_text().startswith("dark/006.jpg\t")
+
+
+def test_resume_of_a_finished_run_changes_nothing(photos, uninterrupted):
+    before = (uninterrupted / "export/backbone.safetensors").read_bytes()
+    done = run([sys.executable, "-m", "caco", "pretrain", "--out", str(uninterrupted), "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert (uninterrupted / "export/backbone.safetensors").read_bytes() == before
+
+
+def test_resume_refuses_other_images(photos, uninterrupted, tmp_path):
+    import shutil
+
+    fewer = tmp_path / "fewer"
+    shutil.copytree(photos, fewer)
+    (fewer / "dark" / "000.jpg").unlink()
+    done = run(command(fewer, uninterrupted, "--resume"))
+    assert done.returncode == 2 and "the same images" in done.stderr and "Traceback" not in done.stderr
