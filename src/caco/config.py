@@ -181,6 +181,22 @@ class MonitorOptions:
 
 
 @dataclass(frozen=True)
+class DistributedOptions:
+    """Processes and machines. Under torchrun or SLURM these are read from the environment instead."""
+
+    processes: Union[int, Auto] = "auto"
+    """Processes on this machine; auto: one for each GPU, or one."""
+    machines: int = 1
+    """Machines in all; the same command is started on each, with its own --distributed.machine."""
+    machine: int = 0
+    """Number of this machine, from 0."""
+    address: str = ""
+    """HOST:PORT of machine 0, the same on all machines."""
+    timeout: float = 600.0
+    """Longest wait for another process, in seconds: then all stop with an error instead of hanging."""
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """Pre-train an encoder on images, with or without labels (labels are never trained on)."""
 
@@ -223,6 +239,7 @@ class Pretrain:
     bank: BankOptions = BankOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     monitor: MonitorOptions = MonitorOptions()
+    distributed: DistributedOptions = DistributedOptions()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, Views
+from caco.data import augment
 from caco.data.augment import centre_view, draw_parameters, normalise, render_view_into, render_views
 from caco.data.parameters import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, ViewParameters
 from caco.errors import UsageError
@@ -163,8 +164,9 @@ def test_whole_pipeline_against_pillow(recipe: ViewRecipe, engine: str) -> None:
     theirs = torch.stack([published(image, parameters, row, recipe.size) for row, image in enumerate(images)])
     difference = (ours - theirs).abs().mean(dim=(1, 2, 3))
     assert difference.mean() <= 0.006
-    assert difference.max() <= 0.02
-    assert (ours - theirs).mean().abs() <= 0.003, "no bias but Pillow's cutting of blends"
+    assert difference.max() <= 0.01
+    # Pillow cuts the results of three blends to whole numbers, and so is darker by half a step at most each.
+    assert -0.001 <= (ours - theirs).mean() <= 1.5 * STEP
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -220,12 +222,21 @@ def test_autocast_does_not_reach_the_pixels() -> None:
         assert torch.equal(render_views(images, parameters, FIRST, *PLAIN, engine="torch"), expected)
 
 
-def test_errors_say_what_is_wrong() -> None:
-    parameters = unchanged(1, 32, 32)
-    with pytest.raises(UsageError, match="'nunba'.* Did you mean numba"):
-        render_views([photo(32, 32)], parameters, FIRST, *PLAIN, engine="nunba")
+def test_engines_are_chosen_by_device_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, elsewhere = torch.device("cpu"), torch.device("meta")
+    assert [augment.choose_engine("auto", device) for device in (cpu, elsewhere)] == ["numba", "torch"]
+    assert augment.choose_engine("torch", cpu) == "torch"
+    with pytest.raises(UsageError, match="works on the CPU, but the images are on meta"):
+        augment.choose_engine("numba", elsewhere)
+    monkeypatch.setattr(augment, "find_spec", lambda name: None)
+    assert augment.choose_engine("auto", cpu) == "torch"
+    with pytest.raises(UsageError, match="needs numba: pip install"):
+        augment.choose_engine("numba", cpu)
+
+
+def test_parameters_of_other_images_are_refused() -> None:
     with pytest.raises(ValueError, match="2 images, but parameters of 1"):
-        render_views([photo(32, 32)] * 2, parameters, FIRST, *PLAIN)
+        render_views([photo(32, 32)] * 2, unchanged(1, 32, 32), FIRST, *PLAIN)
 
 
 # --- the parameters ---------------------------------------------------------------------------------------------------
@@ -365,9 +376,10 @@ PINNED_FLOATS = [
 def test_centre_view_is_torchvisions(height: int, width: int, resize: int, size: int) -> None:
     image = photo(height, width)
     theirs = np.asarray(F.center_crop(F.resize(Image.fromarray(image), resize), [size, size]))
-    difference = np.abs(centre_view(image, resize, size).astype(int) - theirs)
-    assert difference.max() <= 1  # the box is given in fractions of a pixel: a value near one half may round otherwise
-    assert (difference > 0).mean() < 0.001
+    difference = centre_view(image, resize, size).astype(int) - theirs
+    # Pillow rounds between its two passes, and takes first the one that is cheaper for the part it makes.
+    assert np.abs(difference).max() <= 1
+    assert abs(difference.mean()) < 0.01
 
 
 def test_centre_view_refuses_a_crop_larger_than_the_image() -> None:

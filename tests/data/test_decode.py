@@ -45,9 +45,10 @@ def patches(pixels: np.ndarray) -> np.ndarray:
 
 def assert_shows(data: bytes, expected: object, tolerance: int = 0, size: tuple[int, int] = (48, 64)) -> None:
     pixels = decode_rgb(data, "picture")
-    assert (
-        pixels.dtype == np.uint8 and pixels.shape == (*size, 3) and pixels.flags.writeable and pixels.flags.c_contiguous
-    )
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (*size, 3)
+    assert pixels.flags.writeable
+    assert pixels.flags.c_contiguous
     colours = np.broadcast_to(np.asarray(expected).reshape(2, 2, -1), (2, 2, 3))
     assert np.abs(patches(pixels) - colours).max() <= tolerance, patches(pixels)
     assert read_size(data, "picture") == size
@@ -261,7 +262,8 @@ def test_shrink_decodes_jpeg_smaller(factor: int) -> None:
     assert np.abs(patches(pixels) - np.array(COLOURS).reshape(2, 2, 3)).max() <= 5
     asked = []
     by_size = decode_rgb(data, "picture", shrink=lambda height, width: asked.append((height, width)) or factor)
-    assert asked == [(203, 301)] and np.array_equal(by_size, pixels)
+    assert asked == [(203, 301)]
+    assert np.array_equal(by_size, pixels)
     assert decode_rgb(encoded(large, "PNG"), "picture", shrink=factor).shape == (203, 301, 3)
 
 
@@ -271,7 +273,8 @@ def test_shrink_asks_with_the_upright_size_and_never_makes_nothing() -> None:
     data = encoded(Image.fromarray(picture()[:9, :60]), "JPEG", exif=exif)
     asked = []
     pixels = decode_rgb(data, "picture", shrink=lambda height, width: asked.append((height, width)) or 8)
-    assert asked == [(60, 9)] and pixels.shape == (8, 2, 3)
+    assert asked == [(60, 9)]
+    assert pixels.shape == (8, 2, 3)
     with pytest.raises(ValueError, match="not 3"):
         decode_rgb(data, "picture", shrink=3)
 
@@ -299,8 +302,10 @@ BOMB = png(30000, 30000, 8, 0, b"")
 def test_broken(data: bytes, reason: str) -> None:
     with pytest.raises(BrokenImage, match=reason) as caught:
         decode_rgb(data, "folder/name.jpg")
-    assert caught.value.key == "folder/name.jpg" and str(caught.value) == f"folder/name.jpg: {caught.value.reason}"
-    assert isinstance(caught.value, CacoError) and "\n" not in str(caught.value)
+    assert caught.value.key == "folder/name.jpg"
+    assert str(caught.value) == f"folder/name.jpg: {caught.value.reason}"
+    assert isinstance(caught.value, CacoError)
+    assert "\n" not in str(caught.value)
 
 
 def test_smallest_side_is_the_callers() -> None:
@@ -359,7 +364,9 @@ def test_pillow_does_not_warn_on_stderr_and_others_still_do(tmp_path) -> None:
         "warnings.warn('mine')\n"
     )
     run = subprocess.run([sys.executable, "-c", program, tmp_path / "odd.jpg"], capture_output=True, text=True)
-    assert run.returncode == 0 and "EXIF" not in run.stderr and "mine" in run.stderr
+    assert run.returncode == 0
+    assert "EXIF" not in run.stderr
+    assert "mine" in run.stderr
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         Image.open(io.BytesIO(odd)).getexif()

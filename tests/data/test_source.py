@@ -50,7 +50,8 @@ def seen(source: ImageSource) -> list[int]:
 
 
 def labels(source: ImageSource) -> list[int]:
-    assert source.labels is not None and source.labels.dtype == np.int64
+    assert source.labels is not None
+    assert source.labels.dtype == np.int64
     return source.labels.tolist()
 
 
@@ -68,25 +69,31 @@ def class_folders(tmp_path: Path) -> Path:
 class TestFolder:
     def test_class_folders(self, class_folders: Path) -> None:
         source = open_source(class_folders)
-        assert isinstance(source, ImageSource) and source.name == str(class_folders)
+        assert isinstance(source, ImageSource)
+        assert source.name == str(class_folders)
         assert keys(source) == ["cat/deep/down/z.webp", "cat/y.bmp", "dog/a.PNG", "dog/b.png"]
-        assert source.classes == ("cat", "dog") and labels(source) == [0, 0, 1, 1]
+        assert source.classes == ("cat", "dog")
+        assert labels(source) == [0, 0, 1, 1]
         assert seen(source) == [0, 3, 1, 2]
 
     def test_an_image_beside_the_folders_means_no_labels(self, class_folders: Path) -> None:
         write(class_folders / "cover.png", image_bytes(4))
         source = open_source(str(class_folders))
-        assert len(source) == 5 and source.labels is None and source.classes == ()
+        assert len(source) == 5
+        assert source.labels is None
+        assert source.classes == ()
 
     def test_one_folder_is_no_class(self, class_folders: Path) -> None:
         source = open_source(class_folders.parent)
-        assert len(source) == 4 and source.labels is None
+        assert len(source) == 4
+        assert source.labels is None
 
     def test_flat(self, tmp_path: Path) -> None:
         for number, name in enumerate(["b.png", "B.png", "a10.png", "a9.png"]):
             write(tmp_path / name, image_bytes(number))
         source = open_source(tmp_path)
-        assert keys(source) == ["B.png", "a10.png", "a9.png", "b.png"] and seen(source) == [1, 2, 3, 0]
+        assert keys(source) == ["B.png", "a10.png", "a9.png", "b.png"]
+        assert seen(source) == [1, 2, 3, 0]
         assert source.labels is None
 
     def test_order_is_by_whole_path(self, tmp_path: Path) -> None:
@@ -158,7 +165,9 @@ class TestIndex:
         assert cache.exists()
         monkeypatch.setattr(os, "scandir", None)  # a second listing would fail
         again = open_source(class_folders, index_cache=cache)
-        assert keys(again) == keys(first) and again.classes == first.classes and labels(again) == labels(first)
+        assert keys(again) == keys(first)
+        assert again.classes == first.classes
+        assert labels(again) == labels(first)
         assert seen(again) == seen(first)
 
     @pytest.mark.parametrize("change", ["added", "added deep", "removed", "renamed", "folder gone"])
@@ -199,7 +208,8 @@ class TestIndex:
             file.write(image_bytes(3))
         for _ in range(2):
             source = open_source(tmp_path / "odd", index_cache=tmp_path / "index.npz")
-            assert seen(source) == [3] and os.fsencode(source.key(0)) == b"caf\xe9 \n\xf0\x9f\x90\x88.png"
+            assert seen(source) == [3]
+            assert os.fsencode(source.key(0)) == b"caf\xe9 \n\xf0\x9f\x90\x88.png"
 
 
 class TestFiles:
@@ -207,8 +217,10 @@ class TestFiles:
         absolute = class_folders / "cat" / "y.bmp"
         images = write(class_folders / "list.txt", f"dog/b.png\n\n{absolute}\r\ndog/gone.png\n".encode())
         source = open_source(images)
-        assert keys(source) == ["dog/b.png", str(absolute), "dog/gone.png"] and source.labels is None
-        assert source.load(0)[8, 8].tolist() == list(COLOURS[2]) and source.load(1)[8, 8].tolist() == list(COLOURS[3])
+        assert keys(source) == ["dog/b.png", str(absolute), "dog/gone.png"]
+        assert source.labels is None
+        assert source.load(0)[8, 8].tolist() == list(COLOURS[2])
+        assert source.load(1)[8, 8].tolist() == list(COLOURS[3])
         with pytest.raises(BrokenImage, match="dog/gone.png: cannot be read"):
             source.load(2)
 
@@ -222,13 +234,16 @@ class TestFiles:
 
     def test_one_image_a_pattern_and_a_sequence(self, class_folders: Path, monkeypatch) -> None:
         one = open_source(class_folders / "dog" / "b.png")
-        assert keys(one) == ["b.png"] and seen(one) == [2]
+        assert keys(one) == ["b.png"]
+        assert seen(one) == [2]
         monkeypatch.chdir(class_folders)
         assert keys(open_source("dog/*.png")) == ["b.png"]
         several = open_source("**/[ab].*")
-        assert keys(several) == ["a.PNG", "b.png"] and seen(several) == [1, 2]
+        assert keys(several) == ["a.PNG", "b.png"]
+        assert seen(several) == [1, 2]
         sequence = open_source([class_folders / "dog" / "b.png", "cat/y.bmp"])
-        assert keys(sequence) == ["dog/b.png", "cat/y.bmp"] and seen(sequence) == [2, 3]
+        assert keys(sequence) == ["dog/b.png", "cat/y.bmp"]
+        assert seen(sequence) == [2, 3]
 
     def test_unfit_files(self, tmp_path: Path) -> None:
         for name, message in (("a.zip", "unpack it first"), ("b.tar.gz", "unpack it first"), ("c.csv", "of no use")):
@@ -272,9 +287,12 @@ class TestShards:
     def test_labels_by_name_and_missing_labels(self, tmp_path: Path) -> None:
         members = [("a.png", image_bytes(0)), ("a.cls", b"dog"), ("b.png", image_bytes(1)), ("b.cls", b"cat")]
         source = open_source(write_shard(tmp_path / "a.tar", members))
-        assert source.classes == ("cat", "dog") and labels(source) == [1, 0]
+        assert source.classes == ("cat", "dog")
+        assert labels(source) == [1, 0]
         source = open_source(write_shard(tmp_path / "b.tar", members[:3]))
-        assert source.classes == () and source.labels is None and seen(source) == [0, 1]
+        assert source.classes == ()
+        assert source.labels is None
+        assert seen(source) == [0, 1]
 
     @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
     @pytest.mark.parametrize("length", [5, 99, 120, 180])
@@ -284,7 +302,8 @@ class TestShards:
         members.insert(3, (f"{stem}é.cls", b"0"))
         path = write_shard(tmp_path / "a.tar", members, form, mtime=1.5 if form == tarfile.PAX_FORMAT else 1)
         source = open_source(path)
-        assert seen(source) == [0, 1, 2, 3, 4, 5] and keys(source)[0] == f"a.tar/{stem}0.png"
+        assert seen(source) == [0, 1, 2, 3, 4, 5]
+        assert keys(source)[0] == f"a.tar/{stem}0.png"
         assert shards._any_members(str(path))  # the oracle below saw something
         with open(path, "rb") as file:
             for member in shards._any_members(str(path)):
@@ -297,7 +316,8 @@ class TestShards:
         for form, quick in ((tarfile.USTAR_FORMAT, True), (tarfile.GNU_FORMAT, True), (tarfile.PAX_FORMAT, True)):
             path = write_shard(tmp_path / f"{form}.tar", members, form, mtime=1.5 if form == tarfile.PAX_FORMAT else 1)
             found = shards._plain_members(path.read_bytes())
-            assert (found is not None) == quick and found == shards._any_members(str(path))
+            assert (found is not None) == quick
+            assert found == shards._any_members(str(path))
         long_names = write_shard(tmp_path / "long.tar", [("x" * 200 + ".jpg", b"1")], tarfile.PAX_FORMAT)
         assert shards._plain_members(long_names.read_bytes()) is None
         content = bytearray(path.read_bytes())
@@ -333,7 +353,8 @@ class TestShards:
         with monkeypatch.context() as patch:
             patch.setattr(shards, "_members", None)  # a second listing would fail
             source = open_source(path, index_cache=cache)
-        assert keys(source) == keys(first) and labels(source) == labels(first) == [0, 1, 2, 3, 4, 5]
+        assert keys(source) == keys(first)
+        assert labels(source) == labels(first) == [0, 1, 2, 3, 4, 5]
         assert source.classes == first.classes
         with ThreadPoolExecutor(8) as pool:
             colours = list(pool.map(lambda number: source.load(number % 6)[8, 8].tolist(), range(300)))
@@ -363,8 +384,10 @@ class TestParquet:
     def test_hugging_face_layout(self, tmp_path: Path) -> None:
         rows = {"image": image_column(3, 1, 4, 1, 5), "label": [2, 0, 1, 0, 0]}
         source = open_source(write_parquet(tmp_path / "a.parquet", rows, ["cat", "dog", "emu", "fox"]))
-        assert keys(source) == [f"row {number}" for number in range(5)] and seen(source) == [3, 1, 4, 1, 5]
-        assert source.classes == ("cat", "dog", "emu", "fox") and labels(source) == [2, 0, 1, 0, 0]
+        assert keys(source) == [f"row {number}" for number in range(5)]
+        assert seen(source) == [3, 1, 4, 1, 5]
+        assert source.classes == ("cat", "dog", "emu", "fox")
+        assert labels(source) == [2, 0, 1, 0, 0]
 
     def test_several_files(self, tmp_path: Path) -> None:
         for number in range(3):
@@ -372,7 +395,8 @@ class TestParquet:
             write_parquet(tmp_path / "data" / f"p-{number}.parquet", rows)
         for data in (tmp_path, f"{tmp_path}/**/p-*.parquet", f"{tmp_path}/data/p-{{0..2}}.parquet"):
             source = open_source(data)
-            assert seen(source) == [0, 1, 1, 2, 2, 3] and keys(source)[1:3] == [
+            assert seen(source) == [0, 1, 1, 2, 2, 3]
+            assert keys(source)[1:3] == [
                 "p-0.parquet/row 1",
                 "p-1.parquet/row 0",
             ]
@@ -391,7 +415,8 @@ class TestParquet:
     )
     def test_other_columns(self, tmp_path: Path, rows: dict, classes: tuple, expected: list[int] | None) -> None:
         source = open_source(write_parquet(tmp_path / "a.parquet", rows))
-        assert seen(source) == [0, 1] and source.classes == classes
+        assert seen(source) == [0, 1]
+        assert source.classes == classes
         assert source.labels is None if expected is None else labels(source) == expected
 
     def test_unpacked_once_to_a_file(self, tmp_path: Path, monkeypatch) -> None:
@@ -404,7 +429,9 @@ class TestParquet:
             patch.setattr(parquet, "_unpack", None)  # to unpack again would fail
             again = open_source(path, root=tmp_path / "cache")
         for source in (first, again):
-            assert seen(source) == [3, 1, 4] and labels(source) == [1, 0, 1] and source.classes == ("cat", "dog")
+            assert seen(source) == [3, 1, 4]
+            assert labels(source) == [1, 0, 1]
+            assert source.classes == ("cat", "dog")
         next((tmp_path / "cache").glob("*.bytes")).write_bytes(b"cut short")
         assert seen(open_source(path, root=tmp_path / "cache")) == [3, 1, 4]
         write_parquet(path, {"image": image_column(5, 5), "label": [0, 0]}, ["cat", "dog"])
@@ -443,8 +470,11 @@ class TestNamedSets:
             write(raw / f"{part}-images-idx3-ubyte", header + images[:count].tobytes())
             write(raw / f"{part}-labels-idx1-ubyte", struct.pack(">II", 0x801, count) + bytes([7, 0, 7])[:count])
         source = open_source("mnist", root=tmp_path)
-        assert len(source) == 3 and labels(source) == [7, 0, 7] and source.classes[7] == "7 - seven"
-        assert source.load(2).shape == (28, 28, 3) and (source.load(2) == 200).all()
+        assert len(source) == 3
+        assert labels(source) == [7, 0, 7]
+        assert source.classes[7] == "7 - seven"
+        assert source.load(2).shape == (28, 28, 3)
+        assert (source.load(2) == 200).all()
         assert len(open_source("mnist", split="val", root=tmp_path)) == 2  # test stands in for val
         assert len(open_source("mnist:test", root=tmp_path)) == 2
 
@@ -460,10 +490,14 @@ class TestNamedSets:
         write(folder / "fold_indices.txt")
         monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)  # real files are gigabytes
         source = open_source("stl10", root=tmp_path)
-        assert np.array_equal(source.load(1), pixels[1]) and source.load(1).flags.c_contiguous
-        assert labels(source) == [0, 9] and source.classes[9] == "class 9"
+        assert np.array_equal(source.load(1), pixels[1])
+        assert source.load(1).flags.c_contiguous
+        assert labels(source) == [0, 9]
+        assert source.classes[9] == "class 9"
         unlabelled = open_source("stl10:unlabeled", root=tmp_path)
-        assert unlabelled.labels is None and unlabelled.classes == () and np.array_equal(unlabelled.load(0), pixels[0])
+        assert unlabelled.labels is None
+        assert unlabelled.classes == ()
+        assert np.array_equal(unlabelled.load(0), pixels[0])
 
     def test_files(self, tmp_path: Path, monkeypatch) -> None:
         for number, (wordnet, part) in enumerate(
@@ -472,8 +506,10 @@ class TestNamedSets:
             write(tmp_path / "imagenette2" / part / wordnet / "a.JPEG", image_bytes(number))
         monkeypatch.setenv("CACO_DATA", str(tmp_path))
         source = open_source("imagenette")
-        assert keys(source)[0] == "imagenette2/train/n01440764/a.JPEG" and seen(source) == [0, 1]
-        assert labels(source) == [0, 1] and source.classes == ("tench", "English springer")
+        assert keys(source)[0] == "imagenette2/train/n01440764/a.JPEG"
+        assert seen(source) == [0, 1]
+        assert labels(source) == [0, 1]
+        assert source.classes == ("tench", "English springer")
         assert seen(open_source("imagenette", split="test")) == [2]  # val stands in for test
 
     def test_files_without_loader(self, tmp_path: Path) -> None:
@@ -482,7 +518,9 @@ class TestNamedSets:
         write(folder / "images" / "basset_hound_2.jpg", image_bytes(5))
         write(folder / "annotations" / "trainval.txt", b"Abyssinian_1 1 1 1\nbasset_hound_2 2 2 1\n")
         source = open_source("pets", root=tmp_path)
-        assert seen(source) == [4, 5] and labels(source) == [0, 1] and source.classes == ("Abyssinian", "Basset Hound")
+        assert seen(source) == [4, 5]
+        assert labels(source) == [0, 1]
+        assert source.classes == ("Abyssinian", "Basset Hound")
 
     @pytest.mark.parametrize("name", SETS)
     def test_absent_sets_say_how_to_get_them(self, name: str, tmp_path: Path) -> None:
@@ -497,8 +535,11 @@ class TestNamedSets:
 
     def test_textures(self) -> None:
         source = open_source("textures:20")
-        assert isinstance(source, ImageSource) and len(source) == 20 and source.load(0).shape[2] == 3
-        assert len(source.classes) > 1 and len(labels(source)) == 20
+        assert isinstance(source, ImageSource)
+        assert len(source) == 20
+        assert source.load(0).shape[2] == 3
+        assert len(source.classes) > 1
+        assert len(labels(source)) == 20
         held_out = open_source("textures:20", split="val")
         assert not np.array_equal(source.load(0), held_out.load(0))
         for wrong in ("textures:many", "textures:0", "textures:-3"):
@@ -538,17 +579,22 @@ class TestArrays:
     def test_colour_and_grey(self) -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 8, 3), dtype=np.uint8)
         source = ArraySource(pixels, [5, 0, 5])
-        assert isinstance(source, ImageSource) and len(source) == 3 and source.key(2) == "image 2"
-        assert np.array_equal(source.load(1), pixels[1]) and np.array_equal(source.load(1, lambda *_: 2), pixels[1])
+        assert isinstance(source, ImageSource)
+        assert len(source) == 3
+        assert source.key(2) == "image 2"
+        assert np.array_equal(source.load(1), pixels[1])
+        assert np.array_equal(source.load(1, lambda *_: 2), pixels[1])
         assert [source.classes[label] for label in labels(source)] == ["5", "0", "5"]
         assert ArraySource(pixels, np.array([1, 0, 1]), ["cat", "dog", "emu"]).classes == ("cat", "dog", "emu")
         grey = ArraySource(pixels[..., 0])
-        assert np.array_equal(grey.load(0), pixels[0, :, :, :1].repeat(3, axis=2)) and grey.labels is None
+        assert np.array_equal(grey.load(0), pixels[0, :, :, :1].repeat(3, axis=2))
+        assert grey.labels is None
 
     def test_passed_to_open_source(self) -> None:
         pixels = np.zeros((3, 9, 8, 3), np.uint8)
         source = ArraySource(pixels)
-        assert open_source(source) is source and len(open_source(pixels)) == 3
+        assert open_source(source) is source
+        assert len(open_source(pixels)) == 3
 
     @pytest.mark.parametrize(
         ("images", "given", "message"),

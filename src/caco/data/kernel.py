@@ -1,8 +1,8 @@
 """The pixels of random views on CPUs: one compiled function (numba) that takes an image to its normalised view.
 
-The same mathematics as `render`, which is its oracle, arranged so that inner loops run over contiguous float32 and touch
-little memory: source rows are mixed to one row, that row is resampled into three planes, and colours, blur and the final
-scaling work on planes. It holds no lock: call it from as many threads as there are cores.
+The same mathematics as `render`, which is its oracle, arranged so that inner loops run over contiguous float32 and
+touch little memory: source rows are mixed to one row, that row is resampled into three planes, and colours, blur and
+the final scaling work on planes. It holds no lock: call it from as many threads as there are cores.
 
 Python's types mean nothing to numba, hence no_type_check; arrays are float32, positions in images are whole numbers.
 """
@@ -186,9 +186,8 @@ def apply_jitter(red, green, blue, parameters, first, last, mean):
             factor = parameters[p.CONTRAST_FACTOR] if is_contrast else parameters[p.BRIGHTNESS_FACTOR]
             addend = (ONE - factor) * mean if is_contrast else ZERO
             if factor != ONE:
-                blend_constant(red, factor, addend)
-                blend_constant(green, factor, addend)
-                blend_constant(blue, factor, addend)
+                for plane in (red, green, blue):
+                    blend_constant(plane, factor, addend)
         elif operation == p.SATURATION:
             if parameters[p.SATURATION_FACTOR] != ONE:
                 blend_gray(red, green, blue, parameters[p.SATURATION_FACTOR])
@@ -208,21 +207,20 @@ def change_colours(red, green, blue, parameters):
     for place in range(4):
         if int(parameters[p.ORDER + place]) == p.CONTRAST and parameters[p.CONTRAST_FACTOR] != ONE:
             contrast = place
-    total = 0.0
-    if contrast < 4:
+    mean = ZERO
+    # Two rounds, before the contrast and from it on; one round if there is none. (One loop, as a loop is compiled once.)
+    for second in range(0 if contrast < 4 else 1, 2):
+        first, last = (contrast % 4, 4) if second else (0, contrast)
+        total = 0.0
         for start in range(0, pixels, CHUNK):
             stop = min(start + CHUNK, pixels)
             r, g, b = red[start:stop], green[start:stop], blue[start:stop]
-            apply_jitter(r, g, b, parameters, 0, contrast, ZERO)
-            total += sum_gray(r, g, b)
-    mean = np.float32(total / pixels)
-    first = contrast if contrast < 4 else 0
-    for start in range(0, pixels, CHUNK):
-        stop = min(start + CHUNK, pixels)
-        r, g, b = red[start:stop], green[start:stop], blue[start:stop]
-        apply_jitter(r, g, b, parameters, first, 4, mean)
-        if parameters[p.GRAY] > ZERO:
-            to_gray(r, g, b)
+            apply_jitter(r, g, b, parameters, first, last, mean)
+            if not second:
+                total += sum_gray(r, g, b)
+            elif parameters[p.GRAY] > ZERO:
+                to_gray(r, g, b)
+        mean = np.float32(total / pixels)
 
 
 @njit(**OPTIONS)
@@ -243,7 +241,7 @@ def gaussian(sigma, weights):
 @njit(**OPTIONS)
 @no_type_check
 def mix_neighbours(source, centre, stride, weights, radius, target):
-    """target[i] = the sum of weights[|k|] * source[centre + i + k * stride] for |k| up to radius (and its group's last)."""
+    """target[i] = the sum of weights[|k|] * source[centre + i + k * stride] for |k| up to radius."""
     n = len(target)
     middle = source[centre : centre + n]
     w = weights[0]
