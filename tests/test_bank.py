@@ -36,7 +36,9 @@ def loops(queries, slots, positives, weights, temperature, slot_temperature):
 
 
 @pytest.mark.parametrize("temperatures", [(0.08, 0.08), (0.12, 0.03), (1.0, 0.5)])
-@pytest.mark.parametrize(("batch", "size", "width", "pairs"), [(4, 9, 5, 1), (1, 7, 3, 2), (6, 1, 4, 1), (8, 3, 2, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("batch", "size", "width", "pairs"), [(4, 9, 5, 1), (1, 7, 3, 2), (6, 1, 4, 1), (8, 3, 2, 2), (1, 1, 1, 1)]
+)
 def test_loss_and_gradients_are_the_definition(batch, size, width, pairs, temperatures):
     queries = unit(batch, width).requires_grad_()
     slots = unit(size, width, seed=1).requires_grad_()
@@ -74,15 +76,21 @@ def test_query_gradient_is_the_ordinary_cross_entropy_of_torch():
 def test_every_slot_moves_toward_the_query():
     """Cooperative and adversarial: a gradient step raises the query's cosine with its positive and with the negatives."""
     queries, slots = unit(1, 4), unit(6, 4, seed=1).requires_grad_()
-    cooperative_adversarial_loss(queries, slots, torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.float64), 0.2, 0.2).loss.backward()
+    cooperative_adversarial_loss(
+        queries, slots, torch.tensor([[2]]), torch.ones(1, 1, dtype=torch.float64), 0.2, 0.2
+    ).loss.backward()
     assert ((-slots.grad @ queries[0]) > 0).all()
 
 
 def test_the_gradient_scales_with_what_comes_from_above():
     queries, slots = unit(3, 4), unit(5, 4, seed=1).requires_grad_()
     positives, weights = torch.tensor([[0], [1], [4]]), torch.full((3, 1), 1 / 3, dtype=torch.float64)
-    (plain,) = torch.autograd.grad(cooperative_adversarial_loss(queries, slots, positives, weights, 0.1, 0.1).loss, slots)
-    (tripled,) = torch.autograd.grad(3 * cooperative_adversarial_loss(queries, slots, positives, weights, 0.1, 0.1).loss, slots)
+    (plain,) = torch.autograd.grad(
+        cooperative_adversarial_loss(queries, slots, positives, weights, 0.1, 0.1).loss, slots
+    )
+    (tripled,) = torch.autograd.grad(
+        3 * cooperative_adversarial_loss(queries, slots, positives, weights, 0.1, 0.1).loss, slots
+    )
     torch.testing.assert_close(tripled, 3 * plain)
 
 
@@ -101,7 +109,9 @@ def test_lower_precisions_compute_in_float32(dtype, tolerance):
 
 def test_tiny_temperatures_stay_finite():
     queries, slots = -unit(2, 4, dtype=torch.float32)[:1], unit(2, 4, dtype=torch.float32)[:1].requires_grad_()
-    result = cooperative_adversarial_loss(queries, slots, torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), 1e-3, 1e-3)
+    result = cooperative_adversarial_loss(
+        queries, slots, torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), 1e-3, 1e-3
+    )
     result.loss.backward()
     assert result.loss.isfinite() and slots.grad.isfinite().all()
 

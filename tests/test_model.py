@@ -50,13 +50,17 @@ def test_step_reproduces_the_reference(golden, name):
     weights = torch.ones(len(query), 1, dtype=torch.float64)
     chosen = positives[key][:, None]
     logged = cooperative_adversarial_loss(query, start, chosen, weights, float(given[at]), float(given[at]))
-    assert logged.positive_probability.mean().item() == pytest.approx(float(given["positive_probability"]), rel=TOLERANCE)
+    assert logged.positive_probability.mean().item() == pytest.approx(
+        float(given["positive_probability"]), rel=TOLERANCE
+    )
 
 
 def test_view_pairs_weigh_as_published():
     assert view_pairs(2, 0) == (ViewPair(0, 1, 1.0), ViewPair(1, 0, 1.0))
     multi = view_pairs(2, 6)
-    assert len(multi) == 14 and {(p.query, p.key) for p in multi} == {(i, j) for i in range(8) for j in range(2) if i != j}
+    assert len(multi) == 14 and {(p.query, p.key) for p in multi} == {
+        (i, j) for i in range(8) for j in range(2) if i != j
+    }
     assert [p.weight for p in multi] == [1 / 2] * 2 + [1 / 12] * 12
     assert view_pairs(3, 1) == view_pairs(2, 2)
     with pytest.raises(ValueError, match="2 large views"):
@@ -144,7 +148,9 @@ def test_momentum_update_is_the_formula():
     for old, new, source in zip(before, model.key_encoder.parameters(), model.encoder.parameters(), strict=True):
         torch.testing.assert_close(new, 0.99 * old + 0.01 * source.detach())
     model.copy_to_key_encoder()
-    assert all(torch.equal(a, b) for a, b in zip(model.key_encoder.parameters(), model.encoder.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.key_encoder.parameters(), model.encoder.parameters(), strict=True)
+    )
 
 
 def test_warm_start_is_ordinary_contrast():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from caco.api import embed, knn, linear, load_backbone, load_weights, pretrain, report
+    from caco.api import embed, export, knn, linear, load_backbone, load_weights, pretrain, report
     from caco.bank import Bank, cooperative_adversarial_loss
     from caco.model import CaCo
 
@@ -24,6 +24,7 @@ __all__ = [
     "CaCo",
     "cooperative_adversarial_loss",
     "embed",
+    "export",
     "knn",
     "linear",
     "load_backbone",

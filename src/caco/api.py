@@ -9,44 +9,56 @@ from torch import nn
 
 from caco import commands
 from caco.cli import pretrain_start
-from caco.config import Embed, Knn, Linear, Pretrain, Report
+from caco.config import Embed, Export, Knn, Linear, Pretrain, Report
+from caco.data.source import ImageSource
 from caco.errors import UsageError, did_you_mean
-from caco.options import flatten, override
+from caco.options import checked, flatten, override
 from caco.weights import load_backbone as _load_backbone
 from caco.weights import load_into, read_weights
 
 T = TypeVar("T")
 
 
-def pretrain(data: str | Path, out: str | Path, *, backbone: str | nn.Module | None = None, **options: Any) -> Path:
+def pretrain(
+    data: str | Path | ImageSource, out: str | Path, *, backbone: str | nn.Module | None = None, **options: Any
+) -> Path | None:
     """Pre-train an encoder on images and return the path of the finished backbone (`caco pretrain`).
 
-    backbone: a timm name, or a module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W].
+    data: what --data takes, or an image source of your own (caco.data.source.ImageSource). backbone: a timm name, or a
+    module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W]. Returns None but in the main process.
     Example: `pretrain("photos/", "runs/first", recipe="cifar", bank_size=8192, views={"size": 64})`.
     Raises caco.errors.UsageError for wrong options, CacoError when the run cannot go on.
     """
-    given = _given(Pretrain(), {"data": str(data), "out": str(out), **options})
+    images = None if isinstance(data, (str, Path)) else data
+    given = _given(Pretrain(), {"data": data if images is None else images.name, "out": out, **options})
     if isinstance(backbone, nn.Module):
         given["backbone"] = "own"
     elif backbone is not None:
         given["backbone"] = backbone
+    given = checked(Pretrain, given)
     start = pretrain_start(given)
-    return commands.pretrain(override(start, given), backbone if isinstance(backbone, nn.Module) else None)
+    own = backbone if isinstance(backbone, nn.Module) else None
+    return commands.pretrain(override(start, given), own, images)
 
 
-def knn(run: str | Path, **options: Any) -> dict[str, Any]:
+def knn(run: str | Path, **options: Any) -> dict[str, Any] | None:
     """Judge an encoder by nearest neighbours and return the result, accuracies in percent (`caco knn`)."""
     return commands.knn(_config(Knn(), run, options))
 
 
-def linear(run: str | Path, **options: Any) -> dict[str, Any]:
+def linear(run: str | Path, **options: Any) -> dict[str, Any] | None:
     """Judge an encoder by a linear classifier and return the result, accuracies in percent (`caco linear`)."""
     return commands.linear(_config(Linear(), run, options))
 
 
-def embed(run: str | Path, **options: Any) -> Path:
+def embed(run: str | Path, **options: Any) -> Path | None:
     """Write one feature vector for each image and return the file's path (`caco embed`)."""
     return commands.embed(_config(Embed(), run, options))
+
+
+def export(run: str | Path, **options: Any) -> Path:
+    """Write an encoder in another library's format and return the file's path (`caco export`)."""
+    return commands.export(_config(Export(), run, options))
 
 
 def report(run: str | Path, **options: Any) -> Path:
@@ -70,8 +82,7 @@ def load_weights(module: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _config(defaults: T, run: str | Path, options: dict[str, Any]) -> T:
-    paths = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    return override(defaults, _given(defaults, {"run": str(run), **paths}))
+    return override(defaults, checked(type(defaults), _given(defaults, {"run": run, **options})))
 
 
 def _given(defaults: object, options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

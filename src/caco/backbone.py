@@ -43,7 +43,7 @@ def projector(features: int, hidden: int, embedding: int) -> nn.Sequential:
 
 
 def create_backbone(name: str, size: int, stem: str = "auto") -> nn.Module:
-    """Return a timm model by name, without its classifier: [B, 3, S, S] → pooled features [B, num_features].
+    """Return a timm (else torchvision) model, without its classifier: [B, 3, S, S] → pooled features [B, num_features].
 
     size: side of the views in pixels (transformers build their position table for it and interpolate for others).
     stem: "small" replaces a ResNet's first convolution by 3×3, stride 1, and drops the max-pool; "auto" does so when
@@ -52,21 +52,51 @@ def create_backbone(name: str, size: int, stem: str = "auto") -> nn.Module:
     """
     import timm
 
-    if not timm.is_model(name):
-        near = did_you_mean(name, timm.list_models()) or " All names: timm.list_models()."
-        raise UsageError(f"--backbone: timm has no model {name!r}.{near}")
-    backbone = _first_accepted(
-        name,
-        [
-            {"zero_init_last": False},
-            {"img_size": size, "dynamic_img_size": True},
-            {"img_size": size},
-            {},
-        ],
-    )
+    if timm.is_model(name):
+        backbone = _first_accepted(
+            name,
+            [
+                {"zero_init_last": False},
+                {"img_size": size, "dynamic_img_size": True},
+                {"img_size": size},
+                {},
+            ],
+        )
+    else:
+        found = torchvision_model(name)
+        if found is None:
+            near = did_you_mean(name, timm.list_models()) or " All names: timm.list_models()."
+            raise UsageError(f"--backbone: timm has no model {name!r}.{near}")
+        backbone = found
     if stem == "small" or (stem == "auto" and size <= SMALL_VIEW and _has_plain_stem(backbone)):
         _make_stem_small(name, backbone)
     return adopt_backbone(backbone, size)
+
+
+def is_model(name: str) -> bool:
+    """Return whether `create_backbone` knows a name."""
+    import timm
+
+    return bool(timm.is_model(name)) or torchvision_model(name) is not None
+
+
+def torchvision_model(name: str) -> nn.Module | None:
+    """Return torchvision's classification model of that name without its last linear layer; None if there is none."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        return None
+    model: nn.Module = models.get_model(name, weights=None, **({"aux_logits": False} if name == "googlenet" else {}))
+    place = next((place for place in ("fc", "classifier", "heads", "head") if hasattr(model, place)), "fc")
+    head = getattr(model, place, None)
+    linear = (
+        [i for i, layer in enumerate(head) if isinstance(layer, nn.Linear)] if isinstance(head, nn.Sequential) else []
+    )
+    if isinstance(head, nn.Sequential) and linear:
+        head[linear[-1]] = nn.Identity()
+    else:
+        setattr(model, place, nn.Identity())
+    return model
 
 
 def stem_of(backbone: nn.Module) -> str:
@@ -77,16 +107,23 @@ def stem_of(backbone: nn.Module) -> str:
 def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
     """Return a module as a backbone: pooled features, and `num_features` as measured (timm's own misses heads).
 
-    Raises UsageError when a picture of size × size does not give [B, F] or [B, F, H, W].
+    Raises UsageError when a picture of size × size is not taken, or does not give [B, F] or [B, F, H, W].
     """
     was_training = module.training
     module.eval()
-    with torch.no_grad():
-        output = module(torch.zeros(2, 3, size, size))
-    module.train(was_training)
+    try:
+        with torch.no_grad():
+            output = module(torch.zeros(2, 3, size, size))
+    except Exception as error:  # any code may stand there
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"the backbone does not take pictures of {size} x {size} pixels: {reason}") from error
+    finally:
+        module.train(was_training)
     if not isinstance(output, Tensor) or output.ndim not in (2, 4):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UsageError(f"the backbone must map [B, 3, {size}, {size}] to features [B, F] or [B, F, H, W], not {shape}")
+        raise UsageError(
+            f"the backbone must map [B, 3, {size}, {size}] to features [B, F] or [B, F, H, W], not {shape}"
+        )
     if output.ndim == 4:
         module = nn.Sequential(module, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
     module.num_features = output.shape[1]  # type: ignore[assignment]

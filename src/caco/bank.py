@@ -7,6 +7,7 @@ other slots are negatives. The encoder minimises the contrastive loss. So does a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -117,14 +118,33 @@ class Bank(nn.Module):
 
     def __init__(self, size: int, width: int, temperature: float = 0.08, slot_temperature: float = 0.08) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(size, width))
+        self.size = size
         self.temperature = temperature
         self.slot_temperature = slot_temperature
+        self.weight = nn.Parameter(self.own_random_rows(width))
 
     def slots(self) -> Float[Tensor, "K D"]:
         """Return the unit rows of the bank; gradients flow through the normalisation to `weight`."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return F.normalize(self.weight, dim=1)
+
+    def own_random_rows(self, width: int) -> Float[Tensor, "K D"]:
+        """Return the rows a new bank starts with, N(0, 1)."""
+        return torch.cat(list(random_rows(self.size, width)))
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Return the rows [K, …] that this process keeps: all of them (a sharded bank keeps a part)."""
+        return rows
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """Return the rows [K, …] of which this process keeps `rows`: the inverse of `own`."""
+        return rows
+
+    def log_sum_exp(
+        self, queries: Float[Tensor, "N D"], slots: Float[Tensor, "K D"], temperature: float
+    ) -> Float[Tensor, " N"]:
+        """Return log Σ exp(cosine/temperature) over all slots for each query, with its gradient for the queries."""
+        return torch.logsumexp(queries @ slots.T / temperature, dim=1)
 
     @torch.no_grad()
     def nearest(self, keys: Float[Tensor, "N D"], slots: Float[Tensor, "K D"]) -> Int[Tensor, " N"]:
@@ -143,9 +163,7 @@ class Bank(nn.Module):
         weights: Float[Tensor, "N P"],
     ) -> BankLoss:
         """Return `cooperative_adversarial_loss` at this bank's temperatures."""
-        return cooperative_adversarial_loss(
-            queries, slots, positives, weights, self.temperature, self.slot_temperature
-        )
+        return cooperative_adversarial_loss(queries, slots, positives, weights, self.temperature, self.slot_temperature)
 
     @torch.no_grad()
     def fill(self, keys: Float[Tensor, "N D"], batch: int) -> None:
@@ -153,8 +171,15 @@ class Bank(nn.Module):
 
         Batches fill the bank in order; what does not fit at its end is left out, and the next batch begins at slot 0.
         """
-        size = len(self.weight)
-        batches = -(-size // len(keys))
+        batches = -(-self.size // len(keys))
         first = batch % batches * len(keys)
-        kept = min(len(keys), size - first)
-        self.weight[first : first + kept] = keys[:kept].to(self.weight.dtype)
+        self._store(keys[: self.size - first].to(self.weight.dtype), first)
+
+    def _store(self, rows: Tensor, first: int) -> None:
+        self.weight[first : first + len(rows)] = rows
+
+
+def random_rows(size: int, width: int, block: int = 65536) -> Iterator[Tensor]:
+    """Yield the rows of a random bank in blocks: one that keeps a part draws the same numbers as one that keeps all."""
+    for first in range(0, size, block):
+        yield torch.randn(min(block, size - first), width)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from caco.config import Demo, Embed, Knn, Linear, Pretrain, Report
+from caco.checks import check, check_numbers
+from caco.config import Demo, Embed, Export, Knn, Linear, Pretrain, Report
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.options import parse
 from caco.recipes import find_recipe, listing, whole
@@ -25,6 +26,7 @@ Pre-train an image encoder without labels (CaCo), judge it, and take it away.
   caco knn RUN --data train/ --val val/             judge it by nearest neighbours
   caco linear RUN --data train/ --val val/          judge it by a linear classifier
   caco embed RUN --data photos/ --out features.npz  one feature vector for each image (.npz or .parquet)
+  caco export RUN --format timm --out FILE          the encoder for timm, torchvision or the published code
   caco report RUN                                   a page to look at
   caco recipes [NAME]                               named settings
 
@@ -33,18 +35,28 @@ Every command: --help. Version: caco --version."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return exit_status(lambda: _dispatch(given), "caco")
+
+
+def exit_status(work: Callable[[], int | None], program: str) -> int:
+    """Do the work and return its exit status (None: 0); an error becomes one line that begins with the program's name."""
     try:
-        return _dispatch(arguments)
+        return work() or 0
+    except SystemExit as done:  # argparse, after --help
+        return int(done.code or 0)
     except CacoError as error:
-        print(f"caco: {error}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("caco: stopped", file=sys.stderr)
+        print(f"{program}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left: `caco recipes | head -1`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written to, ...
+        print(f"{program}: {error}", file=sys.stderr)
+        return CacoError.exit_status
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -59,15 +71,13 @@ def _dispatch(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         raise UsageError(f"there is no command {command!r}.{did_you_mean(command, COMMANDS)} (all: caco --help)")
-    try:
-        COMMANDS[command](rest)
-    except SystemExit as done:  # argparse, after --help
-        return int(done.code or 0)
+    COMMANDS[command](rest)
     return 0
 
 
 def _pretrain(arguments: list[str]) -> None:
     config = parse(Pretrain, arguments, "caco pretrain", pretrain_start)
+    check(config)
     from caco import commands
 
     commands.pretrain(config)
@@ -76,7 +86,7 @@ def _pretrain(arguments: list[str]) -> None:
 def pretrain_start(given: dict[str, Any]) -> Pretrain:
     """Return the values of all options not given: those of the run to resume, or of the recipe."""
     folder = Path(given.get("out", ""))
-    if given.get("resume") and (folder / "config.json").exists():
+    if given.get("resume") and given.get("out"):
         from caco.train.run_folder import read_config
 
         return read_config(folder)
@@ -86,6 +96,7 @@ def pretrain_start(given: dict[str, Any]) -> Pretrain:
 def _command(kind: type, name: str) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
         config = parse(kind, arguments, f"caco {name}", lambda given: kind())
+        check_numbers(config)
         from caco import commands
 
         getattr(commands, name)(config)
@@ -108,6 +119,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "knn": _command(Knn, "knn"),
     "linear": _command(Linear, "linear"),
     "embed": _command(Embed, "embed"),
+    "export": _command(Export, "export"),
     "report": _command(Report, "report"),
     "recipes": _recipes,
 }

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 
-from caco.config import Embed, Evaluation, Knn, Linear, Pretrain
+from caco.checks import check, check_numbers
+from caco.config import Embed, Evaluation, Export, Knn, Linear, Pretrain, Report
 from caco.data.labels import Relabelled, Subset
 from caco.data.source import ImageSource, open_source
 from caco.deliver.embed import check_features_path, write_features
+from caco.deliver.export import check_export_path
+from caco.deliver.export import export as export_encoder
+from caco.deliver.report import write_report
+from caco.distributed.launch import launch
+from caco.distributed.world import World, choose_device, choose_precision
 from caco.errors import UsageError
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder, load_encoder
@@ -22,14 +31,16 @@ from caco.evaluate.features import Features
 from caco.evaluate.knn import held_out_split, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, LinearResult, linear_probe
 from caco.evaluate.reference_probe import train_reference_probe
-from caco.files import replace_json
+from caco.files import replace_file, replace_json
 from caco.train import pretrain as pretraining
-from caco.train.distributed import choose_device, choose_precision
 
 
-def pretrain(options: Pretrain, backbone: nn.Module | None = None) -> Path:
-    """Pre-train, say what to do next, and return the path of the finished backbone."""
-    path = pretraining.run(options, backbone)
+def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: ImageSource | None = None) -> Path | None:
+    """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
+    check(options)
+    path = launch(pretraining.run, options.distributed, options.device, options, backbone, images)
+    if path is None:
+        return None
     data = f"--data {options.data}" + (f" --val {options.val}" if options.val else "")
     print(f"The backbone is {path}. Next:")
     for command in (f"knn {options.out} {data}", f"linear {options.out} {data}"):
@@ -38,13 +49,24 @@ def pretrain(options: Pretrain, backbone: nn.Module | None = None) -> Path:
     return path
 
 
-def knn(options: Knn) -> dict[str, Any]:
-    """Judge an encoder by nearest neighbours; print, write --out if given, and return the result (percent)."""
+def knn(options: Knn) -> dict[str, Any] | None:
+    """Judge an encoder by nearest neighbours; print, write --out if given, and return the result (percent).
+
+    Returns None but in the main process.
+    """
     _check_result_path(options.out)
-    encoder, train, val = _prepare(options, options.val, options.held_out)
-    reference, queries = _labelled(encoder, train), _labelled(encoder, val)
+    return launch(_knn, options.distributed, options.device, options)
+
+
+def _knn(world: World, options: Knn) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, options.val, options.held_out)
+    reference, queries = encoder.features(train), encoder.features(val)
+    if not world.is_main:
+        return None
+    _say_broken(train, reference)
+    _say_broken(val, queries)
     results = knn_accuracy(
-        reference.vectors.to(encoder.device),
+        reference.vectors.to(world.device),
         reference.labels,
         queries.vectors,
         queries.labels,
@@ -68,16 +90,27 @@ def knn(options: Knn) -> dict[str, Any]:
     return _deliver(report, options.out)
 
 
-def linear(options: Linear) -> dict[str, Any]:
-    """Judge an encoder by a linear classifier; print, write --out if given, and return the result (percent)."""
+def linear(options: Linear) -> dict[str, Any] | None:
+    """Judge an encoder by a linear classifier; print, write --out if given, and return the result (percent).
+
+    Returns None but in the main process.
+    """
     _check_result_path(options.out)
-    if options.epochs < 1:
-        raise UsageError(f"--epochs {options.epochs}: must be at least 1")
-    encoder, train, val = _prepare(options, options.val, options.held_out)
+    if options.head and Path(options.head).suffix != ".safetensors":
+        raise UsageError(f"--head {options.head}: the classifier is written as .safetensors")
+    return launch(_linear, options.distributed, options.device, options)
+
+
+def _linear(world: World, options: Linear) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, options.val, options.held_out)
     if options.protocol == "reference":
         result, report = _reference_linear(options, encoder, train, val)
     else:
-        reference, queries = _labelled(encoder, train), _labelled(encoder, val)
+        reference, queries = encoder.features(train), encoder.features(val)
+        if not world.is_main:
+            return None
+        _say_broken(train, reference)
+        _say_broken(val, queries)
         result = linear_probe(
             reference.vectors,
             reference.labels,
@@ -87,8 +120,9 @@ def linear(options: Linear) -> dict[str, Any]:
             learning_rates=LEARNING_RATES if options.lr == "auto" else [options.lr],
             epochs=options.epochs,
             batch_size=options.probe_batch_size or "auto",
+            momentum=options.momentum,
             seed=options.seed,
-            device=encoder.device,
+            device=world.device,
         )
         report = _described(options, reference, queries)
     report |= {
@@ -98,19 +132,31 @@ def linear(options: Linear) -> dict[str, Any]:
         "top5": 100 * result.top5,
         "learning_rate": result.learning_rate,
         "epochs": result.epochs,
-        "per_class": dict(zip(train.classes, [round(100 * share, 2) for share in result.per_class.tolist()], strict=True)),
-        "rates_tried": [vars(trial) for trial in result.trials],
+        "per_class": {
+            name: _number(100 * share) for name, share in zip(train.classes, result.per_class.tolist(), strict=True)
+        },
+        "rates_tried": [{name: _number(value) for name, value in vars(trial).items()} for trial in result.trials],
     }
     print(f"linear {_accuracy_line(report)}, {_counts_line(report)}, learning rate {result.learning_rate:g}")
+    if options.head:
+        head = {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()}
+        replace_file(Path(options.head), safetensors.torch.save(head, {"classes": json.dumps(train.classes)}))
     return _deliver(report, options.out)
 
 
-def embed(options: Embed) -> Path:
-    """Write the features of every image to --out and return its path."""
+def embed(options: Embed) -> Path | None:
+    """Write the features of every image to --out and return its path (None but in the main process)."""
+    check_numbers(options)
+    check_features_path(options.out)
+    return launch(_embed, options.distributed, options.device, options)
+
+
+def _embed(world: World, options: Embed) -> Path | None:
     path = check_features_path(options.out)
     source = _open(options, options.data, "train")
-    encoder = _encoder(options)
-    features = encoder.features(source)
+    features = _encoder(world, options).features(source)
+    if not world.is_main:
+        return None
     _say_broken(source, features)
     if options.normalise:
         features.vectors.div_(features.vectors.norm(dim=1, keepdim=True).clamp_min(1e-12))
@@ -119,25 +165,27 @@ def embed(options: Embed) -> Path:
     return path
 
 
-def _encoder(options: Evaluation) -> UsableEncoder:
-    device = choose_device(options.device)
+def _encoder(world: World, options: Evaluation) -> UsableEncoder:
     backbone, card = load_encoder(options)
     return UsableEncoder(
         backbone=backbone,
         card=card,
-        device=device,
-        precision=choose_precision(options.precision, device),
+        world=world,
+        precision=choose_precision(options.precision, world.device),
         workers=pretraining.worker_count(options.workers),
         batch_size=options.batch_size,
     )
 
 
-def _prepare(options: Evaluation, val_data: str, held_out: float) -> tuple[UsableEncoder, ImageSource, ImageSource]:
+def _prepare(
+    world: World, options: Evaluation, val_data: str, held_out: float
+) -> tuple[UsableEncoder, ImageSource, ImageSource]:
     """Return the encoder, labelled training images and labelled test images in the same classes."""
+    check_numbers(options)
     train = _open(options, options.data, "train")
     if train.labels is None:
         raise UsageError(f"--data {options.data} has no labels (class folders, or a label column); judging needs them")
-    encoder = _encoder(options)
+    encoder = _encoder(world, options)
     if val_data:
         return encoder, train, Relabelled(_open(options, val_data, "val"), train.classes)
     kept, asked = held_out_split(np.asarray(train.labels), held_out, options.seed)
@@ -148,12 +196,6 @@ def _open(options: Evaluation, data: str, split: str) -> ImageSource:
     if not data:
         raise UsageError("--data is missing: name a folder of images (or textures, for built-in pictures)")
     return open_source(data, split=split, download=options.download)
-
-
-def _labelled(encoder: UsableEncoder, source: ImageSource) -> Features:
-    features = encoder.features(source)
-    _say_broken(source, features)
-    return features
 
 
 def _reference_linear(
@@ -172,7 +214,7 @@ def _reference_linear(
         encoder.backbone,
         train,
         val,
-        device=encoder.device,
+        device=encoder.world.device,
         workers=encoder.workers,
         size=card.size,
         resize=card.resize,
@@ -181,6 +223,8 @@ def _reference_linear(
         epochs=options.epochs,
         batch_size=options.probe_batch_size or 4096,
         learning_rate=0.025 if options.lr == "auto" else options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
         seed=options.seed,
         precision="bf16" if encoder.precision == torch.bfloat16 else "fp32",
         on_epoch=say,
@@ -193,6 +237,11 @@ def _described(options: Knn | Linear, train: Features, val: Features) -> dict[st
     broken = [f"{key}: {reason}" for key, reason in [*train.broken, *val.broken]]
     counts = {"train_images": len(train.vectors), "val_images": len(val.vectors), "broken": broken}
     return {"run": options.run, "data": options.data, "val": options.val or f"held out: {options.held_out:g}", **counts}
+
+
+def _number(value: float) -> float | None:
+    """Return a number as JSON has it: None for a class without images, or the loss of a head that diverged."""
+    return value if math.isfinite(value) else None
 
 
 def _interval(correct: torch.Tensor, seed: int) -> list[float]:
@@ -227,3 +276,25 @@ def _say_broken(source: ImageSource, features: Features) -> None:
             f"{len(features.broken):,} of {len(source):,} images were skipped, the first: {key} ({reason})",
             file=sys.stderr,
         )
+
+
+def export(options: Export) -> Path:
+    """Write the encoder in another format; say how to load it, and return the file's path."""
+    path = check_export_path(options.out, options.format)
+    if not options.run:
+        raise UsageError(
+            "name a run folder or file first, for example: caco export runs/first --out backbone.safetensors"
+        )
+    how = export_encoder(Path(options.run), options.format, path)
+    print(f"{path} is written; load it with {how}")
+    return path
+
+
+def report(options: Report) -> Path:
+    """Write the page of a run into its folder, print and return its path."""
+    if not options.run:
+        raise UsageError("name a run folder first, for example: caco report runs/first")
+    device, workers = choose_device(options.device), pretraining.worker_count("auto")
+    path = write_report(Path(options.run), images=options.images, device=device, workers=workers)
+    print(f"The page is {path}")
+    return path

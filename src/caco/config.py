@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Union
 
-
 Auto = Literal["auto"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -120,6 +119,8 @@ class BankOptions:
     """Temperature of the loss that moves the slots."""
     warm_start_steps: Union[int, Auto] = "auto"
     """Steps of ordinary contrast that fill the bank with keys; auto: until every slot is filled; 0: stay random."""
+    sharded: bool = False
+    """Each process keeps its share of the slots only (for banks of a million slots and more)."""
 
 
 @dataclass(frozen=True)
@@ -209,13 +210,17 @@ class Pretrain:
     recipe: str = "small-photos"
     """Named settings to start from (list: caco recipes); all other options override it."""
     backbone: str = "resnet18"
-    """Any model name of timm."""
+    """Any model name of timm, or of torchvision."""
     weights: str = ""
-    """Start from this file (caco, timm, torchvision, safetensors), or timm:NAME to download from timm's hub."""
+    """Start from this file (caco, published CaCo, timm, torchvision), or timm:NAME to download from timm's hub."""
     epochs: Union[int, Auto] = "auto"
     """Passes over the images; auto: about 20,000 steps, at least 50 and at most 800 epochs."""
+    start_epoch: int = 0
+    """Epoch at which the schedules begin, for a run that goes on from another's --weights."""
     batch_size: int = 128
     """Images per step, over all processes."""
+    accumulate: int = 1
+    """Parts in which a batch goes through, one after another, to save memory."""
     lr: float = 0.3
     """Learning rate of the encoder per 256 images (the rate used is this x batch size / 256)."""
     bank_size: int = 4096
@@ -268,6 +273,7 @@ class Evaluation:
     """Seed of splits, heads and resampling."""
     download: bool = False
     """Allow a torchvision set to be downloaded."""
+    distributed: DistributedOptions = DistributedOptions()
 
 
 @dataclass(frozen=True)
@@ -298,6 +304,12 @@ class Linear(Evaluation):
     """Learning rate (per 256 images in the reference protocol); auto: a grid, or 0.025 in the reference protocol."""
     probe_batch_size: int = 0
     """Images per step of the classifier; 0: 256 on cached features, 4,096 in the reference protocol."""
+    momentum: float = 0.9
+    """Momentum of the classifier's optimizer."""
+    weight_decay: float = 0.0
+    """Weight decay of the classifier (reference protocol only)."""
+    head: str = ""
+    """File (.safetensors) for the trained classifier: weight [classes, features], bias, and the names of the classes."""
     held_out: float = 0.2
     """Share of --data used as test images when there is no --val."""
 
@@ -308,6 +320,18 @@ class Embed(Evaluation):
 
     normalise: bool = False
     """Scale every vector to unit length."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an encoder in the format of another library, or of the published CaCo code."""
+
+    run: str = field(default="", metadata={"positional": "RUN|FILE"})
+    """A run folder, a backbone or checkpoint file."""
+    format: Literal["timm", "torchvision", "reference"] = "timm"
+    """timm, torchvision: a state dict of the backbone; reference: the published checkpoint, with bank and projector."""
+    out: str = ""
+    """File to write: .safetensors or .pth; reference: .pth.tar."""
 
 
 @dataclass(frozen=True)

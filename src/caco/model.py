@@ -60,6 +60,16 @@ class Output(NamedTuple):
     all images have one embedding (collapse)."""
 
 
+def mean_output(outputs: Sequence[Output]) -> Output:
+    """Return the output of a batch that went through in equal parts."""
+    means = {
+        name: torch.stack([getattr(part, name).detach() for part in outputs]).mean(0) for name in Output._fields[:3]
+    }
+    positives = torch.cat([part.positives for part in outputs], dim=1)
+    spread = torch.stack([part.feature_spread for part in outputs]).mean()
+    return Output(**means, positives=positives, feature_spread=spread)
+
+
 class CaCo(nn.Module):
     """Encoder f, momentum encoder f′ and bank W.
 
@@ -118,7 +128,8 @@ class CaCo(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
         """f′ ← momentum·f′ + (1 − momentum)·f, over parameters only: f′ keeps its own batch-norm statistics."""
-        own, new = list(self.key_encoder.parameters()), list(self.encoder.parameters())
+        own: list[Tensor] = list(self.key_encoder.parameters())
+        new: list[Tensor] = list(self.encoder.parameters())
         torch._foreach_lerp_(own, new, 1 - momentum)
 
     @torch.no_grad()
@@ -145,9 +156,10 @@ class WarmStart(nn.Module):
             key = embed(self.model.key_encoder, views[1])
             slots = self.model.bank.slots()
         with torch.autocast(query.device.type, enabled=False):
-            positive = (query * key).sum(dim=1, keepdim=True)
-            logits = torch.cat([positive, query @ slots.T], dim=1) / WARM_START_TEMPERATURE
-        return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long)), key
+            positive = (query * key).sum(dim=1) / WARM_START_TEMPERATURE
+            negatives = self.model.bank.log_sum_exp(query, slots, WARM_START_TEMPERATURE)
+            loss = (torch.logaddexp(positive, negatives) - positive).mean()
+        return loss, key
 
 
 def embed(encoder: nn.Module, view: Tensor) -> Float[Tensor, "B D"]:

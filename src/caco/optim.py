@@ -53,9 +53,7 @@ class LARS(Optimizer):
         parameter.add_(buffer, alpha=-group["lr"])
 
 
-def encoder_optimizer(
-    name: str, encoder: nn.Module, lr: float, momentum: float, weight_decay: float
-) -> Optimizer:
+def encoder_optimizer(name: str, encoder: nn.Module, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     """Return the named optimizer ("lars", "sgd", "adamw") over an encoder's trainable parameters.
 
     Biases and normalisation parameters (at most one dimension) are never decayed.

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
+import numbers
+import os
 import sys
 import types
 import typing
@@ -47,7 +50,8 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, start: Callable[[d
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         name = unknown[0].partition("=")[0]
-        what = f"unknown option {name}.{did_you_mean(name, known)}" if name[0] == "-" else f"what is {name!r} for?"
+        is_option = name.startswith("-")
+        what = f"unknown option {name}.{did_you_mean(name, known)}" if is_option else f"what is {name!r} for?"
         raise UsageError(f"{what} (all options: {prog} --help)")
     given = vars(namespace)
     return override(start(given), given)
@@ -63,6 +67,14 @@ def override(values: T, given: dict[str, Any]) -> T:
         else:
             changes[head] = value
     return dataclasses.replace(values, **changes)  # type: ignore[type-var]
+
+
+def checked(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Return values by dotted names as the options of `kind` take them: paths as text, lists as tuples.
+
+    For values that did not come through `parse`. Raises UsageError for one of another type.
+    """
+    return {name: _fitted(name, _hint(kind, name), value) for name, value in given.items()}
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -108,6 +120,40 @@ def _add_options(parser: Any, kind: type, defaults: Any, prefix: str) -> None:
         help_text += f" [{shown or 'none'}]"
         flag = f"--{prefix}{field.name}".replace("_", "-")
         parser.add_argument(flag, dest=prefix + field.name, help=help_text, **_argument(hint))
+
+
+def _hint(kind: type, name: str) -> Any:
+    """Return the type of an option by its dotted name."""
+    head, _, rest = name.partition(".")
+    hint = typing.get_type_hints(kind)[head]
+    return _hint(hint, rest) if rest else hint
+
+
+def _fitted(name: str, hint: Any, value: Any) -> Any:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, (tuple, list)):
+        hints = [inner[0]] * len(value) if Ellipsis in inner else inner
+        if len(hints) == len(value) > 0:
+            return tuple(_fitted(name, part, item) for part, item in zip(hints, value, strict=True))
+    elif origin is typing.Literal:
+        if value in inner:
+            return value
+    elif origin in (Union, types.UnionType):
+        number = next(part for part in inner if part in (int, float))
+        words = [word for part in inner for word in typing.get_args(part)]
+        return value if value in words else _fitted(name, number, value)
+    elif hint is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    elif hint is bool and isinstance(value, bool):
+        return value
+    elif hint in (int, float) and isinstance(value, numbers.Number) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            if hint(value) == value or value != value:
+                return hint(value)
+    wanted = {bool: "True or False", str: "text or a path"}.get(hint) or _argument(hint)["metavar"]
+    count = f"{len(inner)} x " if origin is tuple and Ellipsis not in inner else ""
+    near = did_you_mean(value, inner) if origin is typing.Literal and isinstance(value, str) else ""
+    raise UsageError(f"{name}={value!r}: must be {count}{wanted}.{near}")
 
 
 def _argument(hint: Any) -> dict[str, Any]:
@@ -162,7 +208,11 @@ def _field_help(kind: type) -> dict[str, str]:
             continue
         body = _class_bodies(inspect.getsourcefile(module) or "")[owner.__name__]
         for field, below in zip(body, body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
                 helps[ast.unparse(field.target)] = str(below.value.value)
     return helps
 

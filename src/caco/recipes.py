@@ -141,7 +141,9 @@ def find_recipe(name: str) -> Pretrain:
 def listing() -> str:
     """Return one line for each recipe: its name and the first line of its docstring."""
     width = max(map(len, RECIPES))
-    return "\n".join(f"{name:{width}}  {(inspect.getdoc(make) or '').splitlines()[0]}" for name, make in RECIPES.items())
+    return "\n".join(
+        f"{name:{width}}  {(inspect.getdoc(make) or '').splitlines()[0]}" for name, make in RECIPES.items()
+    )
 
 
 def whole(name: str) -> str:

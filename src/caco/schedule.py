@@ -8,12 +8,12 @@ import math
 def warmup_cosine(epoch: float, epochs: float, warmup_epochs: float, base: float, final: float) -> float:
     """Return base·(epoch + 1)/warmup during warm-up, then a cosine from base to final.
 
-    epoch counts from 0. With base == final the rate is constant after warm-up. Never divides by zero: a run that is all
-    warm-up has no cosine part.
+    epoch counts from 0. With base == final the rate is constant after warm-up. A run that is all warm-up has no cosine
+    part: what would follow its last epoch is final.
     """
     if epoch < warmup_epochs:
         return base * (epoch + 1) / warmup_epochs
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs) if epochs > warmup_epochs else 1.0
     return final + 0.5 * (1 + math.cos(math.pi * progress)) * (base - final)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import zipfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,25 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from caco.backbone import create_backbone
+from caco.backbone import create_backbone, is_model
 from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.errors import CacoError, UsageError
 from caco.files import replace_file
+from caco.options import checked
+from caco.reference.pickled import HARMLESS
 
 CARD_FORMAT = "caco-backbone-1"
 
 # Where other systems put the encoder inside their files; the first prefix that some key has is stripped.
-PREFIXES = ("encoder.backbone.", "module.encoder_q.", "module.backbone.", "encoder_q.", "module.", "backbone.", "model.")
+PREFIXES = (
+    "encoder.backbone.",
+    "module.encoder_q.",
+    "module.backbone.",
+    "encoder_q.",
+    "module.",
+    "backbone.",
+    "model.",
+)
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
 HEADS = ("fc.", "head.", "classifier.")
 
@@ -69,6 +79,8 @@ def load_backbone(path: Path, backbone: str = "", size: int = 0) -> tuple[nn.Mod
             raise UsageError(f"{path} does not say which model it holds; name it with --backbone")
         stem = "small" if _first_kernel(tensors) == 3 else "standard"
         card = BackboneCard(backbone=backbone, stem=stem, size=size or 224, resize=round((size or 224) * 256 / 224))
+    if backbone and backbone != card.backbone:
+        raise UsageError(f"{path} holds a {card.backbone}, not a {backbone}")
     if card.backbone == "own":
         raise UsageError(f"{path} holds a module of your own; load it from Python: caco.load_weights(module, path)")
     module = create_backbone(card.backbone, card.size, card.stem)
@@ -107,15 +119,20 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], BackboneCard | None]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = load_torch(path)
-    card = BackboneCard(**content["card"]) if isinstance(content.get("card"), dict) else None
-    for container in CONTAINERS:
-        if isinstance(content.get(container), dict):
-            content = content[container]
-            break
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    card = _card(content["card"], path) if isinstance(content.get("card"), dict) else None
+    state = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), content)
+    tensors = strip_prefix({key: value for key, value in state.items() if isinstance(value, Tensor)})
     if not tensors:
-        raise UsageError(f"{path} holds no weights; its entries are {', '.join(map(str, list(content)[:5])) or 'none'}")
-    return strip_prefix(tensors), card
+        raise UsageError(f"{path} holds no weights; its entries are {', '.join(map(str, list(state)[:5])) or 'none'}")
+    return tensors, card or known_card(content, tensors)
+
+
+def known_card(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BackboneCard | None:
+    """Return the card of a file that names its model as the published ones do ("arch"); None if that is no known name."""
+    arch = content.get("arch")
+    if not isinstance(arch, str) or not is_model(arch):
+        return None
+    return BackboneCard(backbone=arch, stem="small" if _first_kernel(tensors) == 3 else "standard")
 
 
 def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -129,13 +146,17 @@ def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_torch(path: Path) -> dict[str, Any]:
     """Return the dictionary in a torch file, safely. Raises UsageError for anything else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        with open(path, "rb") as file:
+            is_pickle = file.read(1) in (b"\x80", b"P")  # plain, or in a zip archive
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+            warnings.simplefilter("ignore")  # about the pickle's protocol
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # damaged pickles raise nearly anything: IndexError, struct.error, AssertionError, ...
+        if is_pickle and isinstance(error, pickle.UnpicklingError):
             raise UsageError(f"{path} is refused: it holds more than tensors, and loading it could run code") from error
         raise UsageError(f"{path} is not a torch file, or is damaged") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is not a torch file, or is damaged ({str(error).splitlines()[0][:80]})") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -149,9 +170,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], BackboneCard | Non
     except (safetensors.SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a safetensors file, or is damaged ({error})") from error
     if header.get("format") == CARD_FORMAT:
-        card = json.loads(header["card"])
-        return tensors, BackboneCard(**{**card, "mean": tuple(card["mean"]), "std": tuple(card["std"])})
+        return tensors, _card(json.loads(header["card"]), path)
     return strip_prefix(tensors), None
+
+
+def _card(values: dict[str, Any], path: Path) -> BackboneCard:
+    try:
+        return BackboneCard(**checked(BackboneCard, values))
+    except (UsageError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: its description of itself is one that this version does not understand") from error
 
 
 def _first_kernel(tensors: Mapping[str, Tensor]) -> int:

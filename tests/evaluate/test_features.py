@@ -76,8 +76,8 @@ def test_every_good_image_once_and_in_order(backbone, batch_size):
     assert features.vectors.dtype == torch.float32
     assert not features.vectors.requires_grad
     expected = torch.stack([one_by_one(backbone, source, index) for index in good])
-    # Pillow rounds the crop's edge pixels differently when it resizes the whole picture: by one step of 255 at most.
-    torch.testing.assert_close(features.vectors, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    # Resizing the crop alone rounds a few pixels otherwise than resizing the whole picture (0.3 % here).
+    torch.testing.assert_close(features.vectors, expected, rtol=0, atol=0.01 * expected.abs().max().item())
 
 
 def test_batch_size_and_workers_do_not_matter(backbone):

@@ -114,9 +114,7 @@ def test_the_rate_is_chosen_on_a_held_out_part_of_train():
         expected = F.cross_entropy(head(standard[held]), labels[held]).item()
         assert trial.loss == pytest.approx(expected, rel=1e-4)
     final = plain_head(standard, labels, 4, result.learning_rate, 3, 32, 0.9, seed=5)
-    torch.testing.assert_close(
-        train @ result.weight.T + result.bias, final(standard).detach(), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(train @ result.weight.T + result.bias, final(standard).detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_validation_images_change_nothing_but_the_judgement():

@@ -152,7 +152,7 @@ def test_it_learns():
         on_epoch=lambda epoch, loss: losses.append(loss),
         **OPTIONS,
     )
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert result.top1 > 0.9
     assert result.per_class.shape == (2,)
 

@@ -36,7 +36,16 @@ def photos(tmp_path_factory):
 def command(photos: Path, out: Path, *more: str) -> list[str]:
     return [
         *(sys.executable, "-m", "caco", "pretrain", "--data", str(photos), "--out", str(out)),
-        *("--backbone", "test_resnet", "--views.size", "16", "--views.evaluation-resize", "16", "--epochs", str(EPOCHS)),
+        *(
+            "--backbone",
+            "test_resnet",
+            "--views.size",
+            "16",
+            "--views.evaluation-resize",
+            "16",
+            "--epochs",
+            str(EPOCHS),
+        ),
         *("--batch-size", str(BATCH), "--bank-size", "24", "--bank.warm-start-steps", str(WARM_START)),
         *("--encoder.projector", "16", "--encoder.embedding", "8", "--monitor.log-steps", "2", "--device", "cpu"),
         *("--monitor.knn-epochs", "2", "--monitor.checkpoint-minutes", "0", "--workers", "2", *more),
@@ -133,7 +142,9 @@ def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, 
     assert "saved" in error and "--resume" in error and "Traceback" not in error
     saved = sorted((out / "checkpoints").glob("step-*.pt"))
     assert saved
-    resumed = run([sys.executable, "-m", "caco", "pretrain", "--out", str(out), "--resume", "--monitor.checkpoint-minutes", "0"])
+    resumed = run(
+        [sys.executable, "-m", "caco", "pretrain", "--out", str(out), "--resume", "--monitor.checkpoint-minutes", "0"]
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_runs(uninterrupted, out)
 

@@ -109,8 +109,9 @@ def choose_engine(engine: Engine, device: torch.device) -> Literal["torch", "num
 def centre_view(image: UInt8[np.ndarray, "H W 3"], resize: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Return the fixed view of evaluation: the shorter side resized to `resize` pixels, then its middle.
 
-    The pixels of torchvision's Resize and CenterCrop on a Pillow image, of which only the crop is computed (2.2 times as
+    The pixels of torchvision's Resize and CenterCrop on a Pillow image, of which only the crop is computed (twice as
     fast from 500 x 375). Pillow may then take rows before columns, which rounds some pixels to the neighbouring value.
+    Raises ValueError when size exceeds resize.
     """
     if size > resize:
         raise ValueError(f"a centre crop of {size} pixels does not fit in a shorter side of {resize}")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from caco.errors import CacoError
 from caco.files import replace_file
+
+if TYPE_CHECKING:
+    from caco.distributed.world import World
 
 
 class BrokenImages:
@@ -21,7 +25,7 @@ class BrokenImages:
         self._written = 0
         self._lock = threading.Lock()
         if path is not None and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
             self._reasons = dict(line.split("\t", 1) for line in lines if "\t" in line)
             self._written = len(self._reasons)
 
@@ -41,11 +45,18 @@ class BrokenImages:
                 f"that --monitor.broken-share allows{where}"
             )
 
+    def merge(self, world: World) -> None:
+        """Bring together what all processes have met, and write the list. Raises CacoError when there are too many."""
+        for reasons in world.gather_objects(self._reasons):
+            for key, reason in reasons.items():
+                self.add(key, reason)
+        self.write()
+
     def write(self) -> None:
         """Write the list (key, tab, reason) if it has grown."""
         with self._lock:
             if self.path is None or len(self._reasons) == self._written:
                 return
             lines = [f"{key}\t{reason}\n" for key, reason in sorted(self._reasons.items())]
-            replace_file(self.path, "".join(lines).encode())
+            replace_file(self.path, "".join(lines).encode("utf-8", "surrogateescape"))  # names need not be UTF-8
             self._written = len(self._reasons)

@@ -4,6 +4,7 @@ The same mathematics as `render`, which is its oracle, arranged so that inner lo
 touch little memory: source rows are mixed to one row, that row is resampled into three planes, and colours, blur and
 the final scaling work on planes. It holds no lock: call it from as many threads as there are cores.
 
+All of it is in one file because numba keeps what it compiled until that file changes, not the files it calls into.
 Python's types mean nothing to numba, hence no_type_check; arrays are float32, positions in images are whole numbers.
 """
 
@@ -208,7 +209,7 @@ def change_colours(red, green, blue, parameters):
         if int(parameters[p.ORDER + place]) == p.CONTRAST and parameters[p.CONTRAST_FACTOR] != ONE:
             contrast = place
     mean = ZERO
-    # Two rounds, before the contrast and from it on; one round if there is none. (One loop, as a loop is compiled once.)
+    # Two rounds, before the contrast and from it on; one if there is none. (One loop in the code: it is compiled once.)
     for second in range(0 if contrast < 4 else 1, 2):
         first, last = (contrast % 4, 4) if second else (0, contrast)
         total = 0.0

@@ -79,10 +79,10 @@ class TrainingViews:
         if self._resident is not None and device.type != "cpu":
             self._resident = self._resident.to(device)
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from first_step on; two are prepared ahead in the background."""
+    def batches(self, epoch: int, first_step: int = 0, last_step: int | None = None) -> Iterator[Batch]:
+        """Yield an epoch's batches first_step … last_step − 1 (None: all); two are prepared ahead in the background."""
         order = epoch_order(len(self.source), self.seed, epoch)
-        steps = range(first_step, self.steps_per_epoch)
+        steps = range(first_step, self.steps_per_epoch if last_step is None else last_step)
         if self._resident is not None and self.device.type != "cpu":
             for step in steps:
                 indices = self._part(order, step)

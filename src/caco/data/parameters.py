@@ -18,7 +18,8 @@ from caco.config import ViewRecipe
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), dtype=np.int8)
 
-# Columns of ViewParameters.table(); the four of ORDER are consecutive.
+# Columns of ViewParameters.table(); the four of ORDER are consecutive. The compiled kernel holds these numbers, and is
+# compiled anew only when its own file changes: change that, too.
 TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER = 0, 1, 2, 3, 4, 5
 BRIGHTNESS_FACTOR, CONTRAST_FACTOR, SATURATION_FACTOR, HUE_SHIFT, GRAY, SIGMA, SOLARIZE = 9, 10, 11, 12, 13, 14, 15
 COLUMNS = 16
@@ -183,14 +184,17 @@ def _streams(seed: int, epoch: int, view: int, indices: NDArray[np.uint64]) -> N
 def _uniform(streams: NDArray[np.uint64], numbers: NDArray[np.integer]) -> NDArray[np.float64]:
     """Return the draws of these numbers, float64 [draws, samples] in [0, 1): SplitMix64's outputs from each state."""
     steps = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
-    return (_mix(streams[None, :] + steps[:, None]) >> np.uint64(11)) * 2.0**-53
+    draws: NDArray[np.float64] = (_mix(streams[None, :] + steps[:, None]) >> np.uint64(11)).astype(np.float64)
+    draws *= 2.0**-53
+    return draws
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The output function of SplitMix64 (Steele, Lea and Flood, 2014); arithmetic modulo 2^64."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    state ^= state >> np.uint64(31)
+    return state
 
 
 def _mix_integer(state: int) -> int:

@@ -51,7 +51,8 @@ def render_with_torch(
             view = blur(view, rows[:, p.SIGMA], radius=int(np.ceil(3 * parameters.sigma.max())))
         if parameters.solarize.any():
             view = torch.where(column(p.SOLARIZE) > 0, solarize(view), view)
-        return (view - mean_) / std_
+        normalised: Tensor = (view - mean_) / std_
+        return normalised
 
 
 def _any_jitter(parameters: ViewParameters) -> bool:
@@ -101,12 +102,12 @@ def resize_weights(
     inside = (source > 0) & (source < length[:, None])
     distance = (source[:, None, :] - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]
     weights = (1 - distance).clamp(min=0) * inside[:, None, :]
-    return weights / weights.sum(dim=2, keepdim=True)
+    return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def luma(view: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B 1 S S"]:
     """Return the grey image."""
-    red, green, blue = view.split(1, dim=1)
+    red, green, blue = view[:, 0:1], view[:, 1:2], view[:, 2:3]
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 

@@ -40,7 +40,8 @@ def write_features(path: Path, features: Features, classes: tuple[str, ...]) -> 
     else:
         pyarrow, parquet = _pyarrow()
         flat = pyarrow.array(vectors.ravel())
-        columns = {"key": features.keys, "vector": pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
+        keys = [key.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for key in features.keys]
+        columns = {"key": keys, "vector": pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
         if features.labels is not None:
             numbers = features.labels.tolist()
             columns |= {"label": numbers, "class": [classes[number] for number in numbers]}

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from caco.backbone import create_backbone
 from caco.config import Evaluation
 from caco.data.source import ImageSource
+from caco.distributed.world import World
 from caco.errors import UsageError
-from caco.evaluate.features import Features, extract, pixel_features
+from caco.evaluate.features import Features, extract, gather_features, pixel_features
 from caco.train.checkpoint import CheckpointFolder
 from caco.weights import BackboneCard, load_backbone
 
@@ -25,28 +27,33 @@ class UsableEncoder:
 
     backbone: nn.Module | None
     card: BackboneCard
-    device: torch.device
+    world: World
     precision: torch.dtype
     workers: int
     batch_size: int
 
     def features(self, source: ImageSource) -> Features:
-        """Return the features of every good image of a source, each exactly once."""
-        card = self.card
-        if self.backbone is None:
-            return pixel_features(source, size=card.size, resize=card.resize, workers=self.workers)
-        return extract(
-            self.backbone,
-            source,
-            size=card.size,
-            resize=card.resize,
-            mean=card.mean,
-            std=card.std,
-            device=self.device,
-            workers=self.workers,
-            batch_size=self.batch_size,
-            precision="bf16" if self.precision == torch.bfloat16 else "fp32",
-        )
+        """Return the features of every good image of a source, each exactly once; the processes share the work."""
+        card, backbone = self.card, self.backbone
+
+        def make(part: np.ndarray) -> Features:
+            if backbone is None:
+                return pixel_features(source, size=card.size, resize=card.resize, workers=self.workers, indices=part)
+            return extract(
+                backbone,
+                source,
+                size=card.size,
+                resize=card.resize,
+                mean=card.mean,
+                std=card.std,
+                device=self.world.device,
+                workers=self.workers,
+                indices=part,
+                batch_size=self.batch_size,
+                precision="bf16" if self.precision == torch.bfloat16 else "fp32",
+            )
+
+        return gather_features(make, len(source), self.world)
 
 
 def load_encoder(options: Evaluation) -> tuple[nn.Module | None, BackboneCard]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from caco.data.augment import centre_view, normalise
 from caco.data.decode import BrokenImage
 from caco.data.source import ImageSource
+from caco.distributed.world import World
 from caco.errors import CacoError
 
 View = TypeVar("View")
@@ -80,6 +81,23 @@ def extract(
     if waiting:
         finished.append(torch.cat(waiting).cpu())
     return _collect(source, taken, broken, finished)
+
+
+def gather_features(
+    make: Callable[[np.ndarray], Features], count: int, world: World, indices: np.ndarray | None = None
+) -> Features:
+    """Return make(indices) (None: of all `count` images), the work shared among all processes of `world`.
+
+    Each process makes a contiguous part, so that every image counts once and the order is the source's, whatever their
+    number. All processes get the whole.
+    """
+    chosen = np.arange(count) if indices is None else indices
+    if world.size == 1 or len(chosen) < world.size:
+        return make(chosen)
+    own = make(world.part(chosen))
+    keys, broken = zip(*world.gather_objects((own.keys, own.broken)), strict=True)
+    labels = None if own.labels is None else world.gather_parts(own.labels)
+    return Features(world.gather_parts(own.vectors), labels, sum(keys, []), sum(broken, []))
 
 
 def pixel_features(
@@ -172,9 +190,7 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
     return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
 
 
-def _collect(
-    source: ImageSource, taken: list[int], broken: list[tuple[str, str]], finished: list[Tensor]
-) -> Features:
+def _collect(source: ImageSource, taken: list[int], broken: list[tuple[str, str]], finished: list[Tensor]) -> Features:
     if not taken:
         why = f"; the first, {broken[0][0]}: {broken[0][1]}" if broken else ""
         raise CacoError(f"none of the {len(broken):,} images of {source.name} can be read{why}")

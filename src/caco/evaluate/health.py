@@ -201,6 +201,4 @@ def _usage_finding(slots: int, used: float, perplexity: float) -> Finding:
             f"nearly all images choose the same slot of the bank ({used:,.0f} of {slots:,} slots are used)",
             advice,
         )
-    return Finding(
-        False, f"only {used:,.0f} of {slots:,} slots are used: the embeddings occupy a narrow cone", advice
-    )
+    return Finding(False, f"only {used:,.0f} of {slots:,} slots are used: the embeddings occupy a narrow cone", advice)

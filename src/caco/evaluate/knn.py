@@ -60,9 +60,7 @@ def knn_accuracy(
     _check_labels(query_labels, classes, "queries")
     counts = _usable_neighbours(reference, reference_labels, queries, classes, neighbours, temperature, leave_one_out)
     guesses: list[list[Tensor]] = [[] for _ in counts]
-    for chunk in _votes_by_chunk(
-        reference, reference_labels, queries, classes, counts, temperature, leave_one_out
-    ):
+    for chunk in _votes_by_chunk(reference, reference_labels, queries, classes, counts, temperature, leave_one_out):
         for place, votes in enumerate(chunk):
             weight, best = _largest(votes, min(5, classes))
             guesses[place].append(torch.where(weight > 0, best, -1))

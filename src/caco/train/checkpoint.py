@@ -32,19 +32,27 @@ class CheckpointFolder:
 
     def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
         """Write a checkpoint atomically, then remove all but the latest few. step: counts the warm start's steps too."""
-        path = self.folder / f"step-{step:08d}.pt"
+        path = self.path(step)
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **state}, buffer)
         replace_file(path, buffer.getbuffer())
         if best:
             replace_file(self.folder / "best.pt", buffer.getbuffer())
-        for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)
+        paths = self.paths()
+        newest = paths.index(path) + 1
+        # What is numbered higher could not be read, or the run would have been resumed from there.
+        for other in [*paths[: max(newest - self.keep, 0)], *paths[newest:]]:
+            other.unlink(missing_ok=True)
         return path
+
+    def path(self, step: int) -> Path:
+        """Return where the checkpoint of a step is, or will be."""
+        return self.folder / f"step-{step:08d}.pt"
 
     def paths(self) -> list[Path]:
         """Return the numbered checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8,}", path.stem))
+        numbered = [path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8,}", path.stem)]
+        return sorted(numbered, key=lambda path: int(path.stem.removeprefix("step-")))
 
     def latest(self) -> tuple[Path, dict[str, Any]]:
         """Return the newest checkpoint that can be read. Raises CacoError when none can."""
@@ -62,7 +70,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return a checkpoint of ours. Raises UsageError for a damaged or foreign file, or one that would run code."""
     content = load_torch(path)
     if content.get("format") != FORMAT:
-        raise UsageError(f"{path} is not a checkpoint of this version of caco ({FORMAT}): it says {content.get('format')!r}")
+        raise UsageError(
+            f"{path} is not a checkpoint of this version of caco ({FORMAT}): it says {content.get('format')!r}"
+        )
     return content
 
 

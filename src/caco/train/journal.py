@@ -11,11 +11,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from caco.data.loader import Batch
 from caco.errors import CacoError
 
 
@@ -25,7 +27,7 @@ class Journal:
     def __init__(self, folder: Path, keep_bytes: int = 0, tensorboard: bool = False) -> None:
         """keep_bytes: length of metrics.jsonl at the checkpoint resumed from; what came later is done again."""
         self._metrics = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
-        self._metrics.truncate(keep_bytes)
+        self._metrics.truncate(min(keep_bytes, self._metrics.tell()))  # a longer one would be filled up with zeros
         self._metrics.seek(0, os.SEEK_END)
         self._speed = open(folder / "speed.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._log = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
@@ -66,6 +68,29 @@ class Journal:
             self._events.close()
 
 
+class SilentJournal(Journal):
+    """The journal of a process that is not the main one: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Write nothing."""
+
+    def record_speed(self, step: int, images_per_second: float, data_wait: float) -> None:
+        """Write nothing."""
+
+    def say(self, text: str) -> None:
+        """Say nothing."""
+
+    def sync(self) -> int:
+        """Return 0: there is no file."""
+        return 0
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
 class ProgressBar:
     """A bar on a terminal; on anything else a line now and then."""
 
@@ -75,7 +100,8 @@ class ProgressBar:
         self._journal, self._steps = journal, steps
         self._began, self._first = time.monotonic(), done
         self._last_line = self._began
-        self._bar = tqdm(total=steps, initial=done, unit="step", disable=not sys.stderr.isatty(), leave=False)
+        hidden = isinstance(journal, SilentJournal) or not sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=hidden, leave=False)
 
     def advance(self) -> None:
         """Count one step."""
@@ -93,6 +119,34 @@ class ProgressBar:
     def close(self) -> None:
         """Take the bar off the terminal."""
         self._bar.close()
+
+
+class Stopwatch:
+    """Images per second, and the share of the time spent waiting for the next batch."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured (what came between was no training)."""
+        self.began, self.waited, self.images = time.monotonic(), 0.0, 0
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches, timing the wait for each."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def take(self) -> tuple[float, float]:
+        """Return (images per second, share of time waited) since the last call, and start anew."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        result = self.images / seconds, self.waited / seconds
+        self.restart()
+        return result
 
 
 def _duration(seconds: float) -> str:

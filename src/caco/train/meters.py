@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from caco.distributed.world import World
 from caco.evaluate.health import ChoiceWindow, Usage
 from caco.model import Output
-from caco.train.distributed import World
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,21 @@ class Meters:
         self.epoch_choices.clear()
         return usage
 
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """Return everything, for a checkpoint."""
+    def state_dict(self, world: World) -> dict[str, Tensor | int]:
+        """Return everything, over all processes, for a checkpoint."""
         return {
-            "sums": self.sums,
+            "sums": world.sum(self.sums) / world.size,
             "steps": self.steps,
-            "recent_choices": self.recent_choices.counts,
-            "epoch_choices": self.epoch_choices.counts,
+            "recent_choices": world.sum(self.recent_choices.counts),
+            "epoch_choices": world.sum(self.epoch_choices.counts),
             "first_bad_step": self.first_bad_step,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any], world: World) -> None:
+        """Take over what `state_dict` returned; counts go to the main process, so that their sum stays what it was."""
         self.steps = state["steps"]
         self.sums.copy_(state["sums"])
-        self.recent_choices.counts.copy_(state["recent_choices"])
-        self.epoch_choices.counts.copy_(state["epoch_choices"])
         self.first_bad_step.copy_(state["first_bad_step"])
+        if world.is_main:
+            self.recent_choices.counts.copy_(state["recent_choices"])
+            self.epoch_choices.counts.copy_(state["epoch_choices"])

@@ -11,7 +11,8 @@ from torch import nn
 from caco.config import MonitorOptions, Views
 from caco.data.labels import Relabelled
 from caco.data.source import ImageSource
-from caco.evaluate.features import Features, extract
+from caco.distributed.world import World
+from caco.evaluate.features import Features, extract, gather_features
 from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy
 
 VOTE_TEMPERATURE = 0.2
@@ -32,7 +33,7 @@ class KnnMonitor:
     query_indices: np.ndarray | None
     neighbours: int
     views: Views
-    device: torch.device
+    world: World
     precision: torch.dtype
     workers: int
 
@@ -44,7 +45,7 @@ class KnnMonitor:
             queries = self._features(backbone, self.queries, self.query_indices)
         assert reference.labels is not None and queries.labels is not None
         (result,) = knn_accuracy(
-            reference.vectors.to(self.device),
+            reference.vectors.to(self.world.device),
             reference.labels,
             queries.vectors,
             queries.labels,
@@ -57,18 +58,27 @@ class KnnMonitor:
         return {"top1": 100 * result.top1, "top5": 100 * result.top5, **counts}
 
     def _features(self, backbone: nn.Module, source: ImageSource, indices: np.ndarray | None) -> Features:
-        return extract(
-            backbone,
-            source,
-            size=self.views.size,
-            resize=self.views.evaluation_resize,
-            mean=self.views.mean,
-            std=self.views.std,
-            device=self.device,
-            workers=self.workers,
-            indices=indices,
-            precision="bf16" if self.precision == torch.bfloat16 else "fp32",
-        )
+        def make(part: np.ndarray) -> Features:
+            return extract(
+                backbone,
+                source,
+                size=self.views.size,
+                resize=self.views.evaluation_resize,
+                mean=self.views.mean,
+                std=self.views.std,
+                device=self.world.device,
+                workers=self.workers,
+                indices=part,
+                precision="bf16" if self.precision == torch.bfloat16 else "fp32",
+            )
+
+        return gather_features(make, len(source), self.world, indices)
+
+
+def knn_is_due(epoch: int, epochs: int, options: MonitorOptions) -> bool:
+    """Return whether the kNN check follows this epoch (counted from 0)."""
+    done = epoch + 1
+    return done <= options.knn_first_epochs or done % options.knn_epochs == 0 or done == epochs
 
 
 def create_monitor(
@@ -77,7 +87,7 @@ def create_monitor(
     options: MonitorOptions,
     views: Views,
     seed: int,
-    device: torch.device,
+    world: World,
     precision: torch.dtype,
     workers: int,
 ) -> KnnMonitor | None:
@@ -88,7 +98,7 @@ def create_monitor(
     """
     if options.knn_epochs <= 0:
         return None
-    common = (options.knn_neighbours, views, device, precision, workers)
+    common = (options.knn_neighbours, views, world, precision, workers)
     if source.labels is None:
         if val is None or val.labels is None:
             return None

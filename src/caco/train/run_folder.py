@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -27,12 +28,19 @@ FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download",
 FREE_GROUPS = ("monitor.", "distributed.")
 
 
-def open_run_folder(config: Pretrain) -> Path:
-    """Return the run's folder, ready for a new run (`--overwrite` deletes the old) or for `--resume`. Raises UsageError."""
+def open_run_folder(config: Pretrain) -> Pretrain:
+    """Make the run's folder ready for a new run (`--overwrite` deletes the old) or for `--resume`. Raises UsageError.
+
+    Returns the configuration, with `resume` or `overwrite` decided when torchrun restarts a group that has lost a
+    member: then it is the same run that goes on (from its last checkpoint, or anew if it had none yet).
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and _holds_run(Path(config.out)):
+        begun = any((Path(config.out) / "checkpoints").glob("step-*.pt"))
+        config = replace(config, resume=begun, overwrite=not begun)
     if not config.out:
         raise UsageError("--out is missing: name a folder for the run, for example --out runs/first")
     folder = Path(config.out)
-    holds_run = (folder / "config.json").exists()
+    holds_run = _holds_run(folder)
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     if config.resume and not holds_run:
@@ -43,8 +51,20 @@ def open_run_folder(config: Pretrain) -> Path:
         if not config.overwrite:
             raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
+    return config
+
+
+def _holds_run(folder: Path) -> bool:
+    """Return whether a folder holds a run, of any version of caco; others have a config.json and must not be deleted."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"recipe", "bank_size", "backbone"} <= content.keys()
 
 
 def read_config(folder: Path) -> Pretrain:
@@ -54,7 +74,7 @@ def read_config(folder: Path) -> Pretrain:
         return from_dictionary(Pretrain, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UsageError(f"there is no run in {folder} (no config.json)") from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
 
 
@@ -69,7 +89,7 @@ def check_same_mathematics(saved: Pretrain, wanted: Pretrain) -> None:
     changed = [
         f"--{name.replace('_', '-')} {after[name]} (the run has {before[name]})"
         for name in before
-        if after[name] not in (before[name], "auto") and name not in FREE_TO_CHANGE and not name.startswith(FREE_GROUPS)
+        if after[name] != before[name] and name not in FREE_TO_CHANGE and not name.startswith(FREE_GROUPS)
     ]
     if changed:
         raise UsageError(f"--resume cannot change {'; '.join(changed)}; start a new run for that")
@@ -109,7 +129,11 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     try:
         answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=5
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

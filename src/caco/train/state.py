@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.model import CaCo
 from caco.train.meters import Meters
@@ -30,33 +33,57 @@ class TrainingState:
     best_knn: float = -1.0
     """Best kNN accuracy so far; -1: none yet."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all of it, the random state of torch included, as tensors and plain containers."""
-        state: dict[str, Any] = {
-            "model": self.model.state_dict(),
+    def state_dict(self, world: World) -> dict[str, Any]:
+        """Return all of it, the random states of torch included, as tensors and plain containers.
+
+        The same in every process: what differs between them (sums, random states) is brought together.
+        """
+        return {
+            "model": _bank_rows(self.model.state_dict(), "bank.weight", self.model.bank.whole),
             "optimizer": self.optimizer.state_dict(),
-            "bank_optimizer": self.bank_optimizer.state_dict(),
-            "meters": self.meters.state_dict(),
+            "bank_optimizer": _velocity(self.bank_optimizer.state_dict(), self.model.bank.whole),
+            "meters": self.meters.state_dict(world),
             "warm_start_step": self.warm_start_step,
             "step": self.step,
             "best_knn": self.best_knn,
-            "random": torch.get_rng_state(),
+            "random": world.gather_objects(random_state(world.device)),
         }
-        if torch.cuda.is_available():
-            state["random_cuda"] = torch.cuda.get_rng_state()
-        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], world: World) -> None:
         """Take over what `state_dict` returned. Raises UsageError when it is of another model."""
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(_bank_rows(state["model"], "bank.weight", self.model.bank.own))
             self.optimizer.load_state_dict(state["optimizer"])
-            self.bank_optimizer.load_state_dict(state["bank_optimizer"])
+            self.bank_optimizer.load_state_dict(_velocity(state["bank_optimizer"], self.model.bank.own))
         except (RuntimeError, ValueError, KeyError) as error:
             raise UsageError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from error
-        self.meters.load_state_dict(state["meters"])
+        self.meters.load_state_dict(state["meters"], world)
         self.warm_start_step, self.step = state["warm_start_step"], state["step"]
         self.best_knn = state["best_knn"]
-        torch.set_rng_state(state["random"])
-        if torch.cuda.is_available() and "random_cuda" in state:
-            torch.cuda.set_rng_state(state["random_cuda"])
+        if len(state["random"]) == world.size:  # else: another number of processes, whose random states start anew
+            set_random_state(state["random"][world.rank], world.device)
+
+
+def _bank_rows(state: dict[str, Any], name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return a state dict with the bank's rows made whole, or cut to this process's part."""
+    return {**state, name: change(state[name])} if name in state else state
+
+
+def _velocity(state: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Return the bank optimizer's state dict, its velocity made whole, or cut to this process's part."""
+    return {**state, "state": {key: _bank_rows(one, "momentum_buffer", change) for key, one in state["state"].items()}}
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return torch's random state on the CPU and on a GPU in use (dropped paths and the like draw from it)."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Take over what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from caco import schedule
-from caco.config import BankOptions, EncoderOptions, OptimizerOptions
-from caco.model import WARM_START_KEY_MOMENTUM, Output
+from caco.config import BankOptions, EncoderOptions, OptimizerOptions, Pretrain
+from caco.distributed.world import World
+from caco.model import WARM_START_KEY_MOMENTUM, Output, mean_output
 from caco.optim import set_lr
-from caco.train.distributed import World
 from caco.train.state import TrainingState
 
 
@@ -48,6 +50,19 @@ class Schedules:
             ),
         )
 
+    @classmethod
+    def of(cls, config: Pretrain) -> Schedules:
+        """Return the schedules of a run whose number of epochs is known."""
+        return cls(
+            epochs=int(config.epochs),
+            lr=config.lr,
+            batch_size=config.batch_size,
+            bank_size=config.bank_size,
+            optimizer=config.optimizer,
+            bank=config.bank,
+            encoder=config.encoder,
+        )
+
     @property
     def warm_start_lr(self) -> float:
         """Learning rate of the warm start: the full base rate (published)."""
@@ -61,25 +76,38 @@ def train_step(
     rates: Rates,
     next_key_momentum: float,
     precision: torch.dtype,
+    accumulate: int = 1,
 ) -> Output:
     """Move encoder, bank and key encoder by one batch.
 
     network: `state.model`, or the data-parallel wrapper around it. next_key_momentum: of the step that follows, since
     the published code updates the key encoder at the start of a step, which is the end of the one before.
+    accumulate: the batch goes through in so many parts, one after another; the negatives come from the bank, so only
+    batch norm can tell.
     """
     set_lr(state.optimizer, rates.lr)
     set_lr(state.bank_optimizer, rates.bank_lr)
-    with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
-        output: Output = network(views)
     state.optimizer.zero_grad(set_to_none=True)
     state.bank_optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
+    outputs = []
+    for part in range(accumulate):
+        with _gradients_stay_here(network, part < accumulate - 1):
+            with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
+                output: Output = network([view.chunk(accumulate)[part] for view in views])
+            (output.loss / accumulate).backward()
+        outputs.append(output)
     state.optimizer.step()
     state.bank_optimizer.step()
     state.model.update_key_encoder(next_key_momentum)
     state.step += 1
+    output = outputs[0] if accumulate == 1 else mean_output(outputs)
     state.meters.add(output, state.step)
     return output
+
+
+def _gradients_stay_here(network: nn.Module, stay: bool) -> AbstractContextManager[None]:
+    """Return a context in which gradients are not yet averaged over the processes: more parts of the batch follow."""
+    return network.no_sync() if stay and isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 def warm_start_step(

@@ -1,0 +1,6 @@
+"""The published program's command line (docs/reference.md)."""
+
+from caco.reference.linear import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

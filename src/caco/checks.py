@@ -1,0 +1,106 @@
+"""What is wrong with a configuration in itself: told before torch is imported and before any other work."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from caco.config import Pretrain
+from caco.errors import UsageError
+from caco.options import flatten
+
+_LEAST: dict[str, float] = {
+    "batch_size": 1,
+    "accumulate": 1,
+    "distributed.machines": 1,
+    "distributed.machine": 0,
+    "distributed.timeout": 1,
+    "bank_size": 1,
+    "epochs": 1,
+    "start_epoch": 0,
+    "seed": 0,
+    "workers": 0,
+    "size": 0,
+    "neighbours": 1,
+    "probe_batch_size": 0,
+    "weight_decay": 0,
+    "views.size": 1,
+    "views.small": 0,
+    "views.small_size": 1,
+    "views.evaluation_resize": 1,
+    "bank.warm_start_steps": 0,
+    "encoder.embedding": 1,
+    "encoder.projector": 1,
+    "optimizer.warmup_epochs": 0,
+    "optimizer.weight_decay": 0,
+    "monitor.log_steps": 1,
+    "monitor.knn_neighbours": 1,
+    "monitor.checkpoint_minutes": 0,
+    "monitor.keep_checkpoints": 1,
+}
+_ABOVE_ZERO = ("lr", "temperature", "bank.temperature", "bank.slot_temperature", "views.std", "views.ratio")
+_SHARES = (
+    *("views.jitter", "views.gray", "views.blur", "views.solarize", "views.flip", "views.area", "views.small_area"),
+    *(
+        "momentum",
+        "bank.momentum",
+        "encoder.key_momentum",
+        "optimizer.momentum",
+        "monitor.knn_share",
+        "monitor.broken_share",
+    ),
+)
+_INNER_SHARES = ("held_out", "monitor.held_out")
+_ORDERED = ("views.area", "views.small_area", "views.blur_sigma")
+
+
+def check(config: Pretrain) -> None:
+    """Raise UsageError for what is wrong with the configuration of a run."""
+    if not config.data:
+        raise UsageError("--data is missing: name a folder of images (or textures, for built-in pictures)")
+    if config.resume and config.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    check_numbers(config)
+    if config.batch_size == 1:
+        raise UsageError("--batch-size 1: batch norm needs at least 2 images")
+    if config.epochs != "auto" and config.start_epoch >= config.epochs:
+        raise UsageError(f"--start-epoch {config.start_epoch}: nothing is left of {config.epochs} epochs")
+    views = config.views
+    if views.large < 2:
+        raise UsageError(f"--views.large {views.large}: the method needs two large views")
+    if views.evaluation_resize < views.size:
+        raise UsageError(
+            f"--views.evaluation-resize {views.evaluation_resize} is less than --views.size {views.size}: the centre "
+            f"crop would not fit; use for example --views.evaluation-resize {round(views.size * 8 / 7)}"
+        )
+
+
+def check_numbers(config: Any) -> None:
+    """Raise UsageError for the first number of any command's options that is out of its range."""
+    for name, value in flatten(config).items():
+        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if _is_number(number)]
+        for number in numbers:
+            problem = _problem(name, number)
+            if problem:
+                raise UsageError(f"--{name.replace('_', '-')} {number}: must be {problem}")
+        if name in _ORDERED and numbers[0] > numbers[1]:
+            raise UsageError(f"--{name.replace('_', '-')} {numbers[0]} {numbers[1]}: the first must be the smaller")
+
+
+def _problem(name: str, number: float) -> str:
+    """Return what a number must be and is not, or an empty string."""
+    if not math.isfinite(number):
+        return "a finite number"
+    if name in _LEAST and number < _LEAST[name]:
+        return f"at least {_LEAST[name]}"
+    if name in _ABOVE_ZERO and number <= 0:
+        return "above 0"
+    if name in _SHARES and not 0 <= number <= 1:
+        return "between 0 and 1"
+    if name in _INNER_SHARES and not 0 < number < 1:
+        return "above 0 and below 1"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,112 @@
+"""An encoder in the formats of others: timm's, torchvision's, and the published CaCo code's."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from caco.backbone import torchvision_model
+from caco.errors import CacoError, UsageError
+from caco.evaluate.encoder import find_weights
+from caco.files import replace_file
+from caco.reference.checkpoint import Snapshot, read_snapshot, write_published
+from caco.train.checkpoint import CheckpointFolder
+from caco.weights import BackboneCard, load_backbone, save_backbone
+
+TENSOR_FILES = (".safetensors", ".pth", ".pt")
+
+
+def check_export_path(path: str, kind: str) -> Path:
+    """Return the path of the file to be written. Raises UsageError for one that does not suit the format."""
+    if not path:
+        raise UsageError("--out is missing: name the file to write, for example --out backbone.safetensors")
+    if kind != "reference" and not path.endswith(TENSOR_FILES):
+        raise UsageError(f"--out {path}: the format {kind} is written as {', '.join(TENSOR_FILES)}")
+    if kind == "reference" and path.endswith(".safetensors"):
+        raise UsageError(f"--out {path}: the published checkpoint is a torch file, for example checkpoint.pth.tar")
+    return Path(path)
+
+
+def export(run: Path, kind: str, out: Path) -> str:
+    """Write a run's or file's encoder to `out` as "timm", "torchvision" or "reference"; return how to load it, in words.
+
+    timm, torchvision: a state dict of the backbone, by that library's names. reference: the published checkpoint, with
+    both encoders and the bank, which needs a checkpoint of a run. Raises UsageError when there is nothing of that kind.
+    """
+    if kind == "reference":
+        snapshot = latest_snapshot(run)
+        write_published(out, snapshot)
+        known = "" if _is_torchvision_resnet(snapshot) else "; its own programs know only torchvision's ResNets"
+        return f"python linear.py -a {snapshot.arch} --pretrained {out}{known}"
+    module, card = load_backbone(find_weights(run))
+    if kind == "torchvision":
+        _check_torchvision(module, card)
+    if out.suffix == ".safetensors":
+        save_backbone(out, module, card)
+    else:
+        buffer = io.BytesIO()
+        torch.save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, buffer)
+        replace_file(out, buffer.getbuffer())
+    if kind == "torchvision":
+        return f'torchvision.models.get_model("{card.backbone}") and load_state_dict(…, strict=False): all but its fc'
+    stem = " after replacing its stem (conv1: 3x3, stride 1; no maxpool)" if card.stem == "small" else ""
+    return f'timm.create_model("{card.backbone}", num_classes=0) and load_state_dict(…){stem}'
+
+
+def latest_snapshot(run: Path) -> Snapshot:
+    """Return the latest checkpoint of a run folder, or the one in a file. Raises UsageError for anything else."""
+    path = run
+    if run.is_dir():
+        try:
+            path = CheckpointFolder(run / "checkpoints", keep=1).latest()[0]
+        except CacoError as error:
+            raise UsageError(f"{run} has no checkpoint, which the reference format needs") from error
+    elif not run.exists():
+        raise UsageError(f"there is no run folder or file {run}")
+    snapshot = read_snapshot(path)
+    if snapshot is None:
+        raise UsageError(
+            f"{path} holds an encoder only; the reference format needs a checkpoint (a run folder, or its .pt)"
+        )
+    return snapshot
+
+
+def write_reference(run: Path, epochs: int) -> Path:
+    """Write a finished run's last checkpoint where the published code would (epochs from 0), and the best by kNN.
+
+    Returns the path of the last, `checkpoint_0199.pth.tar` after 200 epochs.
+    """
+    path = run / f"checkpoint_{epochs - 1:04d}.pth.tar"
+    write_published(path, latest_snapshot(run))
+    best = run / "checkpoints" / "best.pt"
+    write_published(run / "checkpoint_best.pth.tar", latest_snapshot(best if best.exists() else run))
+    return path
+
+
+def _check_torchvision(module: nn.Module, card: BackboneCard) -> None:
+    """Raise UsageError when torchvision has no model of that name, names and shapes."""
+    theirs = torchvision_model(card.backbone)
+    if theirs is None:
+        raise UsageError(f"torchvision has no model called {card.backbone!r}; use --format timm")
+    wanted, have = ({k: v.shape for k, v in _all_but_counters(m).items()} for m in (theirs, module))
+    if wanted != have:
+        different = sorted(name for name in {*wanted, *have} if wanted.get(name) != have.get(name))
+        raise UsageError(
+            f"this {card.backbone} is not torchvision's ({different[0]} and {len(different) - 1} others differ); "
+            "use --format timm"
+        )
+
+
+def _is_torchvision_resnet(snapshot: Snapshot) -> bool:
+    theirs = torchvision_model(snapshot.arch)
+    if theirs is None or not snapshot.arch.startswith(("resnet", "resnext", "wide_resnet")):
+        return False
+    ours = {k.removeprefix("backbone."): v.shape for k, v in snapshot.encoder.items() if k.startswith("backbone.")}
+    return {k: v.shape for k, v in theirs.state_dict().items()} == ours
+
+
+def _all_but_counters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in module.state_dict().items() if not name.endswith("num_batches_tracked")}

@@ -1,0 +1,260 @@
+"""What a trained encoder and its bank make of the images: neighbours, slots, a map. No page yet, only findings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from caco.backbone import Encoder, create_backbone, projector
+from caco.config import Pretrain
+from caco.data.augment import centre_view, normalise
+from caco.data.source import ImageSource
+from caco.deliver.pictures import Pixels
+from caco.errors import CacoError, UsageError
+from caco.evaluate.features import ahead, evaluation_mode, in_batches, to_device
+from caco.model import embed
+from caco.train.checkpoint import CheckpointFolder
+from caco.weights import load_backbone
+
+THUMBNAIL = 112
+PIXEL_SIDE = 32
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The networks of a run as far as it got; without a checkpoint only the finished backbone."""
+
+    backbone: nn.Module
+    key_encoder: nn.Module | None
+    slots: Tensor | None
+    """float32 [K, D], unit rows."""
+    step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """N images as the encoder sees them; all on the CPU."""
+
+    keys: list[str]
+    classes: tuple[str, ...]
+    labels: Tensor | None
+    """int64 [N]; None without labels."""
+    thumbnails: list[Pixels]
+    """The centre views, at a size to look at."""
+    pixels: Tensor
+    """float32 [N, P], unit rows: small centre views as they are, less their mean. What no encoder would give."""
+    features: Tensor
+    """float32 [N, F], unit rows: of the backbone."""
+    embeddings: Tensor | None
+    """float32 [N, D], unit rows: of the key encoder, which chooses the positives."""
+
+
+def load_trained(folder: Path, config: Pretrain) -> Trained:
+    """Return the networks at the run's latest checkpoint, else its finished backbone. Raises CacoError."""
+    checkpoints = CheckpointFolder(folder / "checkpoints", keep=1)
+    finished = folder / "export" / "backbone.safetensors"
+    if config.backbone == "own":
+        raise UsageError("the backbone is a module of your own, which a report from the command line cannot build")
+    if not checkpoints.paths() and finished.exists():
+        backbone, card = load_backbone(finished)
+        return Trained(backbone, None, None, card.step)
+    if not checkpoints.paths():
+        raise UsageError("the run has written no checkpoint yet")
+    _, contents = checkpoints.latest()
+    return Trained(
+        backbone=_encoder(config, contents, "encoder.").backbone,
+        key_encoder=_encoder(config, contents, "key_encoder."),
+        slots=F.normalize(contents["model"]["bank.weight"].float(), dim=1),
+        step=int(contents["step"]),
+    )
+
+
+def _encoder(config: Pretrain, contents: dict[str, object], prefix: str) -> Encoder:
+    card, weights = contents["card"], contents["model"]
+    assert isinstance(card, dict)
+    assert isinstance(weights, dict)
+    backbone = create_backbone(config.backbone, config.views.size, card["stem"])
+    head = projector(int(backbone.num_features), config.encoder.projector, config.encoder.embedding)  # type: ignore[arg-type]
+    encoder = Encoder(backbone, head)
+    try:
+        encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    except RuntimeError as error:
+        raise CacoError(f"the checkpoint does not fit the run's configuration: {str(error).splitlines()[0]}") from error
+    return encoder
+
+
+def evenly_spaced(count: int, most: int) -> NDArray[np.int64]:
+    """Return at most `most` of the numbers 0 … count − 1, the first and last included, as evenly spaced as can be."""
+    if count <= most:
+        return np.arange(count)
+    return np.linspace(0, count - 1, most).astype(np.int64)
+
+
+@torch.no_grad()
+def look(
+    source: ImageSource, trained: Trained, config: Pretrain, *, images: int, device: torch.device, workers: int
+) -> Seen:
+    """Show at most `images` images, evenly spaced through the source, to the networks.
+
+    Each through the validation transform, as for every evaluation. Broken images are left out. Raises CacoError when
+    none is good.
+    """
+    size, resize = config.views.size, config.views.evaluation_resize
+
+    def view(index: int) -> tuple[Pixels, Pixels, Pixels]:
+        image = source.load(index)
+        centre = centre_view(image, resize, size)
+        side = max(8, min(THUMBNAIL, min(image.shape[:2]) * size // resize))
+        thumbnail = centre_view(image, max(side, round(side * resize / size)), side)
+        small = Image.fromarray(centre).resize((min(size, PIXEL_SIDE),) * 2, Image.Resampling.BOX)
+        return centre, thumbnail, np.asarray(small)
+
+    taken: list[int] = []
+    broken: list[tuple[str, str]] = []
+    thumbnails: list[Pixels] = []
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    backbone, key_encoder = trained.backbone.to(device), trained.key_encoder
+    key_network = nn.Identity() if key_encoder is None else key_encoder.to(device)
+    chosen = [int(index) for index in evenly_spaced(len(source), images)]
+    with evaluation_mode(backbone), evaluation_mode(key_network):
+        for places, views in in_batches(ahead(view, chosen, broken, 2 * BATCH, workers), BATCH):
+            taken += places
+            thumbnails += [thumbnail for _, thumbnail, _ in views]
+            batch = to_device(torch.from_numpy(np.stack([centre for centre, _, _ in views])), device)
+            ready = normalise(batch, config.views.mean, config.views.std)
+            pixels = torch.from_numpy(np.stack([small.ravel() for _, _, small in views])).float()
+            features = F.normalize(backbone(ready).float(), dim=1).cpu()
+            parts.append((pixels, features, None if key_encoder is None else embed(key_encoder, ready).float().cpu()))
+    if not taken:
+        raise CacoError(f"none of the {len(broken):,} images looked at can be read")
+    all_pixels, all_features = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    embeddings = [part[2] for part in parts if part[2] is not None]
+    return Seen(
+        keys=[source.key(index) for index in taken],
+        classes=source.classes,
+        labels=None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken]),
+        thumbnails=thumbnails,
+        pixels=F.normalize(all_pixels - all_pixels.mean(dim=0), dim=1),
+        features=all_features,
+        embeddings=torch.cat(embeddings) if embeddings else None,
+    )
+
+
+def nearest_others(
+    vectors: Float[Tensor, "N F"], count: int, queries: Sequence[int] | None = None
+) -> Int[Tensor, "Q n"]:
+    """Return the `count` (at most N − 1) nearest other rows by cosine, for unit rows: nearest first."""
+    asked = torch.arange(len(vectors)) if queries is None else torch.tensor(list(queries), dtype=torch.int64)
+    count = min(count, len(vectors) - 1)
+    found = []
+    for part in asked.split(1024):
+        cosines = vectors[part] @ vectors.T
+        cosines[torch.arange(len(part)), part] = -torch.inf
+        found.append(cosines.topk(count, dim=1).indices)
+    return torch.cat(found) if found else asked.new_empty(0, count)
+
+
+def choose_queries(labels: Int[Tensor, " N"] | None, images: int, most: int) -> list[int]:
+    """Return which images ask for neighbours: the first of each class (at most `most`), else evenly spaced."""
+    if labels is None:
+        return [int(index) for index in evenly_spaced(images, most)]
+    present = torch.unique(labels)
+    classes = present[torch.from_numpy(evenly_spaced(len(present), most))]
+    return [int((labels == number).nonzero()[0, 0]) for number in classes]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Share (0-1) of the nearest others that are of an image's own class, over all images looked at."""
+
+    encoder: float
+    pixels: float
+    chance: float
+    neighbours: int
+
+
+def neighbour_agreement(seen: Seen, neighbours: int) -> Agreement | None:
+    """Return how often neighbours agree in class; None without labels or with fewer than two images."""
+    if seen.labels is None or len(seen.labels) < 2:
+        return None
+    labels, number = seen.labels, len(seen.labels)
+
+    def share(vectors: Tensor) -> float:
+        return float((labels[nearest_others(vectors, neighbours)] == labels[:, None]).float().mean())
+
+    counts = torch.bincount(labels).double()
+    chance = float((counts * (counts - 1)).sum() / (number * (number - 1)))
+    return Agreement(share(seen.features), share(seen.pixels), chance, min(neighbours, number - 1))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One slot of the bank and the images that choose it as their positive, nearest first."""
+
+    number: int
+    members: list[int]
+    majority: int | None
+    """The most frequent label of the members; None without labels."""
+    share: float
+    """Share (0-1) of the members with that label; 0 without labels."""
+
+
+def slots_by_use(
+    embeddings: Float[Tensor, "N D"], slots: Float[Tensor, "K D"], labels: Int[Tensor, " N"] | None
+) -> list[Slot]:
+    """Return every slot that some image is nearest to, most images first (unit rows in both)."""
+    cosines, nearest = (
+        torch.cat(values)
+        for values in zip(*((part @ slots.T).max(dim=1) for part in embeddings.split(256)), strict=True)
+    )
+    order = torch.argsort(cosines, descending=True, stable=True)
+    members: dict[int, list[int]] = {}
+    for image, slot in zip(order.tolist(), nearest[order].tolist(), strict=True):
+        members.setdefault(slot, []).append(image)
+    found = []
+    for number, images in sorted(members.items(), key=lambda item: (-len(item[1]), item[0])):
+        counts = None if labels is None else torch.bincount(labels[images])
+        majority = None if counts is None else int(counts.argmax())
+        share = 0.0 if counts is None else float(counts.max()) / len(images)
+        found.append(Slot(number, images, majority, share))
+    return found
+
+
+def shuffled(labels: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """Return the labels dealt anew to the images, always in the same way: what chance gives."""
+    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+
+
+def purity(slots: Sequence[Slot], least: int = 3) -> float | None:
+    """Return the share of images of their slot's most frequent class, over slots of at least `least` images.
+
+    None without labels or such slots.
+    """
+    judged = [slot for slot in slots if len(slot.members) >= least and slot.majority is not None]
+    images = sum(len(slot.members) for slot in judged)
+    return sum(slot.share * len(slot.members) for slot in judged) / images if images else None
+
+
+def plane(vectors: Float[Tensor, "N F"]) -> tuple[Float[Tensor, "N 2"], float]:
+    """Return the vectors' two principal components and the share (0-1) of the variance that these hold.
+
+    The same for the same vectors: the sketch's random numbers are seeded, signs are fixed.
+    """
+    centred = vectors - vectors.mean(dim=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, singular, directions = torch.pca_lowrank(centred, q=min(6, *centred.shape), center=False, niter=4)
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    points = F.pad(centred @ (directions * largest.sign()), (0, 2))[:, :2]
+    total = float(centred.square().sum())
+    return points, float(singular[:2].square().sum()) / total if total > 0 else 0.0

@@ -1,0 +1,190 @@
+"""Start a command in as many processes as it should have, and bring its result or its error back."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from caco.config import DistributedOptions
+from caco.distributed.heartbeat import name_lost_process
+from caco.distributed.world import Place, World, choose_device, find_place, join, leave
+from caco.errors import CacoError, Interrupted, UsageError
+
+T = TypeVar("T")
+
+
+def launch(function: Callable[..., T], options: DistributedOptions, device: str, *arguments: Any) -> T | None:
+    """Call function(world, *arguments) in every process of the run; return the main process's result (None elsewhere).
+
+    Started by torchrun or SLURM, this process is one of the run's. Otherwise one process for each GPU (or as many as
+    asked for) is started here; a single one runs in this process, without a process group. Errors of any process come
+    back as the CacoError they were.
+    """
+    place = find_place(os.environ)
+    if place is not None:
+        return _run_in(place, options.timeout, function, device, arguments)
+    processes = _processes(options, device)
+    if options.machines == 1 and processes == 1:
+        return function(World(choose_device(device)), *arguments)
+    address, port = _meeting_point(options)
+    first = options.machine * processes
+    places = [Place(first + number, options.machines * processes, number, address, port) for number in range(processes)]
+    return _spawn(places, options.timeout, function, device, arguments)
+
+
+def _processes(options: DistributedOptions, device: str) -> int:
+    if options.processes != "auto":
+        if options.processes < 1:
+            raise UsageError(f"--distributed.processes {options.processes}: must be at least 1")
+        return options.processes
+    return max(torch.cuda.device_count(), 1) if device in ("auto", "cuda") else 1
+
+
+def _meeting_point(options: DistributedOptions) -> tuple[str, int]:
+    if options.machines == 1 and not options.address:
+        with socket.socket() as probe:  # any free port of this machine
+            probe.bind(("127.0.0.1", 0))
+            return "127.0.0.1", probe.getsockname()[1]
+    if not 0 <= options.machine < options.machines:
+        raise UsageError(f"--distributed.machine {options.machine}: must be from 0 to {options.machines - 1}")
+    host, _, port = options.address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"--distributed.address {options.address!r}: must be HOST:PORT of machine 0")
+    return host, int(port)
+
+
+def _run_in(
+    place: Place, timeout: float, function: Callable[..., T], device: str, arguments: tuple[Any, ...]
+) -> T | None:
+    world = join(place, device, timeout)
+    try:
+        result = function(world, *arguments)
+        return result if world.is_main else None
+    except (dist.DistError, RuntimeError) as error:
+        if not _is_lost_contact(error):
+            raise
+        raise CacoError(
+            f"process {world.rank} of {world.size} stops: {name_lost_process()}. "
+            "Start again with --resume to go on from the last checkpoint."
+        ) from error
+    finally:
+        leave()
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "connection refused")
+    return isinstance(error, dist.DistNetworkError) or any(word in str(error).lower() for word in words)
+
+
+def _child(
+    pipe: Any,
+    place: Place,
+    processes: int,
+    timeout: float,
+    function: Callable[..., Any],
+    device: str,
+    arguments: tuple[Any, ...],
+) -> None:
+    """The main function of a started process: send ("done", result) or (kind of error, message) to the parent."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent passes on one SIGTERM
+    try:
+        message: tuple[str, Any] = "done", _run_in(place, timeout, function, device, arguments)
+        status = 0
+    except CacoError as error:
+        message, status = (type(error).__name__, str(error)), error.exit_status
+    except BaseException:
+        message, status = ("crash", traceback.format_exc()), 1
+    pipe.send_bytes(pickle.dumps(message))  # by value: this process, and any memory it shares, is about to go
+    sys.exit(status)
+
+
+def _spawn(
+    places: list[Place], timeout: float, function: Callable[..., T], device: str, arguments: tuple[Any, ...]
+) -> T | None:
+    context = multiprocessing.get_context("spawn")
+    processes, pipes = [], []
+    for place in places:
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_child, args=(sending, place, len(places), timeout, function, device, arguments)
+        )
+        process.start()
+        sending.close()
+        processes.append(process)
+        pipes.append(receiving)
+    with _PassOnSignals(processes):
+        messages = _collect(processes, pipes)
+    return _outcome(messages, places)
+
+
+def _collect(processes: list[Any], pipes: list[Any]) -> list[tuple[str, Any] | None]:
+    """Wait for all processes; when one fails, end the others. Return each one's message (None: killed)."""
+    messages: list[tuple[str, Any] | None] = [None] * len(processes)
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        for ready in wait(list(waiting.values())):
+            number = next(key for key, pipe in waiting.items() if pipe is ready)
+            try:
+                messages[number] = pickle.loads(pipes[number].recv_bytes())
+            except EOFError:
+                messages[number] = messages[number] or None
+            del waiting[number]
+            message = messages[number]
+            if message is None or message[0] not in ("done", "Interrupted"):
+                for process in processes:
+                    process.join(5)
+                    if process.is_alive():
+                        process.kill()
+    for process in processes:
+        process.join()
+    return messages
+
+
+def _outcome(messages: list[tuple[str, Any] | None], places: list[Place]) -> Any:
+    kinds: dict[str, type[CacoError]] = {"UsageError": UsageError, "Interrupted": Interrupted, "CacoError": CacoError}
+    lost = [place.rank for place, message in zip(places, messages, strict=True) if message is None]
+    # The cause first: what a process said of itself, before what others said of losing it.
+    said = sorted((m for m in messages if m and m[0] != "done"), key=lambda m: "was lost" in m[1] or "failed." in m[1])
+    if lost and (not said or "stops:" in said[0][1]):
+        raise CacoError(f"process {lost[0]} was killed; all others were stopped. Go on with --resume.")
+    for kind, text in said:
+        if kind == "crash":
+            raise RuntimeError(f"a process failed:\n{text}")
+        raise kinds.get(kind, CacoError)(text)
+    message = messages[0]
+    return message[1] if message else None
+
+
+class _PassOnSignals:
+    """While entered, SIGTERM and Ctrl-C to this process reach its children as one SIGTERM."""
+
+    def __init__(self, processes: list[Any]) -> None:
+        self.processes = processes
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._pass_on)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.terminate()

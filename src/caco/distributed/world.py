@@ -1,0 +1,206 @@
+"""The processes of a run, and what they exchange. One process needs no process group: every exchange is the identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from caco.distributed.heartbeat import Heartbeat
+from caco.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and talks."""
+        return self.rank == 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows [B, …] of all processes, in rank order: [size·B, …]. B must be the same everywhere."""
+        if self.size == 1:
+            return rows
+        gathered = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        dist.all_gather(list(gathered.chunk(self.size)), rows.contiguous())
+        return gathered
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the elementwise sum over all processes."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Return the elementwise maximum over all processes."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return, for each flag, whether it is set in any process. Waits for all of them."""
+        if self.size == 1:
+            return flags
+        return tuple(self.maximum(torch.tensor(flags, dtype=torch.int32, device=self.device)).bool().tolist())
+
+    def part(self, items: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """Return this process's contiguous part of the items: all parts together are each item once, in order."""
+        return np.array_split(np.asarray(items), self.size)[self.rank]
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Return what every process gave, in rank order. For small things: lists of names, numbers."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def gather_parts(self, rows: Tensor) -> Tensor:
+        """Return the rows [n, …] of all processes, in rank order, where n may differ between them."""
+        if self.size == 1:
+            return rows
+        counts = self.gather_objects(len(rows))
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = self.gather(padded.to(self.device)).to(rows.device).split(max(counts))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Return what `make` returns in the main process; only there it is called."""
+        if self.size == 1:
+            return make()
+        item = [make() if self.is_main else None]
+        dist.broadcast_object_list(item, device=self.device)
+        return item[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        if self.size == 1:
+            return values
+        result = values.clone()
+        dist.all_reduce(result, operation)
+        return result
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands before it joins: from torchrun's, SLURM's or our own launcher's variables."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def find_place(environment: Mapping[str, str]) -> Place | None:
+    """Return this process's place if torchrun or SLURM (or our launcher) has started it as one of several, else None."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return Place(
+            rank=int(environment["RANK"]),
+            size=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK", 0)),
+            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environment.get("MASTER_PORT", 29500)),
+        )
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        job = int(environment.get("SLURM_JOB_ID", 0))
+        return Place(
+            rank=int(environment["SLURM_PROCID"]),
+            size=int(environment["SLURM_NTASKS"]),
+            local_rank=int(environment.get("SLURM_LOCALID", 0)),
+            address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_JOB_NODELIST", "127.0.0.1")),
+            port=int(environment.get("MASTER_PORT", 20000 + job % 20000)),
+        )
+    return None
+
+
+def first_host(hosts: str) -> str:
+    """Return the first of SLURM's host names: "gpu[03-05,9],login1" → "gpu03"."""
+    head, bracket, rest = hosts.partition("[")
+    if not bracket or "," in head:
+        return hosts.split(",")[0]
+    numbers, _, tail = rest.partition("]")
+    return head + numbers.split(",")[0].split("-")[0] + tail.split(",")[0]
+
+
+def join(place: Place, device_name: str, timeout: float) -> World:
+    """Join the other processes: NCCL on GPUs, gloo on CPUs. Raises UsageError when they cannot be reached in time."""
+    if device_name in ("auto", "cuda") and torch.cuda.is_available():
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = choose_device("cpu" if device_name == "auto" else device_name)
+    if place.size == 1:
+        return World(device)
+    try:
+        store = dist.TCPStore(
+            place.address,
+            place.port,
+            place.size,
+            is_master=place.rank == 0 and not _agent_holds_store(),
+            timeout=timedelta(seconds=timeout),
+        )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"process {place.rank} of {place.size} did not meet the others at {place.address}:{place.port} "
+            f"({str(error).splitlines()[0][:120]})"
+        ) from error
+    Heartbeat(place, timeout).start()
+    return World(device, place.rank, place.size)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    Heartbeat.stop_all()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _agent_holds_store() -> bool:
+    """Return whether torchrun's agent already serves the store at MASTER_ADDR:MASTER_PORT."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for "auto" (a GPU if there is one) or a torch device name. Raises UsageError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not here ({str(error).splitlines()[0][:100]}); try auto or cpu") from error
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the autocast dtype for "auto", "fp32" or "bf16"; auto: bf16 on GPUs that have it, else fp32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

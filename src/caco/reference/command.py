@@ -1,0 +1,62 @@
+"""The `caco` command that does what a published command asked for."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from caco.config import DistributedOptions, Linear, Pretrain
+from caco.errors import UsageError
+from caco.options import flatten
+from caco.recipes import find_recipe
+
+PUBLISHED_RECIPES = (
+    *("imagenet-200-b1024", "imagenet-200-b4096", "imagenet-800-b4096"),
+    "imagenet-800-multicrop-b2048",
+)
+
+
+def pretrain_command(config: Pretrain) -> str:
+    """Return `caco pretrain` with every option in which the configuration differs from its recipe."""
+    return " ".join(["caco pretrain --recipe", config.recipe, *_options(config, find_recipe(config.recipe))])
+
+
+def linear_command(config: Linear) -> str:
+    """Return `caco linear` with every option that is not the default."""
+    return " ".join(["caco linear", shlex.quote(config.run), *_options(config, Linear(run=config.run))])
+
+
+def nearest_recipe(config: Pretrain) -> str:
+    """Return the name of the published recipe that differs in the fewest options."""
+    return min(PUBLISHED_RECIPES, key=lambda name: len(_options(config, find_recipe(name))))
+
+
+def machines(world_size: int, rank: int, url: str, processes: int | None) -> DistributedOptions:
+    """Return where this process stands: machines in all, this machine, and `tcp://HOST:PORT` of machine 0.
+
+    -1 (linear.py's defaults) means one machine; with `env://` torchrun's or SLURM's variables say it all. processes: on
+    this machine; None: one for each GPU. Raises UsageError for an address that cannot be used.
+    """
+    options = DistributedOptions(processes="auto" if processes is None else processes)
+    if world_size <= 1 or url == "env://":
+        return options
+    scheme, separator, address = url.partition("://")
+    host, _, port = address.rpartition(":")
+    if scheme != "tcp" or not separator or not host or not port.isdigit() or "[" in host:
+        raise UsageError(f"the dist url {url!r} must be tcp://HOST:PORT of the machine with rank 0")
+    return DistributedOptions(processes=options.processes, machines=world_size, machine=max(rank, 0), address=address)
+
+
+def _options(config: Any, start: Any) -> list[str]:
+    before = flatten(start)
+    words = []
+    for name, value in flatten(config).items():
+        if name == "recipe" or value == before[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            parts = value if isinstance(value, tuple) else (value,)
+            words += [f"--{flag}", *(shlex.quote(str(part)) for part in parts)]
+    return words

@@ -1,0 +1,233 @@
+"""The loop: warm start, epochs, checkpoints, and what is written down on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from caco.config import Pretrain
+from caco.data.broken import BrokenImages
+from caco.data.loader import TrainingViews
+from caco.distributed.data_parallel import data_parallel
+from caco.distributed.world import World
+from caco.errors import CacoError, Interrupted, UsageError
+from caco.evaluate.health import verdict
+from caco.model import WarmStart
+from caco.train.checkpoint import CheckpointFolder
+from caco.train.interrupt import InterruptFlag
+from caco.train.journal import Journal, ProgressBar, SilentJournal, Stopwatch
+from caco.train.monitor import KnnMonitor, knn_is_due
+from caco.train.state import TrainingState
+from caco.train.step import Rates, Schedules, train_step, warm_start_step
+from caco.weights import BackboneCard
+
+WARM_START_EPOCH = 1_000_000
+"""The warm start's passes over the images are numbered from here, so that they share no view with an epoch."""
+
+
+class Trainer:
+    """Moves a TrainingState from where it is to the end of its schedule.
+
+    In every process of a run alike; the main one writes. All decisions that lead to an exchange between processes
+    (records, checkpoints, stopping) are taken at steps that all of them know, or by common vote.
+    """
+
+    def __init__(
+        self,
+        config: Pretrain,
+        folder: Path,
+        state: TrainingState,
+        loader: TrainingViews,
+        broken: BrokenImages,
+        card: BackboneCard,
+        world: World,
+        precision: torch.dtype,
+        monitor: KnnMonitor | None,
+        interrupt: InterruptFlag,
+    ) -> None:
+        self.config, self.folder, self.state, self.loader = config, folder, state, loader
+        self.broken, self.card, self.world, self.precision = broken, card, world, precision
+        self.monitor, self.interrupt = monitor, interrupt
+        self.epochs = int(config.epochs)
+        self.steps = self.epochs * loader.steps_per_epoch
+        self.schedules = Schedules.of(config)
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", config.monitor.keep_checkpoints)
+        self.last_saved = time.monotonic()
+        self.last_spread = 1.0
+        self.told: set[str] = set()
+        metrics_bytes = self._resume() if config.resume else 0
+        tensorboard = config.monitor.tensorboard
+        self.journal = Journal(folder, metrics_bytes, tensorboard) if world.is_main else SilentJournal()
+
+    def train(self) -> None:
+        """Train to the end; the last checkpoint holds the result."""
+        try:
+            self._announce()
+            self.state.model.train()
+            self._warm_start()
+            self._train_epochs()
+        finally:
+            self.journal.close()
+
+    def _announce(self) -> None:
+        config = self.config
+        verb = f"resumed at step {self.state.step:,} of" if config.resume else "training"
+        processes = f", {self.world.size} processes" if self.world.size > 1 else ""
+        self.journal.say(
+            f"{verb} {config.backbone} on {len(self.loader.source):,} images of {config.data}: {self.epochs} epochs, "
+            f"{self.steps:,} steps of {config.batch_size}, {config.bank_size:,} slots, on {self.world.device} "
+            f"({str(self.precision).removeprefix('torch.')}{processes}), into {self.folder}"
+        )
+
+    def _warm_start(self) -> None:
+        """Fill the bank with keys (algorithm: warm start of the bank), then begin with f′ = f."""
+        state, per_epoch = self.state, self.loader.steps_per_epoch
+        steps = warm_start_steps(self.config, per_epoch)
+        if state.warm_start_step >= steps:
+            return
+        network = data_parallel(WarmStart(state.model), self.world, apart=["model.bank.weight"])
+        bar = ProgressBar(self.journal, steps, state.warm_start_step)
+        for epoch in range(state.warm_start_step // per_epoch, math.ceil(steps / per_epoch)):
+            last = min(steps - epoch * per_epoch, per_epoch)
+            first = state.warm_start_step - epoch * per_epoch
+            for batch in self.loader.batches(WARM_START_EPOCH + epoch, first, last):
+                lr = self.schedules.warm_start_lr
+                loss = warm_start_step(state, network, batch.views, lr, self.precision, self.world)
+                done = state.warm_start_step
+                if done == steps:
+                    state.model.copy_to_key_encoder()
+                bar.advance()
+                if self._is_logged(done) or done == steps:
+                    self._stop_if_not_finite("warm-start step", self.state.meters.bad_step(self.world))
+                    mean = float(self.world.sum(loss)) / self.world.size
+                    self.journal.record("warm start", done, loss=mean)
+                    bar.show(done, f"warm start, loss {mean:.3f}")
+                self._save_when_due(done, known_to_all=done == steps)
+        bar.close()
+
+    def _train_epochs(self) -> None:
+        state, per_epoch = self.state, self.loader.steps_per_epoch
+        network = data_parallel(state.model, self.world, apart=["bank.weight"] if self.config.bank.sharded else [])
+        bar, clock = ProgressBar(self.journal, self.steps, state.step), Stopwatch()
+        for epoch in range(state.step // per_epoch, self.epochs):
+            rates, next_rates = self.schedules.at(epoch), self.schedules.at(epoch + 1)
+            for batch in clock.waiting(self.loader.batches(epoch, state.step - epoch * per_epoch)):
+                last = state.step + 1 == (epoch + 1) * per_epoch
+                momentum = (next_rates if last else rates).key_momentum
+                train_step(state, network, batch.views, rates, momentum, self.precision, self.config.accumulate)
+                clock.images += self.config.batch_size
+                bar.advance()
+                if self._is_logged(state.step) or last:
+                    text = self._log(epoch, rates)
+                    speed, wait = clock.take()
+                    self.journal.record_speed(state.step, speed, wait)
+                    bar.show(state.step, f"{text}, {speed:.1f} images/s, {wait:.0%} waiting for data")
+                best = last and self._end_epoch(epoch)
+                self._save_when_due(state.step, known_to_all=last, best=best)
+            clock.restart()
+        bar.close()
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.monitor.log_steps == 0
+
+    def _log(self, epoch: int, rates: Rates) -> str:
+        """Record the means since the last record; return them in short."""
+        measured = self.state.meters.take(self.world)
+        self._stop_if_not_finite("step", measured.first_bad_step)
+        self.last_spread = measured.feature_spread
+        values = {name: value for name, value in vars(measured).items() if name != "first_bad_step"}
+        self.journal.record("train", self.state.step, epoch=epoch, **values, **vars(rates))
+        return f"loss {measured.loss:.3f}, positive probability {measured.positive_probability:.3f}"
+
+    def _end_epoch(self, epoch: int) -> bool:
+        """Record the epoch: how the bank is used, the kNN check when due. Return whether it is the best so far."""
+        usage = self.state.meters.take_epoch_usage(self.world)
+        used, perplexity, choices = int(usage.used), float(usage.perplexity), int(usage.choices)
+        self.journal.record("epoch", self.state.step, epoch=epoch, slots_used=used, slot_perplexity=perplexity)
+        findings = verdict(
+            slots=self.config.bank_size, used=used, perplexity=perplexity, choices=choices, spread=self.last_spread
+        )
+        for finding in findings:
+            if finding.advice not in self.told:  # once is enough
+                self.told.add(finding.advice)
+                self.journal.say(f"epoch {epoch + 1}: {finding}")
+        if self.monitor is None or not knn_is_due(epoch, self.epochs, self.config.monitor):
+            return False
+        result = self.monitor(self.state.model.encoder.backbone)
+        self.journal.record("knn", self.state.step, epoch=epoch, **result)
+        self.journal.say(
+            f"epoch {epoch + 1}/{self.epochs}: kNN {result['top1']:.1f} % of {result['queries']:,} images, "
+            f"{used:,} of {self.config.bank_size:,} slots used"
+        )
+        best = result["top1"] > self.state.best_knn
+        self.state.best_knn = max(self.state.best_knn, result["top1"])
+        return best
+
+    def _save_when_due(self, step: int, known_to_all: bool, best: bool = False) -> None:
+        """Save when it is time to, or when asked to stop; then stop.
+
+        Several processes vote, at the steps at which they meet anyway; a single one looks after every step.
+        """
+        if self.world.size > 1 and not (known_to_all or self._is_logged(step)):
+            return
+        late = time.monotonic() - self.last_saved >= self.config.monitor.checkpoint_minutes * 60
+        stop, late, best = self.world.any(self.interrupt.name is not None, late, best)
+        finished = self.state.step == self.steps
+        if not (stop or late or best or finished):
+            return
+        path = self._save(best)
+        if stop and not finished:
+            name = next((name for name in self.world.gather_objects(self.interrupt.name) if name), "a signal")
+            self.journal.say(f"stopped by {name} and saved")
+            raise Interrupted(
+                f"stopped by {name} at step {self.state.step:,} and saved to {path}; "
+                f"go on with: caco pretrain --out {self.folder} --resume"
+            )
+
+    def _save(self, best: bool) -> Path:
+        self._stop_if_not_finite("step", self.state.meters.bad_step(self.world))
+        contents = {
+            **self.state.state_dict(self.world),
+            "metrics_bytes": self.journal.sync(),
+            "images": len(self.loader.source),
+            "epoch": self.state.step // self.loader.steps_per_epoch,
+            "card": {**vars(self.card), "step": self.state.step},
+        }
+        self.broken.merge(self.world)
+        self.last_saved = time.monotonic()
+        step = self.state.warm_start_step + self.state.step
+        if self.world.is_main:
+            self.checkpoints.save(contents, step, best)
+        self.world.wait()
+        return self.checkpoints.path(step)
+
+    def _resume(self) -> int:
+        """Load the latest checkpoint, which the main process reads; return the length metrics.jsonl had then."""
+        contents: dict[str, Any] = self.world.share(lambda: self.checkpoints.latest()[1])
+        if contents["images"] != len(self.loader.source):
+            raise UsageError(
+                f"--resume: the run began with {contents['images']:,} images, {self.config.data} now has "
+                f"{len(self.loader.source):,}; resume needs the same images"
+            )
+        self.state.load_state_dict(contents, self.world)
+        return int(contents["metrics_bytes"])
+
+    def _stop_if_not_finite(self, what: str, step: int | None) -> None:
+        if step is not None:
+            kept = [path.name for path in self.checkpoints.paths()]
+            raise CacoError(
+                f"the loss is not finite at {what} {step:,}; the run stops. Last good checkpoint: "
+                f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
+                "or --precision fp32."
+            )
+
+
+def warm_start_steps(config: Pretrain, steps_per_epoch: int) -> int:
+    """Return the length of the warm start; auto, as published: until all slots are filled, or the data ends."""
+    if config.bank.warm_start_steps != "auto":
+        return config.bank.warm_start_steps
+    return min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)

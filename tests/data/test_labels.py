@@ -1,0 +1,65 @@
+"""One numbering of classes for two sources, and parts of a source."""
+
+import numpy as np
+import pytest
+
+from caco.data.arrays import ArraySource
+from caco.data.labels import Relabelled, Subset
+from caco.data.source import ImageSource, open_source
+from caco.errors import UsageError
+
+
+def source(labels, classes, name="pictures"):
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 3).repeat(8, 1).repeat(8, 2)
+    return ArraySource(images, labels, classes, name=name)
+
+
+def test_classes_are_renumbered_by_name():
+    val = Relabelled(source([0, 1, 1, 0], ("dog", "ant")), ("ant", "bee", "cat", "dog"))
+    assert val.labels.tolist() == [3, 0, 0, 3]
+    assert val.labels.dtype == np.int64
+    assert val.classes == ("ant", "bee", "cat", "dog")
+    assert [val.classes[label] for label in val.labels] == ["dog", "ant", "ant", "dog"]
+    assert (len(val), val.name) == (4, "pictures")
+
+
+def test_images_stay_what_they_are():
+    inner = source([0, 1, 1, 0], ("dog", "ant"))
+    for outer in (Relabelled(inner, ("ant", "dog")), Subset(inner, np.arange(4))):
+        assert isinstance(outer, ImageSource)
+        for index in range(4):
+            assert np.array_equal(outer.load(index), inner.load(index))
+            assert outer.key(index) == inner.key(index)
+
+
+def test_a_class_unknown_to_the_training_images():
+    with pytest.raises(
+        UsageError, match=r"pictures has the class 'dgo', which the training images lack\. Did you mean dog"
+    ):
+        Relabelled(source([0, 1], ("dgo", "ant")), ("ant", "dog"))
+
+
+def test_no_labels():
+    unlabelled = ArraySource(np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(UsageError, match="no labels"):
+        Relabelled(unlabelled, ("ant",))
+    part = Subset(unlabelled, np.array([1]))
+    assert part.labels is None
+    assert part.classes == ()
+
+
+def test_a_subset_keeps_the_order_asked_for():
+    part = Subset(source([0, 1, 1, 0], ("dog", "ant")), np.array([3, 1]))
+    assert len(part) == 2
+    assert part.labels.tolist() == [0, 1]
+    assert [part.key(index) for index in range(2)] == ["image 3", "image 1"]
+    assert [int(part.load(index)[0, 0, 0]) for index in range(2)] == [3, 1]
+    nested = Subset(part, np.array([1]))
+    assert nested.key(0) == "image 1"
+
+
+def test_built_in_pictures_can_be_parted_and_relabelled():
+    textures = open_source("textures:30")
+    part = Subset(textures, np.array([7, 29]))
+    assert np.array_equal(part.load(1), textures.load(29))
+    assert np.array_equal(Relabelled(textures, textures.classes).load(3), textures.load(3))

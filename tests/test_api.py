@@ -1,0 +1,145 @@
+"""The commands as Python functions: `import caco` is light, options are checked, own modules and sources work."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import caco
+from caco.data.arrays import ArraySource
+from caco.errors import UsageError
+
+TINY = {
+    "epochs": 1,
+    "batch_size": 8,
+    "bank_size": 16,
+    "device": "cpu",
+    "workers": 1,
+    "views": {"size": 8, "evaluation_resize": 8, "blur": (0.0, 0.0)},
+    "encoder": {"projector": 16, "embedding": 8},
+    "bank": {"warm_start_steps": 0},
+    "optimizer": {"warmup_epochs": 1},
+    "monitor": {"knn_epochs": 0},
+}
+
+
+class Own(nn.Module):
+    """A user's own network, with feature maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def test_import_is_light():
+    script = "import sys, caco; dir(caco); assert not {'torch', 'numpy', 'timm'} & set(sys.modules), 'heavy'"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_everything_announced_is_there():
+    for name in caco.__all__:
+        assert callable(getattr(caco, name)), name
+        assert getattr(caco, name).__doc__, name
+    assert set(caco.__all__) <= set(dir(caco))
+    with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
+        caco.pretrian  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bank_sise": 5}, "unknown option bank_sise. Did you mean bank_size"),
+        ({"views": {"sise": 5}}, "unknown option views.sise. Did you mean views.size"),
+        ({"views": 5}, "unknown option views."),
+        ({"precision": "fp16"}, "precision='fp16': must be auto|fp32|bf16."),
+        ({"epochs": "ten"}, "epochs='ten': must be int"),
+        ({"views": {"size": "big"}}, "views.size='big': must be int"),
+        ({"recipe": "cifr"}, "Did you mean cifar"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
+        ({"backbone": "resnet19"}, "Did you mean resnet"),
+        ({"resume": True}, "there is no run in"),
+    ],
+)
+def test_wrong_options_are_usage_errors(options, words, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        caco.pretrain("textures:64", tmp_path / "run", **options)
+    assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_judging_checks_its_options_too():
+    for command in (caco.knn, caco.linear, caco.embed):
+        with pytest.raises(UsageError, match="unknown option valid"):
+            command("pixels", data="textures:40", valid="textures:20")
+        with pytest.raises(UsageError, match="batch_size='many': must be int"):
+            command("pixels", data="textures:40", batch_size="many")
+
+
+def test_recipe_groups_and_single_options_together(tmp_path):
+    """A recipe first, everything else over it; the run's own record shows what came out."""
+    from caco.train.run_folder import read_config
+
+    caco.pretrain("textures:16", tmp_path / "run", recipe="cifar", backbone=Own(), **TINY)
+    config = read_config(tmp_path / "run")
+    assert (config.recipe, config.lr, config.optimizer.weight_decay) == ("cifar", 0.3, 1e-4)
+    assert (config.views.size, config.views.solarize) == (8, (0.0, 0.2))
+    assert config.optimizer.warmup_epochs == 1
+
+
+def test_own_modules_are_trained_and_come_back(tmp_path):
+    own = Own()
+    start = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    path = caco.pretrain("textures:32", tmp_path / "run", backbone=own, **TINY)
+    assert path == tmp_path / "run" / "export" / "backbone.safetensors"
+    with pytest.raises(UsageError, match="load_weights"):
+        caco.load_backbone(path)
+    pooled = nn.Sequential(Own(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    again = caco.load_weights(pooled, tmp_path / "run")
+    assert again is pooled
+    trained = pooled[0].state_dict()
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert pooled.eval()(images).shape == (2, 6)
+
+
+def test_own_modules_that_do_not_fit(tmp_path):
+    with pytest.raises(UsageError, match="does not take pictures of 8 x 8 pixels"):
+        caco.pretrain("textures:32", tmp_path / "run", backbone=nn.Linear(5, 5), **TINY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (24, 10, 10, 3), dtype=np.uint8)
+    path = caco.pretrain(ArraySource(images, name="mine"), tmp_path / "run", backbone="test_resnet", **TINY)
+    assert caco.load_backbone(path)(torch.zeros(2, 3, 8, 8)).shape == (2, 96)
+
+
+def test_paths_may_be_paths_everywhere(tmp_path):
+    first = caco.pretrain("textures:32", tmp_path / "first", backbone="test_resnet", **TINY)
+    options = {"backbone": "test_resnet", "weights": first, **TINY}
+    second = caco.pretrain("textures:32", tmp_path / "second", **options)
+    assert second.exists()
+    with pytest.raises(UsageError, match="there is no file"):
+        caco.pretrain("textures:32", tmp_path / "third", **{**options, "weights": tmp_path / "none.pt"})
+
+
+def test_weights_are_where_a_run_starts(tmp_path):
+    """With a learning rate of nearly nothing, what comes out is what went in (batch-norm statistics apart)."""
+    first = caco.pretrain("textures:32", tmp_path / "first", backbone="test_resnet", **TINY)
+    options = {"backbone": "test_resnet", "weights": first, "seed": 5, "lr": 1e-9, **TINY}
+    options["optimizer"] = {"warmup_epochs": 1, "final_lr": 1e-9}
+    second = caco.pretrain("textures:32", tmp_path / "second", **options)
+    other = caco.pretrain("textures:32", tmp_path / "other", **{**options, "weights": ""})
+    ours, same, different = (dict(caco.load_backbone(path).named_parameters()) for path in (first, second, other))
+    for name, parameter in ours.items():
+        torch.testing.assert_close(same[name], parameter, rtol=0, atol=1e-5)
+    assert any((different[name] - parameter).abs().max() > 0.01 for name, parameter in ours.items())

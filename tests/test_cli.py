@@ -1,0 +1,206 @@
+"""The command line as its users meet it: quick help, and errors of one line with exit status 2 before any work."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from caco.cli import COMMANDS, main
+from caco.config import Embed, Knn, Linear, Pretrain
+from caco.options import flatten
+from caco.recipes import find_recipe
+
+
+def told(capsys, *arguments: str, status: int = 2) -> str:
+    """Run caco, expect an error of one line on stderr and nothing else, and return it."""
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert captured.err.startswith("caco: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_help_does_not_import_torch_and_is_quick():
+    """Real processes; torch, numpy and Pillow may not even begin to load. Errors of parsing are as quick."""
+    script = (
+        "import sys; from caco.cli import main; status = main(sys.argv[1:]);"
+        "heavy = {'torch', 'numpy', 'PIL', 'timm', 'torchvision'} & set(sys.modules);"
+        "assert not heavy, heavy; raise SystemExit(status)"
+    )
+    lines = [(["--help"], 0), (["pretrain", "--help"], 0), (["pretrain", "--lrr", "1"], 2), (["recipes", "cifar"], 0)]
+    lines.append((["pretrain", "--data", "x", "--out", "y", "--monitor.log-steps", "0"], 2))
+    seconds = []
+    for arguments, status in lines:
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        seconds.append(time.monotonic() - began)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+    assert min(seconds) < 1  # the quickest: the machine may be busy
+
+
+def test_exit_status_of_a_real_process():
+    done = subprocess.run([sys.executable, "-m", "caco", "pretain"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "caco: there is no command 'pretain'. Did you mean pretrain? (all: caco --help)\n"
+
+
+def test_overview_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"caco {name} " in text for name in COMMANDS)
+    assert main([]) == 2  # nothing was done
+
+
+def test_version(capsys):
+    import caco
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"caco {caco.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    assert main([name, "--help"]) == 0
+    captured = capsys.readouterr()
+    assert f"caco {name}" in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(("name", "kind"), {"pretrain": Pretrain, "knn": Knn, "linear": Linear, "embed": Embed}.items())
+def test_help_lists_every_option_with_its_default(name, kind, capsys):
+    main([name, "--help"])
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=-)", capsys.readouterr().out)]
+    start = find_recipe(Pretrain.recipe) if kind is Pretrain else kind()
+    for option, default in flatten(start).items():
+        if option == "run":
+            continue
+        flag = f"--{option}".replace("_", "-")
+        (entry,) = [entry for entry in entries if entry.split(" ")[0].rstrip(",") == flag]
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default) or "none"
+        assert f" [{shown}]" in entry, entry
+        assert len(entry.rpartition(" [")[0].split()) > 4, entry  # the option, its type, and words
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("pretrain --lrr 0.1", "unknown option --lrr. Did you mean --lr"),
+        ("pretrain --bank.sise 5", "Did you mean --bank"),
+        ("pretrain --batch 5", "--batch-size"),
+        ("pretrain --epochs many", "'many' is neither a number nor auto"),
+        ("pretrain --precision fp16", "'fp16' is none of auto, fp32, bf16. Did you mean "),
+        ("pretrain --recipe cifr", "Did you mean cifar"),
+        ("pretrain photos", "what is 'photos' for?"),
+        ("pretrain", "--data is missing"),
+        ("pretrain --resume --out {tmp}/none", "there is no run in {tmp}/none"),
+        ("pretrain --data {tmp} --out {tmp}/r --resume --overwrite", "there is no run"),
+        ("pretrain --data {tmp} --out {tmp}/r --batch-size 1", "at least 2 images"),
+        ("pretrain --data {tmp} --out {tmp}/r --batch-size 0", "--batch-size 0: must be at least 1"),
+        ("pretrain --data {tmp} --out {tmp}/r --bank-size 0", "--bank-size 0: must be at least 1"),
+        ("pretrain --data {tmp} --out {tmp}/r --epochs 0", "--epochs 0: must be at least 1"),
+        ("pretrain --data {tmp} --out {tmp}/r --seed -1", "--seed -1: must be at least 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --lr nan", "--lr nan: must be a finite number"),
+        ("pretrain --data {tmp} --out {tmp}/r --lr -1", "--lr -1.0: must be above 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.large 1", "two large views"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.size 160", "--views.evaluation-resize 183"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.area 1 0.2", "the first must be the smaller"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.gray 2", "between 0 and 1"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.std 0 1 1", "--views.std 0.0: must be above 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --bank.temperature 0", "must be above 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --monitor.log-steps 0", "must be at least 1"),
+        ("pretrain --data {tmp} --out {tmp}/r --monitor.held-out 1", "above 0 and below 1"),
+        ("knn --neighbours 0", "must be at least 1"),
+        ("knn --temperature 0", "must be above 0"),
+        ("knn --held-out 1.5", "above 0 and below 1"),
+        ("knn x --batch-size -3", "must be at least 1"),
+        ("linear x --epochs 0", "must be at least 1"),
+        ("linear x --protocol refrence", "Did you mean reference"),
+        ("embed x y", "what is 'y' for?"),
+        ("recipes nope", "There are: "),
+        ("recipes cifr", "Did you mean cifar"),
+        ("recipes a b", "one name, not 2"),
+        ("pretrian", "Did you mean pretrain"),
+    ],
+)
+def test_errors_of_the_words_alone(line, words, capsys, tmp_path):
+    error = told(capsys, *line.format(tmp=tmp_path).split())
+    assert words.format(tmp=tmp_path) in error
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_unset_variables(capsys):
+    assert "what is '' for?" in told(capsys, "pretrain", "")
+    assert "there is no command ''" in told(capsys, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("pretrain --data {tmp}/nope --out {tmp}/r", "{tmp}/nope: no such file, folder or named set"),
+        ("pretrain --data texture --out {tmp}/r", "Did you mean textures"),
+        ("pretrain --data textures:64", "--out is missing"),
+        ("pretrain --data textures:64 --out {tmp}/r --backbone resnet19", "Did you mean resnet"),
+        ("pretrain --data textures:64 --out {tmp}/r --device cdua", "--device cdua: not here"),
+        ("pretrain --data textures:64 --out {tmp}/r --weights {tmp}/none.pt", "there is no file {tmp}/none.pt"),
+        ("pretrain --data textures:64 --out {tmp}/taken", "{tmp}/taken exists and is not a run of caco"),
+        ("pretrain --data textures:64 --out {tmp}/taken/a.txt", "exists and is not a run of caco"),
+        ("pretrain --data textures:64 --out {tmp}/taken/a.txt/r", "a.txt/r cannot be made: Not a directory"),
+        (
+            "pretrain --data textures:64 --out {tmp}/r --backbone test_vit --views.size 100",
+            "does not take pictures of 100 x 100 pixels: Input height (100) should be divisible by patch size (16)",
+        ),
+        ("pretrain --data textures:64 --out {tmp}/r --encoder.stem small", "test_resnet has no ResNet stem to replace"),
+        ("knn", "name a run folder or a backbone file"),
+        ("knn {tmp}/none", "--data is missing"),
+        ("knn {tmp}/none --data textures:64", "there is no run folder or file {tmp}/none"),
+        ("knn {tmp}/taken --data textures:64", "holds no finished backbone"),
+        ("knn {tmp}/taken/a.txt --data textures:64", "a.txt is not a torch file, or is damaged"),
+        ("knn random --data textures:64", "--backbone resnet18"),
+        ("knn random --backbone resnet19 --data textures:64", "Did you mean resnet"),
+        ("knn pixels --data textures:64 --out x.csv", "the result is written as .json"),
+        ("linear pixels --data textures:64 --protocol reference", "the reference protocol judges encoders, not pixels"),
+        ("embed pixels --data textures:64", "--out is missing"),
+        ("embed pixels --data textures:64 --out x.csv", "written as .npz or .parquet"),
+        ("embed {tmp}/none --data textures:64 --out x.npz", "there is no run folder or file"),
+    ],
+)
+def test_errors_of_names_and_files(line, words, capsys, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "a.txt").write_text("somebody's notes\n" * 9)
+    words = words.format(tmp=tmp_path)
+    arguments = line.format(tmp=tmp_path).split()
+    if arguments[0] == "pretrain" and "--backbone" not in arguments:
+        arguments += ["--backbone", "test_resnet"]
+    if arguments[:2] == ["knn"]:
+        arguments += ["--data", "textures:64"]
+    if arguments == ["knn"]:
+        arguments = ["knn", "--data", "textures:64"]
+    error = told(capsys, *arguments)
+    assert words in error
+    assert not (tmp_path / "r").exists()
+    assert (tmp_path / "taken" / "a.txt").read_text() == "somebody's notes\n" * 9
+
+
+def test_what_the_system_refuses_is_one_line_too(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = ["knn", "pixels", "--data", "textures:40", "--size", "8", "--out", str(tmp_path / "file" / "x.json")]
+    assert main(line) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert str(tmp_path / "file") in error
+
+
+def test_a_line_break_in_a_name_does_not_break_the_line(capsys, tmp_path):
+    assert "no such file" in told(capsys, "knn", "pixels", "--data", f"{tmp_path}/one\ntwo")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    script = f"{sys.executable} -m caco pretrain --help | head -1"
+    done = subprocess.run(script, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,273 @@
+"""knn, linear and embed, from a folder of pictures to the file with the result."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from PIL import Image
+
+import caco
+from caco.cli import main
+from caco.errors import CacoError, UsageError
+
+CLASSES = ("blue", "green", "red")
+TINY = {
+    "backbone": "test_resnet",
+    "epochs": 1,
+    "batch_size": 8,
+    "bank_size": 16,
+    "device": "cpu",
+    "workers": 2,
+    "views": {"size": 16, "evaluation_resize": 18, "blur": (0.0, 0.0)},
+    "encoder": {"projector": 16, "embedding": 8},
+    "bank": {"warm_start_steps": 1},
+    "optimizer": {"warmup_epochs": 1},
+}
+
+
+def make_photos(folder, per_class, classes=CLASSES, seed=0):
+    generator = np.random.default_rng(seed)
+    for number in range(per_class * len(classes)):
+        place = number % len(classes)
+        path = folder / classes[place] / f"{number:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 60, (20 + number % 4, 22, 3), dtype=np.uint8)
+        pixels[:, :, 2 - place] += 150
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three classes that differ in colour."""
+    return make_photos(tmp_path_factory.mktemp("photos"), 10)
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("val"), 4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    path = caco.pretrain(photos, out, **TINY)
+    assert path == out / "export" / "backbone.safetensors"
+    return out
+
+
+def strict(path):
+    """Read JSON as other languages do: NaN and Infinity are no JSON."""
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in {path}"))
+
+
+def check_report(report, val_images, train_images):
+    low, high = report["top1_interval"]
+    assert 0 <= low <= report["top1"] <= high <= 100
+    assert report["top1"] <= report["top5"] <= 100
+    assert (report["val_images"], report["train_images"]) == (val_images, train_images)
+
+
+def test_knn_of_a_run(run, photos, val, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    line = ["knn", str(run), "--data", str(photos), "--val", str(val), "--out", str(out), "--neighbours", "5", "1"]
+    assert main(line) == 0
+    captured = capsys.readouterr()
+    report = strict(out)
+    check_report(report, 12, 30)
+    assert [row["neighbours"] for row in report["all"]] == [5, 1]
+    assert (report["neighbours"], report["top1"]) == (5, report["all"][0]["top1"])  # the first is the headline
+    assert captured.out.count("95 % interval") == 2
+    assert f"top-1 {report['top1']:.2f} %" in captured.out
+    assert "12 images judged by 30" in captured.out
+    assert report["broken"] == []
+    assert (report["run"], report["data"], report["val"]) == (str(run), str(photos), str(val))
+
+
+def test_knn_returns_what_it_writes(run, photos, val, tmp_path):
+    result = caco.knn(run, data=photos, val=val, out=tmp_path / "a.json")
+    assert strict(tmp_path / "a.json") == result
+    assert caco.knn(run, data=photos, val=val) == result  # the same again
+
+
+def test_without_val_a_share_is_held_out(run, photos):
+    result = caco.knn(run, data=photos, held_out=0.2, neighbours=[3])
+    assert (result["val_images"], result["train_images"]) == (6, 24)
+    assert result["val"] == "held out: 0.2"
+    assert caco.knn(run, data=photos, held_out=0.2, neighbours=[3]) == result
+
+
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_pixels_as_a_baseline(command, photos, val):
+    """Classes that differ in colour alone: for pixels as good as read out."""
+    options = {"epochs": 30} if command == "linear" else {"neighbours": [3]}
+    result = getattr(caco, command)("pixels", data=photos, val=val, size=8, **options)
+    check_report(result, 12, 30)
+    assert result["top1"] == 100.0
+
+
+def test_a_random_encoder_as_a_baseline(photos, val):
+    results = [caco.knn("random", data=photos, val=val, backbone="test_resnet", size=32, seed=s) for s in (0, 0)]
+    assert results[0] == results[1]
+    other = [
+        caco.embed("random", data=val, backbone="test_resnet", size=32, seed=s, out=val.parent / f"{s}.npz")
+        for s in (0, 1)
+    ]
+    first, second = (np.load(path)["vectors"] for path in other)
+    assert first.shape == (12, 96)
+    assert not np.allclose(first, second)
+
+
+def test_linear_of_a_run(run, photos, val, tmp_path, capsys):
+    out = tmp_path / "linear.json"
+    result = caco.linear(run, data=photos, val=val, epochs=3, out=out)
+    assert strict(out) == result
+    check_report(result, 12, 30)
+    assert result["protocol"] == "cached"
+    assert set(result["per_class"]) == set(CLASSES)
+    assert np.mean(list(result["per_class"].values())) == pytest.approx(result["top1"])  # as many of each
+    tried = {trial["learning_rate"] for trial in result["rates_tried"]}
+    assert len(tried) > 3
+    assert result["learning_rate"] in tried
+    assert "linear top-1" in capsys.readouterr().out
+
+
+def test_linear_with_one_rate_tries_no_other(run, photos, val):
+    result = caco.linear(run, data=photos, val=val, epochs=2, lr=0.1)
+    assert (result["rates_tried"], result["learning_rate"]) == ([], 0.1)
+
+
+def test_a_class_without_judged_images_is_null_in_json(photos, tmp_path):
+    some = make_photos(tmp_path / "val", 3, CLASSES[:2])
+    result = caco.linear("pixels", data=photos, val=some, size=8, epochs=2, out=tmp_path / "a.json")
+    assert strict(tmp_path / "a.json") == result
+    assert result["per_class"]["red"] is None
+
+
+def test_linear_by_the_reference_protocol(run, photos, val, tmp_path):
+    out = tmp_path / "reference.json"
+    result = caco.linear(run, data=photos, val=val, protocol="reference", epochs=2, probe_batch_size=15, out=out)
+    assert strict(out) == result
+    check_report(result, 12, 30)
+    assert (result["protocol"], result["learning_rate"], result["epochs"]) == ("reference", 0.025, 2)
+
+
+def test_embed_into_both_formats(run, val, tmp_path, capsys):
+    assert main(["embed", str(run), "--data", str(val), "--out", str(tmp_path / "f.npz"), "--workers", "2"]) == 0
+    assert "12 vectors of 96 numbers" in capsys.readouterr().out
+    assert caco.embed(run, data=val, out=tmp_path / "f.parquet", batch_size=5) == tmp_path / "f.parquet"
+    with np.load(tmp_path / "f.npz") as file:
+        keys, vectors, labels, classes = (file[name] for name in ("keys", "vectors", "labels", "classes"))
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert keys.tolist() == table["key"].to_pylist() == sorted(keys)
+    assert keys[0] == "blue/000.jpg"
+    assert [classes[label] for label in labels] == table["class"].to_pylist() == [key.split("/")[0] for key in keys]
+    np.testing.assert_allclose(np.array(table["vector"].to_pylist()), vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_embedded_vectors_are_the_backbones_features(run, val, tmp_path):
+    """By hand: decode, resize the shorter side to 18, take the middle 16 x 16, normalise, forward."""
+    caco.embed(run, data=val, out=tmp_path / "f.npz")
+    with Image.open(val / "blue" / "000.jpg") as image:
+        width, height = image.size
+        resized = image.resize(
+            (int(18 * width / height), 18) if height < width else (18, 18), Image.Resampling.BILINEAR
+        )
+    left = round((resized.width - 16) / 2)
+    pixels = torch.from_numpy(np.array(resized.crop((left, 1, left + 16, 17)))).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = caco.load_backbone(run)(((pixels - mean[:, None, None]) / std[:, None, None])[None])[0].numpy()
+    with np.load(tmp_path / "f.npz") as file:
+        vector = file["vectors"][0]
+        np.testing.assert_allclose(vector, expected, rtol=0, atol=0.03 * np.abs(expected).max())
+    caco.embed(run, data=val, out=tmp_path / "n.npz", normalise=True)
+    with np.load(tmp_path / "n.npz") as file:
+        np.testing.assert_allclose(file["vectors"][0], vector / np.linalg.norm(vector), rtol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(file["vectors"], axis=1), 1, rtol=1e-5)
+
+
+def test_a_run_in_progress_is_as_good(run, val, tmp_path):
+    """Without a finished backbone, the latest checkpoint holds the same weights (of the same moment)."""
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    finished = caco.embed(run, data=val, out=tmp_path / "a.npz")
+    going_on = caco.embed(tmp_path / "run", data=val, out=tmp_path / "b.npz")
+    file = caco.embed(run / "export" / "backbone.safetensors", data=val, out=tmp_path / "c.npz")
+    first, second, third = (np.load(path)["vectors"] for path in (finished, going_on, file))
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, third)
+
+
+def test_another_size_than_trained_at(run, val, tmp_path):
+    caco.embed(run, data=val, out=tmp_path / "a.npz", size=32)
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["vectors"].shape == (12, 96)
+
+
+def test_unlabelled_and_broken_images_are_embedded_as_far_as_they_go(run, tmp_path, capsys):
+    folder = make_photos(tmp_path / "flat", 4, ("only",)) / "only"
+    (folder / "aaa.jpg").write_bytes(b"not a picture")
+    path = caco.embed(run, data=folder, out=tmp_path / "f.npz")
+    with np.load(path) as file:
+        assert set(file) == {"keys", "vectors"}
+        assert file["keys"].tolist() == [f"{number:03}.jpg" for number in range(4)]
+    error = capsys.readouterr().err
+    assert "1 of 5 images were skipped, the first: aaa.jpg" in error
+
+
+def test_broken_images_are_listed_in_the_result(run, photos, tmp_path):
+    some = make_photos(tmp_path / "val", 2)
+    (some / "blue" / "zzz.jpg").write_bytes(b"")
+    result = caco.knn(run, data=photos, val=some)
+    assert result["val_images"] == 6
+    assert result["broken"] == ["blue/zzz.jpg: empty: 0 bytes"]
+
+
+def test_a_class_that_training_images_lack(run, photos, tmp_path):
+    some = make_photos(tmp_path / "val", 2, ("blue", "gren"))
+    for command in (caco.knn, caco.linear):
+        with pytest.raises(
+            UsageError, match="has the class 'gren', which the training images lack. Did you mean green"
+        ):
+            command(run, data=photos, val=some)
+
+
+def test_judging_needs_labels(run, photos, tmp_path):
+    flat = make_photos(tmp_path / "flat", 4, ("only",))
+    with pytest.raises(UsageError, match=r"--data .*flat has no labels"):
+        caco.knn(run, data=flat)
+    with pytest.raises(UsageError, match=r"flat has no labels"):
+        caco.knn(run, data=photos, val=flat)
+
+
+def test_nothing_left_to_hold_out(run, tmp_path):
+    single = make_photos(tmp_path / "single", 1)
+    with pytest.raises(CacoError, match="no class has two images.*--val"):
+        caco.knn(run, data=single)
+
+
+def test_the_result_is_asked_for_before_the_work(photos, tmp_path, monkeypatch):
+    """A wrong --out is told before images are opened."""
+    from caco import commands
+
+    monkeypatch.setattr(commands, "open_source", lambda *given, **more: pytest.fail("images were opened"))
+    with pytest.raises(UsageError, match="written as .json"):
+        caco.knn("pixels", data=photos, out=tmp_path / "result.txt")
+    with pytest.raises(UsageError, match=r"written as \.npz or \.parquet"):
+        caco.embed("pixels", data=photos, out=tmp_path / "result.json")
+    with pytest.raises(UsageError, match="must be at least 1"):
+        caco.knn("pixels", data=photos, neighbours=[0])
+
+
+def test_pretrain_prints_the_next_commands(photos, tmp_path, capsys):
+    caco.pretrain(photos, tmp_path / "run", val=photos, **TINY)
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines() if line.strip().startswith("caco ")]
+    assert [line[1] for line in lines] == ["knn", "linear", "embed"]
+    assert lines[0] == ["caco", "knn", str(tmp_path / "run"), "--data", str(photos), "--val", str(photos)]
+    assert main(lines[0][1:]) == 0  # what is printed works

@@ -1,0 +1,68 @@
+"""Files are whole or not there: a crash at any moment leaves the old one."""
+
+import json
+import os
+
+import pytest
+
+from caco.files import replace_file, replace_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_replaces_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.bin"
+    replace_file(path, b"first")
+    replace_file(path, memoryview(b"second"))
+    assert path.read_bytes() == b"second"
+    assert names(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("moment", ["replace", "fsync"])
+def test_a_crash_keeps_the_old_file(tmp_path, monkeypatch, moment):
+    path = tmp_path / "file.bin"
+    replace_file(path, b"old")
+
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, moment, crash)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, b"new and longer")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """The order of calls is the guarantee: write, sync the file, rename, sync the folder."""
+    calls = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (calls.append("sync"), sync(number))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("rename"), rename(old, new))[1])
+    replace_file(tmp_path / "file", b"content")
+    assert calls == ["sync", "rename", "sync"]
+
+
+def test_temporary_file_is_in_the_same_folder(tmp_path, monkeypatch):
+    """Renaming is atomic within a file system only."""
+    seen = []
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (seen.append((old, new)), rename(old, new))[1])
+    replace_file(tmp_path / "file", b"content")
+    ((old, new),) = seen
+    assert old.parent == new.parent == tmp_path
+    assert old.name.startswith(".")
+    assert old.name.endswith(".tmp")
+
+
+def test_json(tmp_path):
+    replace_json(tmp_path / "a.json", {"b": [1, None, "é"]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"b": [1, None, "é"]}
+    assert text.endswith("}\n")
+    with pytest.raises(TypeError):
+        replace_json(tmp_path / "a.json", {"c": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None, "é"]}

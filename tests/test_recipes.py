@@ -1,0 +1,128 @@
+"""The published recipes hold the published numbers, and every recipe can be listed, printed and used."""
+
+import pytest
+
+from caco.checks import check
+from caco.config import Pretrain, ViewRecipe
+from caco.errors import UsageError
+from caco.options import flatten, override, parse
+from caco.recipes import RECIPES, find_recipe, listing, whole
+
+# From the published README's command lines (and its table for the third row), by our names.
+ALL_ROWS = {
+    "backbone": "resnet50",
+    "lr": 0.3,
+    "optimizer.final_lr": 0.003,
+    "bank.lr": 3.0,
+    "bank.final_lr": 3.0,
+    "bank_size": 65536,
+    "bank.temperature": 0.08,
+    "bank.slot_temperature": 0.08,
+    "optimizer.weight_decay": 1.5e-6,
+    "optimizer.name": "lars",
+    "optimizer.momentum": 0.9,
+    "encoder.embedding": 256,
+    "encoder.projector": 2048,
+    "encoder.key_momentum": 0.99,
+    "encoder.key_momentum_schedule": "cosine",
+    "encoder.stem": "standard",
+    "optimizer.warmup_epochs": 10,
+    "bank.momentum": 0.9,
+    "bank.warm_start_steps": "auto",
+    "monitor.knn_first_epochs": 20,
+    "monitor.knn_share": 0.2,
+    "monitor.knn_neighbours": 20,
+    "views.size": 224,
+    "views.large": 2,
+    "views.evaluation_resize": 256,
+    "views.mean": (0.485, 0.456, 0.406),
+    "views.std": (0.229, 0.224, 0.225),
+}
+ROWS = {
+    "imagenet-200-b1024": {"epochs": 200, "batch_size": 1024, "monitor.knn_epochs": 10, "views.small": 0},
+    "imagenet-200-b4096": {"epochs": 200, "batch_size": 4096, "monitor.knn_epochs": 20, "views.small": 0},
+    "imagenet-800-b4096": {"epochs": 800, "batch_size": 4096, "views.small": 0},
+    "imagenet-800-multicrop-b2048": {"epochs": 800, "batch_size": 2048, "monitor.knn_epochs": 50, "views.small": 6},
+}
+ACCURACY = {
+    "imagenet-200-b1024": "71.3",
+    "imagenet-200-b4096": "72.0",
+    "imagenet-800-b4096": "75.3",
+    "imagenet-800-multicrop-b2048": "75.7",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_published_rows(name):
+    values = flatten(find_recipe(name))
+    assert values["recipe"] == name
+    for option, expected in {**ALL_ROWS, **ROWS[name]}.items():
+        assert values[option] == expected, option
+    assert ACCURACY[name] in whole(name)
+
+
+def published_view(size, area, saturation, blur, solarize):
+    return ViewRecipe(
+        size=size,
+        area=area,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=saturation,
+        hue=0.1,
+        jitter_probability=0.8,
+        gray_probability=0.2,
+        blur_probability=blur,
+        blur_sigma=(0.1, 2.0),
+        solarize_probability=solarize,
+        flip_probability=0.5,
+    )
+
+
+def test_published_views():
+    pair = (published_view(224, (0.2, 1.0), 0.2, 1.0, 0.0), published_view(224, (0.2, 1.0), 0.2, 0.1, 0.2))
+    for name in ("imagenet-200-b1024", "imagenet-200-b4096", "imagenet-800-b4096"):
+        assert find_recipe(name).views.recipes() == pair
+    large, small = published_view(224, (0.14, 1.0), 0.4, 0.5, 0.0), published_view(96, (0.05, 0.14), 0.4, 0.5, 0.0)
+    assert find_recipe("imagenet-800-multicrop-b2048").views.recipes() == (large,) * 2 + (small,) * 6
+
+
+def test_small_images_are_not_blurred():
+    cifar = find_recipe("cifar")
+    assert all(view.blur_probability == 0 and view.size == 32 for view in cifar.views.recipes())
+    assert cifar.encoder.stem == "small"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_sound_and_printed_whole(name):
+    recipe = find_recipe(name)
+    assert recipe.recipe == name
+    check(override(recipe, {"data": "photos", "out": "run"}))
+    text = whole(name)
+    lines = [line for line in text.splitlines() if line.startswith("--")]
+    left_out = {"data", "val", "out", "weights", "recipe", "device", "resume", "overwrite", "download"}
+    options = {option for option in flatten(recipe) if option not in left_out}
+    assert {line.split(" ")[0] for line in lines} == {f"--{option.replace('_', '-')}" for option in options}
+    # What is printed can be typed, and gives the recipe again.
+    words = []
+    for line in lines:
+        option, _, value = line.partition(" ")
+        if value in ("True", "False"):
+            words.append(option if value == "True" else f"--no-{option[2:]}")
+        elif value:
+            words += [option, *value.split(" ")]
+    assert parse(Pretrain, words, "caco pretrain", lambda given: Pretrain(recipe=name)) == recipe
+    assert f"{name} " in listing() + " "
+
+
+def test_listing_has_a_line_for_each():
+    lines = listing().splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert all(len(line.split()) > 3 for line in lines)
+    assert {"cifar", "small-photos", "demo"} <= set(RECIPES)
+
+
+def test_unknown_recipe_names_the_nearest_or_all():
+    with pytest.raises(UsageError, match=r"'cifarr'.* Did you mean cifar\?"):
+        find_recipe("cifarr")
+    with pytest.raises(UsageError, match="There are: .*small-photos"):
+        whole("zzzzzz")

@@ -1,0 +1,170 @@
+"""Checkpoints: whole or not there, the last few and the best, and a way around a damaged one."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from caco.errors import CacoError, UsageError
+from caco.train.checkpoint import CheckpointFolder, read_checkpoint, remove_leftovers
+
+
+def state(step):
+    return {
+        "step": step,
+        "weight": torch.full((3,), float(step)),
+        "nested": {"list": [1, 2.5, None, "a"], "tuple": (1,)},
+    }
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def truncate(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def test_what_is_saved_is_read_and_needs_no_trust(tmp_path):
+    path = CheckpointFolder(tmp_path / "checkpoints", 2).save(state(5), 5)
+    assert path.name == "step-00000005.pt"
+    content = torch.load(path, weights_only=True)
+    assert content == {"format": "caco-checkpoint-1", **content}
+    read = read_checkpoint(path)
+    assert torch.equal(read["weight"], state(5)["weight"])
+    assert read["nested"] == state(5)["nested"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_few_and_the_best_are_kept(tmp_path, keep):
+    checkpoints = CheckpointFolder(tmp_path, keep)
+    for step in (10, 20, 30, 40, 50):
+        checkpoints.save(state(step), step, best=step in (10, 30))
+    expected = [f"step-000000{step}.pt" for step in (10, 20, 30, 40, 50)[-keep:]]
+    assert names(tmp_path) == ["best.pt", *expected]
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 30
+    assert checkpoints.latest()[1]["step"] == 50
+
+
+def test_at_least_one_is_kept(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, 0)
+    checkpoints.save(state(1), 1)
+    assert checkpoints.latest()[1]["step"] == 1
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, 2)
+    checkpoints.save(state(1), 7)
+    checkpoints.save(state(2), 7)
+    assert names(tmp_path) == ["step-00000007.pt"]
+    assert checkpoints.latest()[1]["step"] == 2
+
+
+def test_other_files_are_left_alone(tmp_path):
+    others = ["best.pt", "mine.pt", "step-1.pt", "step-final.pt", "notes.txt"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    checkpoints = CheckpointFolder(tmp_path, 1)
+    for step in (1, 2):
+        checkpoints.save(state(step), step)
+    assert names(tmp_path) == sorted([*others, "step-00000002.pt"])
+
+
+def test_order_is_by_number_not_by_spelling(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, 2)
+    checkpoints.save(state(1), 99_999_999)
+    checkpoints.save(state(2), 100_000_000)
+    assert [path.stem for path in checkpoints.paths()] == ["step-99999999", "step-100000000"]
+    assert checkpoints.latest()[1]["step"] == 2
+
+
+@pytest.mark.parametrize("moment", ["replace", "fsync"])
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, moment):
+    checkpoints = CheckpointFolder(tmp_path, 1)
+    checkpoints.save(state(1), 1)
+    before = (tmp_path / "step-00000001.pt").read_bytes()
+    monkeypatch.setattr(os, moment, lambda *arguments: (_ for _ in ()).throw(SystemError("killed")))
+    for step in (1, 2):
+        with pytest.raises(SystemError):
+            checkpoints.save(state(9), step)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-00000001.pt"]
+    assert (tmp_path / "step-00000001.pt").read_bytes() == before
+    assert checkpoints.latest()[1]["step"] == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "another version"])
+def test_latest_falls_back_over_a_damaged_one(tmp_path, damage):
+    checkpoints = CheckpointFolder(tmp_path, 3)
+    for step in (1, 2, 3):
+        path = checkpoints.save(state(step), step)
+    if damage == "truncated":
+        truncate(path)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "foreign":
+        path.write_text("a text\n" * 50)
+    else:
+        torch.save({"format": "caco-checkpoint-99"}, path)
+    found, content = checkpoints.latest()
+    assert (found.name, content["step"]) == ("step-00000002.pt", 2)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_after_a_fall_back_new_checkpoints_stay(tmp_path, keep):
+    """The damaged file has the highest number: it must not push out what is saved on the way back to it."""
+    checkpoints = CheckpointFolder(tmp_path, keep)
+    CheckpointFolder(tmp_path, 5).save(state(10), 10)
+    truncate(CheckpointFolder(tmp_path, 5).save(state(20), 20))
+    assert checkpoints.latest()[1]["step"] == 10
+    checkpoints.save(state(15), 15)
+    assert checkpoints.latest()[1]["step"] == 15
+    assert names(tmp_path) == ["step-00000010.pt", "step-00000015.pt"][-keep:]
+
+
+def test_none_that_can_be_read(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path, 2)
+    with pytest.raises(CacoError, match=r"no checkpoint to resume from: .* is empty\. Use --overwrite"):
+        checkpoints.latest()
+    with pytest.raises(CacoError, match="no checkpoint to resume from"):
+        CheckpointFolder(tmp_path / "none", 2).latest()
+    truncate(checkpoints.save(state(1), 1))
+    with pytest.raises(CacoError, match=r"step-00000001\.pt is not a torch file, or is damaged"):
+        checkpoints.latest()
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    target = tmp_path / "it-ran"
+    for path, write in (("a.pt", torch.save), ("b.pt", lambda content, path: path.write_bytes(pickle.dumps(content)))):
+        write({"format": "caco-checkpoint-1", "step": Payload(target)}, tmp_path / path)
+        with pytest.raises(UsageError, match="could run code"):
+            read_checkpoint(tmp_path / path)
+    assert not target.exists()
+
+
+def test_foreign_files_are_named(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match="not a checkpoint of this version of caco .*it says None"):
+        read_checkpoint(tmp_path / "other.pt")
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    leftovers = [tmp_path / ".config.json.999999999.tmp", tmp_path / "checkpoints" / ".step-00000003.pt.999999999.tmp"]
+    own = tmp_path / f".metrics.{os.getpid()}.tmp"
+    kept = [own, tmp_path / "notes.tmp", tmp_path / ".hidden", tmp_path / "checkpoints" / "step-00000003.pt"]
+    for path in [*leftovers, *kept]:
+        path.write_text("x")
+    remove_leftovers(tmp_path)
+    assert not any(path.exists() for path in leftovers)
+    assert all(path.exists() for path in kept)

@@ -1,0 +1,131 @@
+"""What a run writes down: one JSON object a line, cut back on a resume, and console lines that are kept."""
+
+import json
+
+import pytest
+
+from caco.train.journal import Journal, ProgressBar, Stopwatch
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_records_are_json_lines(tmp_path):
+    journal = Journal(tmp_path)
+    journal.record("train", 10, loss=1.5, epoch=0)
+    journal.record("knn", 10, top1=33.0)
+    assert lines(tmp_path / "metrics.jsonl") == [  # readable while the run goes on
+        {"kind": "train", "step": 10, "loss": 1.5, "epoch": 0},
+        {"kind": "knn", "step": 10, "top1": 33.0},
+    ]
+    journal.record_speed(10, 123.456789, 0.123456)
+    assert lines(tmp_path / "speed.jsonl") == [{"step": 10, "images_per_second": 123.46, "data_wait": 0.1235}]
+    journal.close()
+
+
+def test_a_resume_cuts_back_to_the_checkpoint(tmp_path):
+    """What came after the checkpoint is done again; the file ends up as if nothing had happened."""
+    journal = Journal(tmp_path)
+    journal.record("train", 1, loss=3.0)
+    length = journal.sync()
+    assert length == (tmp_path / "metrics.jsonl").stat().st_size
+    journal.record("train", 2, loss=2.0)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    journal.record("train", 3, loss=9.0)
+    journal.close()
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "tr')  # killed while writing
+    journal = Journal(tmp_path, length)
+    journal.record("train", 2, loss=2.0)
+    assert journal.sync() == len(whole)
+    journal.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_new_run_starts_empty(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "old"}\n')
+    Journal(tmp_path).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_shorter_file_is_not_filled_with_zeros(tmp_path):
+    """A user who deleted metrics.jsonl gets a shorter file, not one of null bytes."""
+    journal = Journal(tmp_path, keep_bytes=500)
+    journal.record("train", 1, loss=3.0)
+    journal.close()
+    assert lines(tmp_path / "metrics.jsonl") == [{"kind": "train", "step": 1, "loss": 3.0}]
+
+
+def test_said_on_the_console_and_in_the_log(tmp_path, capsys):
+    journal = Journal(tmp_path)
+    journal.say("first")
+    journal.close()
+    journal = Journal(tmp_path)
+    journal.say("second")
+    journal.close()
+    assert capsys.readouterr().err == "first\nsecond\n"
+    logged = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in logged] == ["first", "second"]  # a resume adds to it
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    journal = Journal(tmp_path, tensorboard=True)
+    journal.record("train", 7, loss=2.5, note="text is left out")
+    journal.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    (event,) = events.Scalars("train/loss")
+    assert (event.step, event.value) == (7, 2.5)
+
+
+def test_without_a_terminal_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    journal = Journal(tmp_path)
+    bar = ProgressBar(journal, steps=100, done=10)
+    bar.advance()
+    bar.show(11, "loss 1.000")
+    assert capsys.readouterr().err == ""  # too soon
+    monkeypatch.setattr(ProgressBar, "SECONDS_BETWEEN_LINES", -1.0)
+    bar.show(12, "loss 0.900")
+    bar.close()
+    journal.close()
+    assert capsys.readouterr().err == "step 12/100 loss 0.900, 0:00 left\n"
+
+
+def test_time_left_is_told_from_the_steps_of_this_start(tmp_path, capsys, monkeypatch):
+    """A resumed run must not count the steps that were done before it started."""
+    import time
+
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    journal = Journal(tmp_path)
+    bar = ProgressBar(journal, steps=1000, done=900)
+    now[0] += 3600.0
+    bar.show(910, "loss")  # 10 steps an hour, 90 to go
+    bar.close()
+    journal.close()
+    assert capsys.readouterr().err == "step 910/1,000 loss, 9:00:00 left\n"
+
+
+def test_stopwatch_counts_images_and_waiting(monkeypatch):
+    import time
+
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def slow_batches():
+        for _ in range(3):
+            now[0] += 2.0  # loading
+            yield object()
+
+    clock = Stopwatch()
+    for _ in clock.waiting(slow_batches()):
+        now[0] += 6.0  # training
+        clock.images += 12
+    assert clock.take() == (pytest.approx(36 / 24), pytest.approx(6 / 24))
+    now[0] += 5.0
+    clock.images += 10
+    assert clock.take() == (2.0, 0.0)  # started anew

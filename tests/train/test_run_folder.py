@@ -1,0 +1,187 @@
+"""When a folder may be used for a run, and what a resumed run may change."""
+
+import dataclasses
+import json
+
+import pytest
+
+from caco.config import Pretrain
+from caco.errors import UsageError
+from caco.options import flatten, override
+from caco.train.run_folder import (
+    FREE_TO_CHANGE,
+    check_same_mathematics,
+    open_run_folder,
+    read_config,
+    write_config,
+    write_environment,
+)
+
+
+def config(out, **values):
+    return override(Pretrain(), {"data": "photos", "out": str(out), "epochs": 50, **values})
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_config(folder, config(folder))
+    (folder / "metrics.jsonl").write_text("{}\n")
+    return folder
+
+
+def test_a_new_folder_is_made(tmp_path):
+    open_run_folder(config(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").is_dir()
+    open_run_folder(config(tmp_path / "a" / "b"))  # an empty one is as good
+
+
+def test_out_is_needed():
+    with pytest.raises(UsageError, match="--out is missing"):
+        open_run_folder(Pretrain(data="photos"))
+
+
+def test_a_run_is_not_touched_unless_asked_to(run):
+    with pytest.raises(UsageError, match="holds a run; go on with --resume, or delete it with --overwrite"):
+        open_run_folder(config(run))
+    assert (run / "metrics.jsonl").exists()
+
+
+def test_overwrite_deletes_the_run(run):
+    open_run_folder(config(run, overwrite=True))
+    assert list(run.iterdir()) == []
+
+
+def test_overwrite_of_nothing_is_a_new_run(tmp_path):
+    open_run_folder(config(tmp_path / "run", overwrite=True))
+    assert (tmp_path / "run").is_dir()
+
+
+def test_resume_keeps_everything(run):
+    open_run_folder(config(run, resume=True))
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_resume_never_starts_from_scratch(tmp_path):
+    with pytest.raises(UsageError, match="--resume: there is no run in"):
+        open_run_folder(config(tmp_path / "run", resume=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_and_overwrite(run):
+    with pytest.raises(UsageError, match="exclude each other"):
+        open_run_folder(config(run, resume=True, overwrite=True))
+    assert (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"photo.jpg": b"x"},
+        {"config.json": b'{"model_type": "bert", "hidden_size": 768}', "model.safetensors": b"x"},  # another program's
+        {"config.json": b"[1, 2]"},
+        {"config.json": b"\xff\xfe not text"},
+    ],
+)
+def test_what_is_not_a_run_is_never_deleted(tmp_path, content, overwrite):
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    with pytest.raises(UsageError, match="exists and is not a run of caco; choose another folder"):
+        open_run_folder(config(folder, overwrite=overwrite))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="exists and is not a run"):
+        open_run_folder(config(tmp_path / "file", overwrite=True))
+    with pytest.raises(UsageError, match="cannot be made: Not a directory"):
+        open_run_folder(config(tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_configuration_comes_back(tmp_path):
+    values = {"views.size": 64, "views.blur": (0.5, 0.0), "bank.warm_start_steps": 5, "optimizer.name": "adamw"}
+    written = config(tmp_path, resume=True, overwrite=False, **values)
+    write_config(tmp_path, written)
+    assert read_config(tmp_path) == dataclasses.replace(written, resume=False)  # a flag of one start, not of the run
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]x", b'{"views": 5}', b"\xff\xfe", b'{"colour": 1}', b"[1]"])
+def test_damaged_configurations_are_usage_errors(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UsageError):
+        read_config(tmp_path)
+
+
+def test_no_configuration(tmp_path):
+    with pytest.raises(UsageError, match="there is no run in"):
+        read_config(tmp_path)
+
+
+OTHER_WORDS = {
+    "precision": "bf16",
+    "encoder.stem": "small",
+    "encoder.key_momentum_schedule": "constant",
+    "optimizer.name": "sgd",
+}
+
+
+def another(name, value):
+    """Return another value that the option can have."""
+    if name in OTHER_WORDS:
+        return OTHER_WORDS[name]
+    if value == "auto" and name != "device":
+        return 7
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return tuple(item / 2 + 0.01 for item in value)
+    return f"{value}x" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize("name", flatten(Pretrain()))
+def test_what_a_resume_may_change(name):
+    """Every option there is: either it has no part in the mathematics, or changing it is refused by name."""
+    saved = override(Pretrain(), {"epochs": 50})
+    wanted = override(saved, {name: another(name, flatten(saved)[name])})
+    if name in FREE_TO_CHANGE or name.startswith(("monitor.", "distributed.")):
+        check_same_mathematics(saved, wanted)
+    else:
+        with pytest.raises(UsageError, match=rf"--resume cannot change --{name.replace('_', '-')} "):
+            check_same_mathematics(saved, wanted)
+
+
+def test_free_options_are_these():
+    """Pinned: a name added here changes what a resume promises."""
+    assert {"out", "device", "workers", "resume", "overwrite", "download", "data", "val"} == set(FREE_TO_CHANGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("bank.warm_start_steps", 200), ("precision", "bf16"), ("encoder.stem", "small")]
+)
+def test_auto_is_a_change_too(name, value):
+    saved = override(Pretrain(), {"epochs": 50, name: value})
+    with pytest.raises(UsageError, match=rf"cannot change --{name.replace('_', '-')} auto \(the run has {value}\)"):
+        check_same_mathematics(saved, override(saved, {name: "auto"}))
+
+
+def test_all_changes_are_named_at_once():
+    with pytest.raises(UsageError) as caught:
+        check_same_mathematics(Pretrain(), Pretrain(lr=1.0, seed=5))
+    assert str(caught.value) == (
+        "--resume cannot change --lr 1.0 (the run has 0.3); --seed 5 (the run has 0); start a new run for that"
+    )
+
+
+def test_environment_gets_an_entry_for_each_start(tmp_path):
+    write_environment(tmp_path, "cpu", 1)
+    write_environment(tmp_path, "cpu", 4)
+    first, second = json.loads((tmp_path / "environment.json").read_text())
+    assert (first["processes"], second["processes"]) == (1, 4)
+    assert {"started", "command", "device", "python", "caco", "commit", "packages", "threads"} <= set(first)
+    assert set(first["packages"]) >= {"torch", "timm", "numpy"}
