@@ -271,3 +271,58 @@ def test_pretrain_prints_the_next_commands(photos, tmp_path, capsys):
     assert [line[1] for line in lines] == ["knn", "linear", "embed"]
     assert lines[0] == ["caco", "knn", str(tmp_path / "run"), "--data", str(photos), "--val", str(photos)]
     assert main(lines[0][1:]) == 0  # what is printed works
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"val": "nowhere"}, "nowhere: no such file"),
+        ({"batch_size": 31}, "30 images, fewer than one batch"),
+        ({"backbone": "resnet19"}, "Did you mean"),
+        ({"weights": "nowhere.pt"}, "there is no file"),
+        ({"monitor": {"knn_share": 0.0}}, "share"),
+    ],
+)
+def test_overwrite_deletes_nothing_when_the_new_run_cannot_begin(photos, tmp_path, options, words):
+    caco.pretrain(photos, tmp_path / "run", **TINY)
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UsageError, match=words):
+        caco.pretrain(photos, tmp_path / "run", overwrite=True, **{**TINY, **options})
+    assert snapshot(tmp_path / "run") == before
+    with pytest.raises(UsageError):
+        caco.pretrain(photos, tmp_path / "new", **{**TINY, **options})
+    assert not (tmp_path / "new").exists()  # and the corrected command meets no "holds a run"
+
+
+def test_a_refused_resume_changes_nothing(photos, tmp_path):
+    caco.pretrain(photos, tmp_path / "run", **TINY)
+    before = snapshot(tmp_path / "run")
+    fewer = make_photos(tmp_path / "fewer", 9)
+    for options, words in (
+        ({"data": fewer}, "resume needs the same images"),
+        ({"data": photos, "lr": 9.0}, "cannot change --lr"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            caco.pretrain(out=tmp_path / "run", resume=True, **options)
+        assert snapshot(tmp_path / "run") == before
+
+
+def test_too_many_broken_images_leave_a_run_that_can_be_started_anew(tmp_path):
+    """Pictures of one size are decoded before the first step: the list is written, and the folder still is a run's."""
+    folder = tmp_path / "photos"
+    for number in range(16):
+        (folder / "all").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(folder / "all" / f"{number:02}.png")
+    for number in range(4):
+        (folder / "all" / f"{number:02}.png").write_bytes(b"")
+    with pytest.raises(CacoError, match=r"images are broken.*skipped\.txt"):
+        caco.pretrain(folder, tmp_path / "run", **TINY)
+    assert len((tmp_path / "run" / "skipped.txt").read_text().splitlines()) == 2
+    monitor = {"broken_share": 0.5}
+    path = caco.pretrain(folder, tmp_path / "run", overwrite=True, monitor=monitor, **TINY)
+    assert path.exists()
+    assert len((tmp_path / "run" / "skipped.txt").read_text().splitlines()) == 4

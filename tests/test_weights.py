@@ -58,6 +58,13 @@ def test_our_file_says_all_that_is_needed(tmp_path, backbone, images):
     assert_same_features(module, backbone, images)
 
 
+def test_the_same_weights_are_the_same_file(tmp_path, backbone):
+    """Byte for byte, in every process: safetensors orders several header entries at random."""
+    for name in "abcdefgh":
+        save_backbone(tmp_path / name, backbone, CARD)
+    assert len({(tmp_path / name).read_bytes() for name in "abcdefgh"}) == 1
+
+
 def test_our_file_is_plain_safetensors_with_timms_names(tmp_path, backbone):
     import timm
 
@@ -84,7 +91,7 @@ def published_checkpoint(state):
     encoders |= {f"module.encoder_k.{name}": torch.zeros_like(tensor) for name, tensor in state.items()}
     encoders |= {f"module.encoder_q.fc.{number}.weight": torch.zeros(2, 2) for number in (0, 1, 3, 4, 6)}
     bank = {"W": torch.zeros(4, 8), "v": torch.zeros(4, 8)}
-    return {"epoch": 200, "arch": "resnet50", "state_dict": encoders, "best_acc": 0.5, "Memory_Bank": bank}
+    return {"epoch": 200, "arch": "test_resnet", "state_dict": encoders, "best_acc": 0.5, "Memory_Bank": bank}
 
 
 FORMS = {
@@ -120,8 +127,21 @@ def test_every_usual_form_gives_the_same_features(tmp_path, backbone, images, fo
     else:
         torch.save(content, path, _use_new_zipfile_serialization=ending == ".pth")
     module, card = load_backbone(path, "test_resnet", SIZE)
-    assert (card.backbone, card.size, card.resize) == ("test_resnet", SIZE, round(SIZE * 256 / 224))
+    # A published file names its model, and was trained on views of 224 px.
+    expected = (224, 256) if form == "published checkpoint" else (SIZE, round(SIZE * 256 / 224))
+    assert (card.backbone, card.size, card.resize) == ("test_resnet", *expected)
     assert_same_features(module, backbone, images)
+
+
+def test_a_published_file_says_which_model_it_holds(tmp_path, backbone, images):
+    path = tmp_path / "checkpoint_best.pth.tar"
+    torch.save(published_checkpoint(backbone.state_dict()), path)
+    assert_same_features(load_backbone(path)[0], backbone, images)
+    with pytest.raises(UsageError, match="holds a test_resnet, not a resnet18"):
+        load_backbone(path, "resnet18")
+    torch.save({**published_checkpoint(backbone.state_dict()), "arch": "my_net"}, path)
+    with pytest.raises(UsageError, match="does not say which model it holds"):
+        load_backbone(path)
 
 
 def test_a_file_without_a_card_needs_a_name(tmp_path, backbone):
@@ -304,7 +324,7 @@ def test_files_that_are_not_there(tmp_path):
 def test_a_card_of_another_version(tmp_path, card):
     """A card with other fields: of a newer version, or another program's."""
     torch.save({"card": card, "state_dict": {"a": torch.zeros(1)}}, tmp_path / "a.pt")
-    header = {"format": "caco-backbone-1", "card": json.dumps(card)}
+    header = {"caco-backbone-1": json.dumps(card)}
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=header)
     for name in ("a.pt", "a.safetensors"):
         with pytest.raises(UsageError, match=f"{name}: its description .* does not understand"):

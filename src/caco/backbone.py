@@ -52,6 +52,8 @@ def create_backbone(name: str, size: int, stem: str = "auto") -> nn.Module:
     """
     import timm
 
+    import caco.narrow_resnet  # noqa: F401 (registers a name)
+
     if timm.is_model(name):
         backbone = _first_accepted(
             name,
@@ -101,7 +103,9 @@ def torchvision_model(name: str) -> nn.Module | None:
 
 def stem_of(backbone: nn.Module) -> str:
     """Return "small" or "standard": which stem `create_backbone` must be asked for to get this one again."""
-    return "small" if isinstance(getattr(backbone, "maxpool", None), nn.Identity) else "standard"
+    first, pool = getattr(backbone, "conv1", None), getattr(backbone, "maxpool", None)
+    small = isinstance(first, nn.Conv2d) and first.stride == (1, 1) and isinstance(pool, nn.Identity)
+    return "small" if small else "standard"
 
 
 def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
@@ -143,7 +147,8 @@ def _first_accepted(name: str, choices: list[dict[str, Any]]) -> nn.Module:
 
 
 def _has_plain_stem(backbone: nn.Module) -> bool:
-    return isinstance(getattr(backbone, "conv1", None), nn.Conv2d) and hasattr(backbone, "maxpool")
+    first, pool = getattr(backbone, "conv1", None), getattr(backbone, "maxpool", None)
+    return isinstance(first, nn.Conv2d) and isinstance(pool, nn.MaxPool2d)
 
 
 def _make_stem_small(name: str, backbone: nn.Module) -> None:

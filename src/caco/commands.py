@@ -27,7 +27,7 @@ from caco.distributed.world import World, choose_device, choose_precision
 from caco.errors import UsageError
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder, load_encoder
-from caco.evaluate.features import Features
+from caco.evaluate.features import Features, labels_of
 from caco.evaluate.knn import held_out_split, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, LinearResult, linear_probe
 from caco.evaluate.reference_probe import train_reference_probe
@@ -67,9 +67,9 @@ def _knn(world: World, options: Knn) -> dict[str, Any] | None:
     _say_broken(val, queries)
     results = knn_accuracy(
         reference.vectors.to(world.device),
-        reference.labels,
+        labels_of(reference),
         queries.vectors,
-        queries.labels,
+        labels_of(queries),
         neighbours=options.neighbours,
         classes=len(train.classes),
         temperature=options.temperature,
@@ -113,9 +113,9 @@ def _linear(world: World, options: Linear) -> dict[str, Any] | None:
         _say_broken(val, queries)
         result = linear_probe(
             reference.vectors,
-            reference.labels,
+            labels_of(reference),
             queries.vectors,
-            queries.labels,
+            labels_of(queries),
             classes=len(train.classes),
             learning_rates=LEARNING_RATES if options.lr == "auto" else [options.lr],
             epochs=options.epochs,

@@ -77,6 +77,10 @@ class CaCo(nn.Module):
     batch-norm statistics; the momentum update is a call of its own after the optimizer's step.
     """
 
+    encoder: nn.Module
+    key_encoder: nn.Module
+    bank: Bank
+
     def __init__(self, encoder: nn.Module, bank: Bank, pairs: Sequence[ViewPair]) -> None:
         super().__init__()
         self.encoder = encoder

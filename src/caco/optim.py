@@ -41,6 +41,7 @@ class LARS(Optimizer):
 
     def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
         update = parameter.grad
+        assert update is not None
         if parameter.ndim > 1:
             update = update.add(parameter, alpha=group["weight_decay"])
             parameter_norm, update_norm = parameter.norm(), update.norm()

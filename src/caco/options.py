@@ -98,7 +98,7 @@ def from_dictionary(kind: type[T], values: dict[str, Any]) -> T:
     arguments = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            arguments[name] = from_dictionary(hints[name], value)  # type: ignore[arg-type]
+            arguments[name] = from_dictionary(hints[name], value)
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
     return kind(**arguments)
@@ -207,7 +207,7 @@ def _field_help(kind: type) -> dict[str, str]:
         if not dataclasses.is_dataclass(owner) or module is None:
             continue
         body = _class_bodies(inspect.getsourcefile(module) or "")[owner.__name__]
-        for field, below in zip(body, body[1:]):
+        for field, below in zip(body, body[1:], strict=False):
             if (
                 isinstance(field, ast.AnnAssign)
                 and isinstance(below, ast.Expr)

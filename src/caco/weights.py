@@ -63,7 +63,7 @@ class BackboneCard:
 def save_backbone(path: Path, backbone: nn.Module, card: BackboneCard) -> None:
     """Write a backbone's state dict as safetensors, keys as timm's, with its card in the header; atomically."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in backbone.state_dict().items()}
-    header = {"format": CARD_FORMAT, "card": json.dumps(dataclasses.asdict(card))}
+    header = {CARD_FORMAT: json.dumps(dataclasses.asdict(card))}  # of several entries safetensors shuffles the order
     replace_file(path, safetensors.torch.save(tensors, metadata=header))
 
 
@@ -169,8 +169,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], BackboneCard | Non
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a safetensors file, or is damaged ({error})") from error
-    if header.get("format") == CARD_FORMAT:
-        return tensors, _card(json.loads(header["card"]), path)
+    if CARD_FORMAT in header:
+        return tensors, _card(json.loads(header[CARD_FORMAT]), path)
     return strip_prefix(tensors), None
 
 

@@ -196,7 +196,6 @@ def test_a_run_of_metrics_alone(run):
     assert "not finished: 6 of 6 steps" in page
     assert 'id="broken"' not in page
     assert part(page, "views").count('class="view"') >= 10
-    assert not (run / "gallery.png").exists() or (run / "gallery.png").stat().st_size > 0
 
 
 def test_a_run_that_has_only_begun(run):
@@ -333,7 +332,7 @@ def test_point_map_has_one_scale_and_names_groups():
 # Findings
 
 
-def test_nearest_others_equals_a_plain_loop(monkeypatch):
+def test_nearest_others_equals_a_plain_loop():
     vectors = torch.nn.functional.normalize(torch.randn(30, 4, generator=torch.Generator().manual_seed(1)), dim=1)
     for row, found in enumerate(nearest_others(vectors, 5).tolist()):
         others = sorted((other for other in range(30) if other != row), key=lambda o: -float(vectors[o] @ vectors[row]))
@@ -468,14 +467,14 @@ def test_data_uri_is_the_picture():
 def test_gallery_picture_marks_agreement_and_keeps_its_size():
     generator = np.random.default_rng(0)
     pictures = [generator.integers(0, 256, (96, 96, 3), dtype=np.uint8) for _ in range(6)]
-    rows = [Row("a heading that is far too long for its place " * 5, "detail", pictures, [True, False, None] * 2)] * 8
-    small = gallery_picture("title", rows, most_bytes=60_000)
-    large = gallery_picture("title", rows, most_bytes=400_000)
-    assert len(small) <= 60_000 < len(large) <= 400_000
+    rows = [Row("a heading that is far too long for its place " * 5, "detail", pictures, [True, False, None] * 2)] * 3
+    small = gallery_picture("title", rows, most_bytes=40_000)
+    large = gallery_picture("title", rows, most_bytes=150_000)
+    assert len(small) <= 40_000 < len(large) <= 150_000
     with Image.open(io.BytesIO(large)) as picture:
         colours = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
     green = np.abs(colours - (46, 158, 107)).sum(axis=1) < 12
-    assert green.sum() >= 8 * 2 * 3 * 40  # 8 rows of 2 lines, 3 pixels high
+    assert green.sum() >= 3 * 2 * 3 * 40  # 3 rows of 2 lines, 3 pixels high
     with pytest.raises(ValueError, match="at least one row"):
         gallery_picture("title", [])
     with pytest.raises(ValueError, match="does not fit"):

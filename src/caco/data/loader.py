@@ -45,6 +45,16 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
+def check_batch_size(source: ImageSource, batch_size: int, world_size: int) -> None:
+    """Raise UsageError when a batch is more than all images, or cannot be divided among the processes."""
+    if batch_size % world_size:
+        raise UsageError(f"--batch-size {batch_size} cannot be divided among {world_size} processes")
+    if len(source) < batch_size:
+        raise UsageError(
+            f"--data {source.name} has {len(source):,} images, fewer than one batch; use --batch-size {len(source)} or less"
+        )
+
+
 class TrainingViews:
     """Batches of random views of a source's images."""
 
@@ -64,12 +74,7 @@ class TrainingViews:
         world_size: int = 1,
     ) -> None:
         """batch_size: over all processes; this one makes the rank-th of world_size equal parts. Raises UsageError."""
-        if batch_size % world_size:
-            raise UsageError(f"--batch-size {batch_size} cannot be divided among {world_size} processes")
-        if len(source) < batch_size:
-            raise UsageError(
-                f"--data {source.name} has {len(source):,} images, fewer than one batch; use --batch-size {len(source)} or less"
-            )
+        check_batch_size(source, batch_size, world_size)
         self.source, self.recipes, self.mean, self.std = source, tuple(recipes), mean, std
         self.batch_size, self.seed, self.device, self.broken = batch_size, seed, device, broken
         self.rank, self.world_size = rank, world_size

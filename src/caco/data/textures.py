@@ -166,7 +166,7 @@ def _rings(sheet: _Sheet) -> Floats:
 
 
 def _rays(sheet: _Sheet) -> Floats:
-    count = np.floor(sheet.draw(_Draw.PERIOD, 5, 11))
+    count = np.floor(sheet.draw(_Draw.PERIOD, 7, 13))
     distance, turns = sheet.polar(0.35)
     return (0.25 - _fold(turns * count)) * distance * (2 * np.pi / count)
 

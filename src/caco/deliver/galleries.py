@@ -35,6 +35,9 @@ class Missing:
 
     why: str
 
+    def __str__(self) -> str:
+        return self.why if self.why.endswith((".", "?")) else self.why + "."
+
 
 @dataclass(frozen=True)
 class Gallery:
@@ -49,7 +52,7 @@ def views(source: ImageSource | Missing, config: Pretrain) -> str:
     """Return some images beside the random views that the first epoch made of them."""
     name, title = "views", "What the encoder sees"
     if isinstance(source, Missing):
-        return page.section(name, title, f"No images to show: {source.why}.")
+        return page.section(name, title, f"No images to show: {source}")
     examples = example_views(source, config, EXAMPLES)
     if not examples:
         return page.section(name, title, "No images to show: none of those tried can be read.")
@@ -85,7 +88,7 @@ def neighbours(seen: Seen | Missing) -> Gallery:
     """Return some images, each followed by those that the encoder finds most like it."""
     name, title = "neighbours", "Nearest neighbours"
     if isinstance(seen, Missing):
-        return Gallery(title, page.section(name, title, f"No neighbours to show: {seen.why}."))
+        return Gallery(title, page.section(name, title, f"No neighbours to show: {seen}"))
     queries = choose_queries(seen.labels, len(seen.keys), QUERIES)
     rows, names = [], []
     for query, others in zip(queries, nearest_others(seen.features, NEIGHBOURS, queries).tolist(), strict=True):
@@ -115,7 +118,7 @@ def slots(seen: Seen | Missing, trained: Trained | Missing) -> Gallery:
     """Return the most used slots of the bank with the images nearest to each."""
     name, title = "slots", "What each slot of the bank attracts"
     if isinstance(seen, Missing):
-        return Gallery(title, page.section(name, title, f"No slots to show: {seen.why}."))
+        return Gallery(title, page.section(name, title, f"No slots to show: {seen}"))
     if isinstance(trained, Missing) or trained.slots is None or seen.embeddings is None:
         why = "No slots to show: the run has no checkpoint, and the finished backbone comes without the bank."
         return Gallery(title, page.section(name, title, why))
@@ -156,7 +159,7 @@ def feature_map(seen: Seen | Missing) -> str:
     """Return the features in the plane of their two principal components."""
     name, title = "map", "A map of the features"
     if isinstance(seen, Missing):
-        return page.section(name, title, f"No map to show: {seen.why}.")
+        return page.section(name, title, f"No map to show: {seen}")
     points, share = plane(seen.features)
     shown = evenly_spaced(len(points), MAP_POINTS)
     places = [(float(x), float(y)) for x, y in points[shown].tolist()]

@@ -36,7 +36,7 @@ class _SyncNormalise(torch.autograd.Function):
         return normalised, mean, variance
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
         normalised, inverse = ctx.saved_tensors
         axes = [0, *range(2, gradient.ndim)]
         count = gradient.numel() // gradient.shape[1] * dist.get_world_size()
@@ -59,11 +59,14 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self._update_statistics(mean, variance, x.numel() // x.shape[1] * dist.get_world_size())
         if self.affine:
             normalised = normalised * _channels(self.weight, x) + _channels(self.bias, x)
-        return normalised.to(x.dtype)
+        result: Tensor = normalised.to(x.dtype)
+        return result
 
     @torch.no_grad()
     def _update_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, share)
@@ -78,7 +81,7 @@ def synchronise_batch_norm(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     if world.device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm
+        from timm.layers.norm_act import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module)  # type: ignore[no-any-return]
     for name, child in module.named_children():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,5 +23,5 @@ def data_parallel(network: nn.Module, world: World, apart: Sequence[str] = ()) -
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, list(apart))
     # Buffers are batch-norm statistics, which are synchronised where they are made. Newer torch renamed the option.
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    option = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    option: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(network, gradient_as_bucket_view=True, **option)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
     from caco.distributed.world import Place
@@ -39,9 +40,9 @@ class Heartbeat(threading.Thread):
         self.lost_after = min(LOST_AFTER, timeout)
         self._stopped = threading.Event()
         # A connection of its own: the process group's may be blocked in a collective.
-        self._store = dist.PrefixStore(
+        self._store = PrefixStore(
             f"heartbeat {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
-            dist.TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=self.lost_after)),
+            TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=self.lost_after)),
         )
         self._running.append(self)
 

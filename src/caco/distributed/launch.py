@@ -127,7 +127,8 @@ def _spawn(
         pipes.append(receiving)
     with _PassOnSignals(processes):
         messages = _collect(processes, pipes)
-    return _outcome(messages, places)
+    result: T | None = _outcome(messages, places)
+    return result
 
 
 def _collect(processes: list[Any], pipes: list[Any]) -> list[tuple[str, Any] | None]:

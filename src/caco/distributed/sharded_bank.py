@@ -112,9 +112,9 @@ class _ShardedLoss(torch.autograd.Function):
         ctx.save_for_backward(all_queries, slots, places, here, all_weights, positive_cosines, cosines, log_normaliser)
         ctx.temperatures, ctx.world = (temperature, slot_temperature), world
         measured = query_loss, log_probability.exp(), positive_cosines >= largest
-        own = tuple(_rows_of(world, values) for values in measured)
-        ctx.mark_non_differentiable(*own)
-        return own[0].sum(), *own
+        own_loss, probability, hit = (_rows_of(world, values) for values in measured)
+        ctx.mark_non_differentiable(own_loss, probability, hit)
+        return own_loss.sum(), own_loss, probability, hit
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from caco.distributed.heartbeat import Heartbeat
 from caco.errors import UsageError
@@ -149,7 +150,7 @@ def join(place: Place, device_name: str, timeout: float) -> World:
     if place.size == 1:
         return World(device)
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             place.address,
             place.port,
             place.size,
@@ -158,7 +159,7 @@ def join(place: Place, device_name: str, timeout: float) -> World:
         )
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
+            store=PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=timeout),

@@ -83,6 +83,13 @@ def extract(
     return _collect(source, taken, broken, finished)
 
 
+def labels_of(features: Features) -> Int[Tensor, " N"]:
+    """Return the labels of features that must have some. Raises CacoError when their source has none."""
+    if features.labels is None:
+        raise CacoError("these images have no labels (class folders, or a label column); judging needs them")
+    return features.labels
+
+
 def gather_features(
     make: Callable[[np.ndarray], Features], count: int, world: World, indices: np.ndarray | None = None
 ) -> Features:

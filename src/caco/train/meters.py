@@ -59,7 +59,8 @@ class Meters:
         """Return the means since the last call, over all processes, and start anew. Waits for the device."""
         sums = world.sum(self.sums).cpu() / (max(self.steps, 1) * world.size)
         used = int(self.recent_choices.usage(world.sum).used)
-        measured = Measured(*sums.tolist(), slots_used=used, first_bad_step=self.bad_step(world))
+        loss, probability, hits, spread = sums.tolist()
+        measured = Measured(loss, probability, hits, spread, used, self.bad_step(world))
         self.sums.zero_()
         self.steps = 0
         self.recent_choices.clear()

@@ -12,7 +12,7 @@ from caco.config import MonitorOptions, Views
 from caco.data.labels import Relabelled
 from caco.data.source import ImageSource
 from caco.distributed.world import World
-from caco.evaluate.features import Features, extract, gather_features
+from caco.evaluate.features import Features, extract, gather_features, labels_of
 from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy
 
 VOTE_TEMPERATURE = 0.2
@@ -43,12 +43,11 @@ class KnnMonitor:
         queries = reference
         if self.queries is not None:
             queries = self._features(backbone, self.queries, self.query_indices)
-        assert reference.labels is not None and queries.labels is not None
         (result,) = knn_accuracy(
             reference.vectors.to(self.world.device),
-            reference.labels,
+            labels_of(reference),
             queries.vectors,
-            queries.labels,
+            labels_of(queries),
             neighbours=[self.neighbours],
             classes=len(self.reference.classes),
             temperature=VOTE_TEMPERATURE,

@@ -14,7 +14,7 @@ from caco.backbone import Encoder, adopt_backbone, create_backbone, projector, s
 from caco.bank import Bank
 from caco.config import Pretrain
 from caco.data.broken import BrokenImages
-from caco.data.loader import TrainingViews
+from caco.data.loader import TrainingViews, check_batch_size
 from caco.data.source import ImageSource, open_source
 from caco.distributed.batch_norm import synchronise_batch_norm
 from caco.distributed.sharded_bank import ShardedBank
@@ -26,7 +26,14 @@ from caco.train.checkpoint import remove_leftovers
 from caco.train.interrupt import InterruptFlag
 from caco.train.meters import Meters
 from caco.train.monitor import KnnMonitor, create_monitor
-from caco.train.run_folder import check_same_mathematics, open_run_folder, read_config, write_config, write_environment
+from caco.train.run_folder import (
+    check_run_folder,
+    check_same_mathematics,
+    open_run_folder,
+    read_config,
+    write_config,
+    write_environment,
+)
 from caco.train.start import start_from
 from caco.train.state import TrainingState
 from caco.train.trainer import Trainer, warm_start_steps
@@ -41,33 +48,39 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
     the run cannot go on (its last good state is kept).
     """
     check_division(config, world)
+    config = world.share(lambda: check_run_folder(config))
     precision = choose_precision(config.precision, world.device)
     backbone = _start_backbone(config, own)
     source = images if images is not None else open_source(config.data, download=config.download)
-    config = world.share(lambda: open_run_folder(config))
+    check_batch_size(source, config.batch_size, world.size)
+    config = _resolve_epochs(config, len(source) // config.batch_size)
+    monitor = _create_monitor(config, source, world, precision)
     folder = Path(config.out)
+    if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
+        open_run_folder(config)
+        remove_leftovers(folder)
+        if config.resume:
+            check_same_mathematics(read_config(folder), config)
+        else:
+            write_config(folder, config)
     broken = BrokenImages(len(source), config.monitor.broken_share, folder / "skipped.txt" if world.is_main else None)
     try:
         loader = _create_loader(config, source, world, broken)
-        config = _resolve_epochs(config, loader.steps_per_epoch)
-        if world.is_main:
-            remove_leftovers(folder)
-            if config.resume:
-                check_same_mathematics(read_config(folder), config)
-            write_config(folder, config)
-            write_environment(folder, str(world.device), world.size)
         state = create_state(config, backbone, world)
         if not config.resume:
             start_from(state, config, loader.steps_per_epoch, warm_start_steps(config, loader.steps_per_epoch), world)
         card = _backbone_card(config, backbone)
-        monitor = _create_monitor(config, source, world, precision)
         with InterruptFlag() as interrupt:
-            Trainer(config, folder, state, loader, broken, card, world, precision, monitor, interrupt).train()
+            trainer = Trainer(config, folder, state, loader, broken, card, world, precision, monitor, interrupt)
+            if world.is_main:  # only now is a resumed run known to fit
+                write_config(folder, config)
+                write_environment(folder, str(world.device), world.size)
+            trainer.train()
     finally:
         broken.write()
     path = folder / "export" / "backbone.safetensors"
     if world.is_main:
-        save_backbone(path, state.model.encoder.backbone, replace(card, step=state.step))
+        save_backbone(path, state.model.encoder.get_submodule("backbone"), replace(card, step=state.step))
     return path
 
 

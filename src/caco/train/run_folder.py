@@ -28,8 +28,8 @@ FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download",
 FREE_GROUPS = ("monitor.", "distributed.")
 
 
-def open_run_folder(config: Pretrain) -> Pretrain:
-    """Make the run's folder ready for a new run (`--overwrite` deletes the old) or for `--resume`. Raises UsageError.
+def check_run_folder(config: Pretrain) -> Pretrain:
+    """Raise UsageError when the run's folder may not be used as asked. Changes nothing.
 
     Returns the configuration, with `resume` or `overwrite` decided when torchrun restarts a group that has lost a
     member: then it is the same run that goes on (from its last checkpoint, or anew if it had none yet).
@@ -50,12 +50,23 @@ def open_run_folder(config: Pretrain) -> Pretrain:
     if holds_run and not config.resume:
         if not config.overwrite:
             raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
+    return config
+
+
+def open_run_folder(config: Pretrain) -> Path:
+    """Return the run's folder, ready for a new run (`--overwrite` deletes the old) or for `--resume`.
+
+    Raises UsageError as `check_run_folder` does, or when the folder cannot be made.
+    """
+    check_run_folder(config)
+    folder = Path(config.out)
+    if folder.exists() and not config.resume:
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
-    return config
+    return folder
 
 
 def _holds_run(folder: Path) -> bool:

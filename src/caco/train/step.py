@@ -132,4 +132,5 @@ def warm_start_step(
     state.model.bank.fill(world.gather(keys), batch=state.warm_start_step)
     state.warm_start_step += 1
     state.meters.note_loss(loss, state.warm_start_step)
-    return loss.detach()
+    result: Tensor = loss.detach()
+    return result

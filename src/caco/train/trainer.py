@@ -157,7 +157,7 @@ class Trainer:
                 self.journal.say(f"epoch {epoch + 1}: {finding}")
         if self.monitor is None or not knn_is_due(epoch, self.epochs, self.config.monitor):
             return False
-        result = self.monitor(self.state.model.encoder.backbone)
+        result = self.monitor(self.state.model.encoder.get_submodule("backbone"))
         self.journal.record("knn", self.state.step, epoch=epoch, **result)
         self.journal.say(
             f"epoch {epoch + 1}/{self.epochs}: kNN {result['top1']:.1f} % of {result['queries']:,} images, "

@@ -1,0 +1,145 @@
+"""The README's commands, token for token, train for real; then linear.py judges what they leave."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_imagenet import README, README_LINEAR, make_tree, readme, smaller
+
+from caco.reference import linear, main
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("imagenet"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tree, tmp_path_factory):
+    """The published checkpoint that the README's first command leaves."""
+    logs = tmp_path_factory.mktemp("train_log")
+    assert main.main([*readme("imagenet-200-b1024"), *smaller(tree, logs)]) == 0
+    return run_folder(logs) / "checkpoint_0001.pth.tar"
+
+
+def run_folder(logs: Path) -> Path:
+    (folder,) = (logs / "ImageNet").iterdir()
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def last_checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint_0001.pth.tar", weights_only=True)
+
+
+@pytest.mark.parametrize("name", README)
+def test_each_readme_command_trains(name, tree, tmp_path, capsys):
+    assert main.main([*readme(name), *smaller(tree, tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    folder = run_folder(tmp_path)
+    assert printed.startswith(f"caco pretrain --recipe {name.partition(',')[0]} ") and str(folder) in printed
+    assert len(losses(folder)) == 2 and all(value > 0 for value in losses(folder))
+    checkpoint = last_checkpoint(folder)
+    assert checkpoint["epoch"] == 2 and checkpoint["arch"] == "test_resnet" and checkpoint["knn_acc"] > 0
+    assert checkpoint["Memory_Bank"]["W"].shape == (8, 32)
+    views = json.loads((folder / "config.json").read_text())["views"]
+    assert (views["large"], views["small"]) == ((2, 6) if "multicrop" in name else (2, 0))
+
+
+def test_the_programs_at_the_root(tree, tmp_path):
+    """`python3 main.py …` and `python linear.py …` as processes of their own, from the project's root."""
+
+    def run(program: str, arguments: list[str]) -> str:
+        done = subprocess.run(
+            [sys.executable, program, *arguments],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("main.py", [*readme("imagenet-200-b1024"), *smaller(tree, tmp_path)])
+    checkpoint = run_folder(tmp_path) / "checkpoint_0001.pth.tar"
+    words = shlex.split(README_LINEAR.format(checkpoint=checkpoint, data=tree))
+    words += ["-a", "test_resnet", "--epochs", "3", "--size", "32", "--lr", "10"]
+    *_, last = run("linear.py", words).splitlines()
+    assert last.startswith(" * Acc@1 ") and " Acc@5 100.000" in last
+    folder = checkpoint.parent / "linear_lars" / "bs_4096" / "lr_10.000" / "wd_0.0"
+    result = json.loads((folder / "result.json").read_text())
+    assert f" * Acc@1 {result['top1']:.3f} " in last and result["val_images"] == 10 and result["train_images"] == 24
+
+
+def test_linear_judges_a_written_classifier_again(tree, checkpoint, capsys):
+    words = ["--data", str(tree), "--pretrained", str(checkpoint), "--size", "32", "-b", "24"]
+    assert linear.main([*words, "--epochs", "1"]) == 0
+    *_, trained = capsys.readouterr().out.splitlines()
+    assert linear.main([*words, "--evaluate"]) == 0
+    assert capsys.readouterr().out == trained + "\n"
+    written = checkpoint.parent / "linear_lars" / "bs_24" / "lr_0.100" / "wd_0.0" / "checkpoint.pth.tar"
+    content = torch.load(written, weights_only=True)
+    assert set(content) == {"epoch", "arch", "state_dict", "best_acc1", "optimizer"}
+    assert content["state_dict"]["module.fc.weight"].shape == (2, 96)
+    assert linear.main(["--data", str(tree), "--resume", str(written), "-e", "--size", "32"]) == 0
+    assert capsys.readouterr().out == trained + "\n"
+
+
+def test_linear_refuses_another_architecture(tree, checkpoint, capsys):
+    """The published code loads what fits and says nothing."""
+    assert linear.main(["-a", "resnet50", "--data", str(tree), "--pretrained", str(checkpoint)]) == 2
+    assert "holds a test_resnet, not a resnet50" in capsys.readouterr().err
+
+
+def test_the_same_command_goes_on_with_its_run(tree, tmp_path, capsys):
+    """As the published code does; put back by an epoch, it ends as if it had never stopped."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main.main([*readme("imagenet-200-b1024"), *smaller(tree, whole)]) == 0
+    assert main.main([*readme("imagenet-200-b1024"), *smaller(tree, parts)]) == 0
+    folder = run_folder(parts)
+    last, *_ = sorted((folder / "checkpoints").glob("step-*.pt"), reverse=True)
+    last.unlink()  # back to the end of the first epoch
+    capsys.readouterr()
+    assert main.main([*readme("imagenet-200-b1024"), *smaller(tree, parts)]) == 0
+    said = capsys.readouterr()
+    assert "holds a run of the same settings, which goes on" in said.err and "--resume" in said.out
+    one, other = last_checkpoint(run_folder(whole)), last_checkpoint(folder)
+    assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
+    assert torch.equal(one["Memory_Bank"]["v"], other["Memory_Bank"]["v"])
+
+
+def test_resume_from_a_published_checkpoint_goes_on_at_its_epoch(tree, checkpoint, tmp_path, capsys):
+    """Epoch, networks, bank, velocity and momenta all come from the file; there is no second warm start."""
+    words = [*readme("imagenet-200-b1024"), *smaller(tree, tmp_path, "--resume", str(checkpoint), "--epochs=3")]
+    assert main.main(words) == 0
+    said = capsys.readouterr()
+    assert "going on from" in said.err and "2 epochs done" in said.err
+    assert "took over backbone, projector, key encoder, bank, momenta" in said.err
+    assert f"--weights {checkpoint}" in said.out and "--start-epoch 2" in said.out
+    records = [json.loads(line) for line in (run_folder(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    assert not [record for record in records if record["kind"] == "warm start"]
+    assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [2]
+
+
+def test_two_processes_on_a_cpu(tree, tmp_path):
+    """--nproc: what the published code does with GPUs, here with gloo; the kNN check counts every image once."""
+    done = subprocess.run(
+        [sys.executable, "main.py", *readme("imagenet-200-b1024"), *smaller(tree, tmp_path, "--nproc=2", "--epochs=1")],
+        **{"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 200},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--distributed.processes 2" in done.stdout and "of 10 images" in done.stderr
+    assert (run_folder(tmp_path) / "checkpoint_0000.pth.tar").exists()
