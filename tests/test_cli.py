@@ -107,7 +107,10 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         ("pretrain --data {tmp} --out {tmp}/r --lr nan", "--lr nan: must be a finite number"),
         ("pretrain --data {tmp} --out {tmp}/r --lr -1", "--lr -1.0: must be above 0"),
         ("pretrain --data {tmp} --out {tmp}/r --views.large 1", "two large views"),
-        ("pretrain --data {tmp} --out {tmp}/r --views.size 160", "--views.evaluation-resize 183"),
+        (
+            "pretrain --data {tmp} --out {tmp}/r --views.size 160 --views.evaluation-resize 100",
+            "--views.evaluation-resize 183",
+        ),
         ("pretrain --data {tmp} --out {tmp}/r --views.area 1 0.2", "the first must be the smaller"),
         ("pretrain --data {tmp} --out {tmp}/r --views.gray 2", "between 0 and 1"),
         ("pretrain --data {tmp} --out {tmp}/r --views.std 0 1 1", "--views.std 0.0: must be above 0"),
@@ -154,7 +157,10 @@ def test_unset_variables(capsys):
             "pretrain --data textures:128 --out {tmp}/r --backbone test_vit --views.size 100",
             "does not take pictures of 100 x 100 pixels: Input height (100) should be divisible by patch size (16)",
         ),
-        ("pretrain --data textures:128 --out {tmp}/r --encoder.stem small", "test_resnet has no ResNet stem to replace"),
+        (
+            "pretrain --data textures:128 --out {tmp}/r --encoder.stem small",
+            "test_resnet has no ResNet stem to replace",
+        ),
         ("knn", "name a run folder or a backbone file"),
         ("knn {tmp}/none", "--data is missing"),
         ("knn {tmp}/none --data textures:64", "there is no run folder or file {tmp}/none"),

@@ -34,7 +34,7 @@ ALL_ROWS = {
     "monitor.knn_neighbours": 20,
     "views.size": 224,
     "views.large": 2,
-    "views.evaluation_resize": 256,
+    "views.evaluation_resize": "auto",
     "views.mean": (0.485, 0.456, 0.406),
     "views.std": (0.229, 0.224, 0.225),
 }

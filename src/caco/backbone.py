@@ -83,7 +83,7 @@ def is_model(name: str) -> bool:
 
 
 def torchvision_model(name: str) -> nn.Module | None:
-    """Return torchvision's classification model of that name without its last linear layer; None if there is none."""
+    """Return torchvision's classification model of that name without its classes; None if there is none."""
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -94,8 +94,11 @@ def torchvision_model(name: str) -> nn.Module | None:
     linear = (
         [i for i, layer in enumerate(head) if isinstance(layer, nn.Linear)] if isinstance(head, nn.Sequential) else []
     )
-    if isinstance(head, nn.Sequential) and linear:
-        head[linear[-1]] = nn.Identity()
+    if isinstance(head, nn.Sequential):
+        if linear:
+            head[linear[-1]] = nn.Identity()
+        else:  # classes by convolution (SqueezeNet): what comes before it is a map
+            setattr(model, place, nn.AdaptiveAvgPool2d(1))
     else:
         setattr(model, place, nn.Identity())
     return model

@@ -38,12 +38,21 @@ _LEAST: dict[str, float] = {
     "monitor.checkpoint_minutes": 0,
     "monitor.keep_checkpoints": 1,
 }
-_ABOVE_ZERO = ("lr", "temperature", "bank.temperature", "bank.slot_temperature", "views.std", "views.ratio")
+_ABOVE_ZERO = (
+    "lr",
+    "temperature",
+    "bank.temperature",
+    "bank.slot_temperature",
+    "bank.warm_start_temperature",
+    "views.std",
+    "views.ratio",
+)
 _SHARES = (
     *("views.jitter", "views.gray", "views.blur", "views.solarize", "views.flip", "views.area", "views.small_area"),
     *(
         "momentum",
         "bank.momentum",
+        "bank.warm_start_key_momentum",
         "encoder.key_momentum",
         "optimizer.momentum",
         "monitor.knn_share",
@@ -68,7 +77,7 @@ def check(config: Pretrain) -> None:
     views = config.views
     if views.large < 2:
         raise UsageError(f"--views.large {views.large}: the method needs two large views")
-    if views.evaluation_resize < views.size:
+    if views.resize() < views.size:
         raise UsageError(
             f"--views.evaluation-resize {views.evaluation_resize} is less than --views.size {views.size}: the centre "
             f"crop would not fit; use for example --views.evaluation-resize {round(views.size * 8 / 7)}"

@@ -5,6 +5,7 @@ Exit status: 0 done · 1 the work failed · 2 wrong usage, nothing was done · 7
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,9 +98,8 @@ def _command(kind: type, name: str) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
         config = parse(kind, arguments, f"caco {name}", lambda given: kind())
         check_numbers(config)
-        from caco import commands
-
-        getattr(commands, name)(config)
+        module = importlib.import_module("caco.demo" if name == "demo" else "caco.commands")
+        getattr(module, name)(config)
 
     return run
 

@@ -16,6 +16,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def usual_resize(size: int) -> int:
+    """Return the usual shorter side for a centre crop: 256 for 224; small pictures (64 px) are not enlarged first."""
+    return size if size <= 64 else round(size * 256 / 224)
+
+
 @dataclass(frozen=True)
 class ViewRecipe:
     """How one random view is made from one image (one column of the paper's augmentation table)."""
@@ -75,8 +80,12 @@ class Views:
     """Mean of each channel (of pixels in 0-1), subtracted from every view."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Standard deviation of each channel, by which every view is divided."""
-    evaluation_resize: int = 256
-    """Evaluation only: the shorter side is resized to this before the centre crop, in pixels."""
+    evaluation_resize: Union[int, Auto] = "auto"
+    """Evaluation only: the shorter side is resized to this before the centre crop, in pixels; auto: 256 for 224."""
+
+    def resize(self) -> int:
+        """Return the pixels that the shorter side has before the centre crop of an evaluation."""
+        return usual_resize(self.size) if self.evaluation_resize == "auto" else self.evaluation_resize
 
     def recipes(self) -> tuple[ViewRecipe, ...]:
         """Return one ViewRecipe for each view, large ones first."""
@@ -119,6 +128,10 @@ class BankOptions:
     """Temperature of the loss that moves the slots."""
     warm_start_steps: Union[int, Auto] = "auto"
     """Steps of ordinary contrast that fill the bank with keys; auto: until every slot is filled; 0: stay random."""
+    warm_start_temperature: float = 0.2
+    """Temperature of that contrast."""
+    warm_start_key_momentum: float = 0.999
+    """Momentum of the key encoder in those steps."""
     sharded: bool = False
     """Each process keeps its share of the slots only (for banks of a million slots and more)."""
 

@@ -13,9 +13,6 @@ from torch.nn import functional as F
 
 from caco.bank import Bank
 
-WARM_START_TEMPERATURE = 0.2
-WARM_START_KEY_MOMENTUM = 0.999
-
 
 class ViewPair(NamedTuple):
     """One term of the loss: the query of one view, with the positive found by the key of another."""
@@ -146,22 +143,23 @@ class CaCo(nn.Module):
 class WarmStart(nn.Module):
     """Ordinary contrast, with which the bank is filled before CaCo begins (published `init_memory`)."""
 
-    def __init__(self, model: CaCo) -> None:
+    def __init__(self, model: CaCo, temperature: float = 0.2) -> None:
         super().__init__()
         self.model = model
+        self.temperature = temperature
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Float[Tensor, "B D"]]:
         """Return the InfoNCE loss of view 1 against view 2's key and the bank, and those keys, to be stored.
 
-        logits = [q·k, q·slotsᵀ] / 0.2, label 0. The bank gets no gradient.
+        logits = [q·k, q·slotsᵀ] / temperature (published: 0.2), label 0. The bank gets no gradient.
         """
         query = embed(self.model.encoder, views[0])
         with torch.no_grad():
             key = embed(self.model.key_encoder, views[1])
             slots = self.model.bank.slots()
         with torch.autocast(query.device.type, enabled=False):
-            positive = (query * key).sum(dim=1) / WARM_START_TEMPERATURE
-            negatives = self.model.bank.log_sum_exp(query, slots, WARM_START_TEMPERATURE)
+            positive = (query * key).sum(dim=1) / self.temperature
+            negatives = self.model.bank.log_sum_exp(query, slots, self.temperature)
             loss = (torch.logaddexp(positive, negatives) - positive).mean()
         return loss, key
 

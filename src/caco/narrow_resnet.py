@@ -22,9 +22,10 @@ def resnet10_narrow(pretrained: bool = False, num_classes: int = 0, **options: A
     for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         options.pop(unused, None)
     # The deep stem is asked for because timm ties a plain one to 64 channels; then it is replaced.
-    shape: dict[str, Any] = {"channels": WIDTHS, "stem_type": "deep", "stem_width": WIDTHS[0] // 2}
-    backbone = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes, **shape, **options)
-    backbone.conv1 = nn.Conv2d(3, WIDTHS[0], 3, stride=2, padding=1, bias=False)
-    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    shape: dict[str, Any] = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": WIDTHS}
+    backbone: Any = ResNet(**shape, stem_type="deep", stem_width=WIDTHS[0] // 2, num_classes=num_classes, **options)
+    stem = nn.Conv2d(3, WIDTHS[0], 3, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    backbone.conv1 = stem
     backbone.maxpool = nn.Identity()
-    return backbone
+    return backbone  # type: ignore[no-any-return]

@@ -1,8 +1,5 @@
 """`caco export`: what others load is what the run has."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import safetensors.torch
@@ -12,14 +9,14 @@ from PIL import Image
 from torchvision import models
 
 import caco
+from caco.backbone import create_backbone, projector
 from caco.cli import main
 from caco.config import BankOptions, EncoderOptions, Pretrain, Views
 from caco.distributed.world import World
 from caco.errors import UsageError
-from caco.options import override
 from caco.reference.checkpoint import from_ours, to_published
 from caco.train.pretrain import create_state
-from caco.weights import load_torch
+from caco.weights import BackboneCard, load_torch, save_backbone
 
 D, K, HIDDEN = 8, 32, 16
 
@@ -65,7 +62,9 @@ def expected_keys(arch: str) -> dict[str, tuple[int, ...]]:
             shapes[f"fc.{batch_norm}.{part}"] = (HIDDEN,)
         shapes[f"fc.{batch_norm}.num_batches_tracked"] = ()
     shapes["fc.6.weight"] = (D, HIDDEN)
-    return {f"module.{encoder}.{name}": shape for encoder in ("encoder_q", "encoder_k") for name, shape in shapes.items()}
+    return {
+        f"module.{encoder}.{name}": shape for encoder in ("encoder_q", "encoder_k") for name, shape in shapes.items()
+    }
 
 
 def assert_published(content: dict, arch: str) -> None:
@@ -91,7 +90,7 @@ def test_reference_of_a_resnet50_has_exactly_the_published_keys():
         bank=BankOptions(),
     )
     world = World(torch.device("cpu"))
-    state = create_state(config, caco.backbone.create_backbone("resnet50", 32, "standard"), world)
+    state = create_state(config, create_backbone("resnet50", 32, "standard"), world)
     content = to_published(from_ours({**state.state_dict(world), "epoch": 0, "card": {"backbone": "resnet50"}}))
     assert_published(content, "resnet50")
 
@@ -111,7 +110,7 @@ def test_reference_loads_as_the_published_programs_load_it(run, tmp_path):
     both = torch.nn.ModuleDict()
     for name in ("encoder_q", "encoder_k"):
         both[name] = models.resnet18()
-        both[name].fc = caco.backbone.projector(512, HIDDEN, D)
+        both[name].fc = projector(512, HIDDEN, D)
     torch.nn.ModuleDict({"module": both}).load_state_dict(content["state_dict"], strict=True)
     optimizer = torch.optim.Optimizer(both.parameters(), {"lr": 0.0})
     optimizer.load_state_dict(content["optimizer"])
@@ -171,19 +170,14 @@ def test_timm_and_torchvision_give_the_same_features(run, tmp_path):
 def test_a_checkpoint_of_the_run_is_a_start_too(run, photos, tmp_path, capsys):
     """--weights with our own checkpoint takes over as much as with a published one."""
     file = caco.export(run, format="reference", out=tmp_path / "checkpoint.pth.tar")
-    settings = override(Pretrain(), {"backbone": "resnet18", "epochs": 1, "batch_size": 8, "bank_size": K})
-    results = []
-    for number, weights in enumerate((run / "checkpoints" / "best.pt", run)):
-        if weights == run:
-            weights = sorted((run / "checkpoints").glob("step-*.pt"))[-1]
-        results.append(weights)
+    last = sorted((run / "checkpoints").glob("step-*.pt"))[-1]
     outs = []
-    for number, weights in enumerate((results[1], file)):
+    for number, weights in enumerate((last, file)):
         out = tmp_path / f"run{number}"
         caco.pretrain(
             photos,
             out,
-            backbone=settings.backbone,
+            backbone="resnet18",
             weights=weights,
             epochs=1,
             batch_size=8,
@@ -223,9 +217,7 @@ def test_what_a_file_cannot_give_is_said(run, tmp_path, capsys):
 
 
 def test_a_small_stem_is_not_torchvisions(tmp_path):
-    module = caco.backbone.create_backbone("resnet18", 32, "small")
-    from caco.weights import BackboneCard, save_backbone
-
+    module = create_backbone("resnet18", 32, "small")
     save_backbone(tmp_path / "b.safetensors", module, BackboneCard("resnet18", stem="small", size=32, resize=32))
     with pytest.raises(UsageError, match=r"is not torchvision's \(conv1.weight"):
         caco.export(tmp_path / "b.safetensors", format="torchvision", out=tmp_path / "a.pth")
@@ -233,16 +225,15 @@ def test_a_small_stem_is_not_torchvisions(tmp_path):
     assert torch.load(file, weights_only=True)["conv1.weight"].shape == (64, 3, 3, 3)
 
 
-def test_models_that_only_torchvision_has(tmp_path):
+def test_models_that_only_torchvision_has():
     """`-a` of the published programs is a torchvision name; those that timm lacks are built by torchvision."""
     for name, features in (("mobilenet_v2", 1280), ("shufflenet_v2_x0_5", 1024), ("squeezenet1_1", 512)):
-        module = caco.backbone.create_backbone(name, 64)
+        module = create_backbone(name, 64)
         assert module(torch.zeros(2, 3, 64, 64)).shape == (2, features) and module.num_features == features
 
 
-def test_the_command_line_of_its_own(run, tmp_path):
+def test_the_command_says_how_to_load_it(run, tmp_path, capsys):
     out = tmp_path / "backbone.safetensors"
-    words = [sys.executable, "-m", "caco", "export", str(run), "--format", "timm", "--out", str(out)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "timm.create_model" in done.stdout, done.stderr
-    assert out.exists()
+    assert main(["export", str(run), "--format", "timm", "--out", str(out)]) == 0
+    assert f'{out} is written; load it with timm.create_model("resnet18", num_classes=0)' in capsys.readouterr().out
+    assert safetensors.torch.load_file(out)["conv1.weight"].shape == (64, 3, 7, 7)

@@ -41,8 +41,6 @@ def command(photos: Path, out: Path, *more: str) -> list[str]:
             "test_resnet",
             "--views.size",
             "16",
-            "--views.evaluation-resize",
-            "16",
             "--epochs",
             str(EPOCHS),
         ),

@@ -109,7 +109,7 @@ def look(
     Each through the validation transform, as for every evaluation. Broken images are left out. Raises CacoError when
     none is good.
     """
-    size, resize = config.views.size, config.views.evaluation_resize
+    size, resize = config.views.size, config.views.resize()
 
     def view(index: int) -> tuple[Pixels, Pixels, Pixels]:
         image = source.load(index)

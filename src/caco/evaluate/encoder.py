@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from caco.backbone import create_backbone
-from caco.config import Evaluation
+from caco.config import Evaluation, usual_resize
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import UsageError
@@ -62,7 +62,7 @@ def load_encoder(options: Evaluation) -> tuple[nn.Module | None, BackboneCard]:
     if not run:
         raise UsageError("name a run folder or a backbone file first, for example: caco knn runs/first --data photos/")
     if run in BASELINES and not Path(run).exists():
-        card = BackboneCard(backbone=options.backbone or "none", size=size or 224, resize=_resize_for(size or 224))
+        card = BackboneCard(backbone=options.backbone or "none", size=size or 224, resize=usual_resize(size or 224))
         if run == "pixels":
             return None, card
         if not options.backbone:
@@ -70,7 +70,7 @@ def load_encoder(options: Evaluation) -> tuple[nn.Module | None, BackboneCard]:
         torch.manual_seed(options.seed)
         return create_backbone(options.backbone, card.size).eval(), card
     module, card = load_backbone(find_weights(Path(run)), options.backbone, size)
-    return module, replace(card, size=size, resize=_resize_for(size)) if size else card
+    return module, replace(card, size=size, resize=usual_resize(size)) if size else card
 
 
 def find_weights(path: Path) -> Path:
@@ -86,8 +86,3 @@ def find_weights(path: Path) -> Path:
     if not checkpoints:
         raise UsageError(f"{path} holds no finished backbone (export/backbone.safetensors) and no checkpoint")
     return checkpoints[-1]
-
-
-def _resize_for(size: int) -> int:
-    """Return the usual shorter side for a centre crop: 256 for 224; small pictures are not enlarged first."""
-    return size if size <= 64 else round(size * 256 / 224)

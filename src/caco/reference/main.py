@@ -140,7 +140,7 @@ def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:
 
 
 def _sizes(size: int) -> dict[str, int]:
-    return {"views.size": size, "views.evaluation_resize": round(size * 256 / 224) if size > 64 else size}
+    return {"views.size": size}
 
 
 def _multi_crop(flags: Flags) -> dict[str, object]:

@@ -62,7 +62,7 @@ class KnnMonitor:
                 backbone,
                 source,
                 size=self.views.size,
-                resize=self.views.evaluation_resize,
+                resize=self.views.resize(),
                 mean=self.views.mean,
                 std=self.views.std,
                 device=self.world.device,

@@ -145,7 +145,7 @@ def _backbone_card(config: Pretrain, backbone: nn.Module) -> BackboneCard:
         backbone=config.backbone,
         stem=stem_of(backbone),
         size=views.size,
-        resize=views.evaluation_resize,
+        resize=views.resize(),
         mean=views.mean,
         std=views.std,
     )

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from caco import schedule
 from caco.config import BankOptions, EncoderOptions, OptimizerOptions, Pretrain
 from caco.distributed.world import World
-from caco.model import WARM_START_KEY_MOMENTUM, Output, mean_output
+from caco.model import Output, mean_output
 from caco.optim import set_lr
 from caco.train.state import TrainingState
 
@@ -115,6 +115,7 @@ def warm_start_step(
     network: nn.Module,
     views: Sequence[Tensor],
     lr: float,
+    key_momentum: float,
     precision: torch.dtype,
     world: World,
 ) -> Tensor:
@@ -128,7 +129,7 @@ def warm_start_step(
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     state.optimizer.step()
-    state.model.update_key_encoder(WARM_START_KEY_MOMENTUM)
+    state.model.update_key_encoder(key_momentum)
     state.model.bank.fill(world.gather(keys), batch=state.warm_start_step)
     state.warm_start_step += 1
     state.meters.note_loss(loss, state.warm_start_step)

@@ -89,14 +89,16 @@ class Trainer:
         steps = warm_start_steps(self.config, per_epoch)
         if state.warm_start_step >= steps:
             return
-        network = data_parallel(WarmStart(state.model), self.world, apart=["model.bank.weight"])
+        network = data_parallel(
+            WarmStart(state.model, self.config.bank.warm_start_temperature), self.world, apart=["model.bank.weight"]
+        )
         bar = ProgressBar(self.journal, steps, state.warm_start_step)
         for epoch in range(state.warm_start_step // per_epoch, math.ceil(steps / per_epoch)):
             last = min(steps - epoch * per_epoch, per_epoch)
             first = state.warm_start_step - epoch * per_epoch
             for batch in self.loader.batches(WARM_START_EPOCH + epoch, first, last):
-                lr = self.schedules.warm_start_lr
-                loss = warm_start_step(state, network, batch.views, lr, self.precision, self.world)
+                lr, momentum = self.schedules.warm_start_lr, self.config.bank.warm_start_key_momentum
+                loss = warm_start_step(state, network, batch.views, lr, momentum, self.precision, self.world)
                 done = state.warm_start_step
                 if done == steps:
                     state.model.copy_to_key_encoder()
