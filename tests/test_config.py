@@ -31,7 +31,7 @@ def with_groups(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", {kind for command in COMMANDS for kind in with_groups(command)}, ids=lambda k: k.__name__
+    "kind", dict.fromkeys(kind for command in COMMANDS for kind in with_groups(command)), ids=lambda k: k.__name__
 )
 def test_every_option_has_a_help_text_of_one_line(kind):
     assert kind.__doc__

@@ -78,8 +78,9 @@ def create_backbone(name: str, size: int, stem: str = "auto") -> nn.Module:
 def is_model(name: str) -> bool:
     """Return whether `create_backbone` knows a name."""
     import timm
+    from torchvision import models
 
-    return bool(timm.is_model(name)) or torchvision_model(name) is not None
+    return bool(timm.is_model(name)) or name in models.list_models(module=models)
 
 
 def torchvision_model(name: str) -> nn.Module | None:
@@ -89,16 +90,14 @@ def torchvision_model(name: str) -> nn.Module | None:
     if name not in models.list_models(module=models):
         return None
     model: nn.Module = models.get_model(name, weights=None, **({"aux_logits": False} if name == "googlenet" else {}))
-    place = next((place for place in ("fc", "classifier", "heads", "head") if hasattr(model, place)), "fc")
-    head = getattr(model, place, None)
-    linear = (
-        [i for i, layer in enumerate(head) if isinstance(layer, nn.Linear)] if isinstance(head, nn.Sequential) else []
-    )
-    if isinstance(head, nn.Sequential):
-        if linear:
-            head[linear[-1]] = nn.Identity()
-        else:  # classes by convolution (SqueezeNet): what comes before it is a map
-            setattr(model, place, nn.AdaptiveAvgPool2d(1))
+    place = next(place for place in ("fc", "classifier", "heads", "head") if hasattr(model, place))
+    head = getattr(model, place)
+    layers = list(head) if isinstance(head, nn.Sequential) else []
+    linear = [number for number, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+    if linear:
+        head[linear[-1]] = nn.Identity()
+    elif layers:  # classes by convolution (SqueezeNet): what comes before is a map
+        setattr(model, place, nn.AdaptiveAvgPool2d(1))
     else:
         setattr(model, place, nn.Identity())
     return model

@@ -114,7 +114,6 @@ def test_multi_crop_changes_the_views_as_published():
         saturation=0.4,
         blur=(0.5, 0.5),
         solarize=(0.0, 0.0),
-        evaluation_resize=64,
     )
     assert read("--nmb_crops 2 4 --size_crops 64 32").views == Views()  # only with --multi_crop 1
 

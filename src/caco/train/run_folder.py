@@ -47,9 +47,8 @@ def check_run_folder(config: Pretrain) -> Pretrain:
         raise UsageError(f"--resume: there is no run in {folder}; leave --resume out to start one")
     if folder.is_file() or (folder.is_dir() and not holds_run and any(folder.iterdir())):
         raise UsageError(f"--out {folder} exists and is not a run of caco; choose another folder")
-    if holds_run and not config.resume:
-        if not config.overwrite:
-            raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
+    if holds_run and not config.resume and not config.overwrite:
+        raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
     return config
 
 

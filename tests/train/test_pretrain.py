@@ -1,0 +1,141 @@
+"""The whole job in this process: what a run leaves behind, and how it goes wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import caco
+from caco.data.source import ArraySource
+from caco.errors import CacoError, UsageError
+
+SMALL = {
+    "epochs": 2,
+    "batch_size": 8,
+    "bank_size": 16,
+    "device": "cpu",
+    "workers": 1,
+    "views": {"size": 16},
+    "encoder": {"projector": 16, "embedding": 8},
+    "bank": {"warm_start_steps": 2},
+    "monitor": {"log_steps": 2, "knn_epochs": 1},
+}
+
+
+def pictures(count: int = 24, side: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def records(run, kind):
+    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def test_a_flat_folder_without_labels_gives_a_backbone_that_timm_loads(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, pixels in enumerate(pictures()):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    path = caco.pretrain(folder, tmp_path / "run", backbone="test_resnet", **SMALL)
+    assert path == tmp_path / "run/export/backbone.safetensors"
+    assert not records(tmp_path / "run", "knn"), "there are no labels to check with"
+    standard = caco.load_backbone(tmp_path / "run")
+    images = torch.rand(3, 3, 16, 16)
+    model = timm.create_model("test_resnet", num_classes=0)
+    if not isinstance(standard.get_submodule("maxpool") if hasattr(standard, "maxpool") else None, nn.Identity):
+        model.load_state_dict(safetensors.torch.load_file(path))
+        torch.testing.assert_close(model.eval()(images), standard(images))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    environment = json.loads((tmp_path / "run/environment.json").read_text())
+    assert config["epochs"] == 2 and len(environment) == 1 and environment[0]["packages"]["torch"] == torch.__version__
+
+
+def test_own_module_and_own_images(tmp_path):
+    own = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU())  # [B, 6, H, W]
+    source = ArraySource(pictures(), np.arange(24) % 2, ("even", "odd"))
+    path = caco.pretrain(source, tmp_path / "run", backbone=own, **SMALL)
+    fresh = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU()), nn.Identity())
+    tensors = safetensors.torch.load_file(path)
+    assert {name.removeprefix("0.") for name in tensors} == set(fresh[0].state_dict())
+    assert [r["epoch"] for r in records(tmp_path / "run", "knn")] == [0, 1]
+
+
+def test_multi_crop_trains(tmp_path):
+    views = {"size": 16, "small": 3, "small_size": 8, "small_area": (0.1, 0.4)}
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", backbone="test_resnet", **{**SMALL, "views": views})
+    losses = [record["loss"] for record in records(tmp_path / "run", "train")]
+    assert losses and np.isfinite(losses).all()
+
+
+def test_the_seed_decides_everything(tmp_path):
+    source = ArraySource(pictures())
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        caco.pretrain(source, tmp_path / name, backbone="test_resnet", seed=seed, **SMALL)
+    one, same, other = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("one", "same", "other"))
+    assert one == same != other
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    source = ArraySource(pictures())
+    options = {**SMALL, "epochs": 6, "monitor": {"log_steps": 1, "knn_epochs": 0, "checkpoint_minutes": 0}}
+    with pytest.raises(CacoError, match=r"not finite at step (\d+).*Last good checkpoint: step-\d+\.pt") as caught:
+        caco.pretrain(
+            source,
+            tmp_path / "run",
+            backbone="test_resnet",
+            lr=1e30,
+            **{**options, "optimizer": {"name": "sgd", "warmup_epochs": 0}, "bank": {"warm_start_steps": 0}},
+        )
+    assert caught.value.exit_status == 1
+    for path in (tmp_path / "run/checkpoints").glob("step-*.pt"):
+        saved = torch.load(path, weights_only=True)
+        assert saved["meters"]["first_bad_step"] == 2**62
+
+
+def test_embeddings_that_hardly_differ_are_told_in_plain_words_once(tmp_path, capfd):
+    """Without a warm start and at a rate far too high, all images soon get nearly the same embedding."""
+    options = {
+        **SMALL,
+        "epochs": 3,
+        "batch_size": 64,
+        "bank_size": 512,
+        "optimizer": {"name": "sgd", "warmup_epochs": 0},
+    }
+    bank = {"warm_start_steps": 0, "lr": 3000.0, "final_lr": 3000.0}
+    source = ArraySource(pictures(128))
+    caco.pretrain(source, tmp_path / "run", backbone="test_resnet", lr=3.0, **{**options, "bank": bank})
+    said = capfd.readouterr().err
+    assert records(tmp_path / "run", "train")[-1]["feature_spread"] < 0.2
+    assert said.count("narrow cone") == 1
+    assert "raise --bank.warm-start-steps" in said
+
+
+def test_too_many_broken_images_stop_with_the_list(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, pixels in enumerate(pictures(20)):
+        Image.fromarray(pixels[: 12 + number % 3]).save(folder / f"{number:02}.png")
+    for number in range(5):
+        (folder / f"broken-{number}.jpg").write_bytes(b"")
+    with pytest.raises(CacoError, match=r"images are broken.*skipped\.txt"):
+        caco.pretrain(folder, tmp_path / "run", backbone="test_resnet", **SMALL)
+    assert (tmp_path / "run/skipped.txt").read_text().count("broken-") >= 3
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    with pytest.raises(UsageError, match="--batch-size 6 or less"):
+        caco.pretrain(ArraySource(pictures(6)), tmp_path / "run", backbone="test_resnet", **SMALL)
+
+
+def test_parts_that_do_not_divide_the_batch(tmp_path):
+    with pytest.raises(UsageError, match="--batch-size 8 cannot be divided"):
+        caco.pretrain(ArraySource(pictures()), tmp_path / "run", backbone="test_resnet", accumulate=3, **SMALL)
+
+
+def test_accumulation_trains(tmp_path):
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", backbone="test_resnet", accumulate=2, **SMALL)
+    assert records(tmp_path / "run", "train")[-1]["step"] == 6
