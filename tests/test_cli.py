@@ -158,6 +158,10 @@ def test_unset_variables(capsys):
             "does not take pictures of 100 x 100 pixels: Input height (100) should be divisible by patch size (16)",
         ),
         (
+            "pretrain --data textures:128 --out {tmp}/r --backbone test_vit --views.small 2 --views.small-size 97",
+            "does not take pictures of 97 x 97 pixels",
+        ),
+        (
             "pretrain --data textures:128 --out {tmp}/r --encoder.stem small",
             "test_resnet has no ResNet stem to replace",
         ),

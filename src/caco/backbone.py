@@ -115,6 +115,20 @@ def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
 
     Raises UsageError when a picture of size × size is not taken, or does not give [B, F] or [B, F, H, W].
     """
+    output = try_size(module, size)
+    if not isinstance(output, Tensor) or output.ndim not in (2, 4):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(
+            f"the backbone must map [B, 3, {size}, {size}] to features [B, F] or [B, F, H, W], not {shape}"
+        )
+    if output.ndim == 4:
+        module = nn.Sequential(module, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+    module.num_features = output.shape[1]  # type: ignore[assignment]
+    return module
+
+
+def try_size(module: nn.Module, size: int) -> Any:
+    """Return what a module makes of two black pictures, in eval mode. Raises UsageError when it does not take the size."""
     was_training = module.training
     module.eval()
     try:
@@ -125,15 +139,7 @@ def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
         raise UsageError(f"the backbone does not take pictures of {size} x {size} pixels: {reason}") from error
     finally:
         module.train(was_training)
-    if not isinstance(output, Tensor) or output.ndim not in (2, 4):
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UsageError(
-            f"the backbone must map [B, 3, {size}, {size}] to features [B, F] or [B, F, H, W], not {shape}"
-        )
-    if output.ndim == 4:
-        module = nn.Sequential(module, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
-    module.num_features = output.shape[1]  # type: ignore[assignment]
-    return module
+    return output
 
 
 def _first_accepted(name: str, choices: list[dict[str, Any]]) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from caco.backbone import Encoder, adopt_backbone, create_backbone, projector, stem_of
+from caco.backbone import Encoder, adopt_backbone, create_backbone, projector, stem_of, try_size
 from caco.bank import Bank
 from caco.config import Pretrain
 from caco.data.broken import BrokenImages
@@ -125,6 +125,8 @@ def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:
     torch.manual_seed(config.seed)
     size, stem = config.views.size, config.encoder.stem
     backbone = create_backbone(config.backbone, size, stem) if own is None else adopt_backbone(own, size)
+    if config.views.small:
+        try_size(backbone, config.views.small_size)
     if config.weights.startswith("timm:"):
         name = config.weights.removeprefix("timm:")
         load_into(backbone, download_weights(name), f"--weights {config.weights}")
