@@ -26,12 +26,14 @@ class Encoder(nn.Module):
         return self.projector(self.backbone(view))  # type: ignore[no-any-return]
 
 
-def projector(features: int, hidden: int, embedding: int) -> nn.Sequential:
+def projector(features: int, hidden: int, embedding: int, centred: bool = False) -> nn.Sequential:
     """Return the published head: three bias-free linear layers, batch norm and ReLU after the first two.
 
     Widths features → hidden → hidden → embedding. The numbering of its layers is the published one (`fc.0` … `fc.6`).
+    centred: the last layer starts with rows of mean 0. Behind a ReLU all inputs are positive, which otherwise gives all
+    embeddings one large common part; a short run has no time to unlearn it. (Ours; not published.)
     """
-    return nn.Sequential(
+    layers = nn.Sequential(
         nn.Linear(features, hidden, bias=False),
         nn.BatchNorm1d(hidden),
         nn.ReLU(inplace=True),
@@ -40,6 +42,11 @@ def projector(features: int, hidden: int, embedding: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Linear(hidden, embedding, bias=False),
     )
+    if centred:
+        last = layers[-1].weight
+        assert isinstance(last, nn.Parameter)
+        last.data -= last.data.mean(dim=1, keepdim=True)
+    return layers
 
 
 def create_backbone(name: str, size: int, stem: str = "auto") -> nn.Module:

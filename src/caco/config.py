@@ -146,6 +146,8 @@ class EncoderOptions:
     """Width of the projector's two hidden layers."""
     stem: Literal["auto", "small", "standard"] = "auto"
     """First layers of a ResNet; small: 3x3 convolution without pooling; auto: small when views are at most 64 px."""
+    centred: bool = False
+    """Start the projector's last layer with rows of mean 0: embeddings begin spread out, not in a narrow cone."""
     key_momentum: float = 0.99
     """Momentum of the key encoder in the first epoch."""
     key_momentum_schedule: Literal["cosine", "constant"] = "cosine"

@@ -12,7 +12,7 @@ from caco.config import Demo, Knn, Linear, Pretrain, Report
 from caco.files import replace_json
 from caco.recipes import find_recipe
 
-TRAIN, TEST = "textures:10000", "textures:2000"
+TRAIN, TEST = "textures:5000", "textures:2000"
 
 
 def demo(options: Demo) -> dict[str, Any]:

@@ -121,13 +121,13 @@ def demo() -> Pretrain:
     return Pretrain(
         recipe="demo",
         backbone="resnet10_narrow",
-        epochs=12,
+        epochs=24,
         batch_size=128,
-        lr=0.3,
+        lr=0.06,
         bank_size=1024,
         views=Views(
             size=32,
-            area=(0.5, 1.0),
+            area=(0.4, 1.0),
             brightness=0.2,
             contrast=0.2,
             saturation=0.6,
@@ -137,18 +137,18 @@ def demo() -> Pretrain:
             blur=(0.0, 0.0),
             solarize=(0.0, 0.2),
         ),
-        encoder=EncoderOptions(embedding=64, projector=256, stem="standard", key_momentum=0.9),
+        encoder=EncoderOptions(embedding=64, projector=256, stem="standard", centred=True, key_momentum=0.98),
         bank=BankOptions(
-            lr=6.0,
-            final_lr=6.0,
+            lr=15.0,
+            final_lr=15.0,
             temperature=0.1,
             slot_temperature=0.1,
-            warm_start_steps=300,
+            warm_start_steps=200,
             warm_start_temperature=0.1,
             warm_start_key_momentum=0.9,
         ),
         optimizer=OptimizerOptions(name="sgd", final_lr=0.006, warmup_epochs=0, weight_decay=1e-4),
-        monitor=MonitorOptions(knn_epochs=4, log_steps=20),
+        monitor=MonitorOptions(knn_epochs=8, log_steps=20),
     )
 
 

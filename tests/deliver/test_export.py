@@ -45,6 +45,7 @@ def run(photos, tmp_path_factory):
         bank_size=K,
         views={"size": 32, "evaluation_resize": 32},
         encoder={"embedding": D, "projector": HIDDEN, "stem": "standard"},
+        bank={"warm_start_steps": 4},
         optimizer={"warmup_epochs": 1},
         workers=2,
     )

@@ -134,19 +134,19 @@ def _alternate(*distances: Floats) -> Floats:
 
 
 def _stripes(sheet: _Sheet) -> Floats:
-    period = sheet.period(0.15, 0.3)
+    period = sheet.period(0.098, 0.195)
     position, _ = sheet.lattice(period)
     return (sheet.draw(_Draw.THICKNESS, 0.2, 0.3) - _fold(position)) * period
 
 
 def _checks(sheet: _Sheet) -> Floats:
-    period = sheet.period(0.28, 0.5)
+    period = sheet.period(0.182, 0.325)
     x, y = sheet.lattice(period)
     return _alternate(0.25 - _fold(x), 0.25 - _fold(y)) * period
 
 
 def _triangles(sheet: _Sheet) -> Floats:
-    period = sheet.period(0.45, 0.75)
+    period = sheet.period(0.293, 0.488)
     x, y = sheet.lattice(period)
     slanted = np.float32(np.sqrt(3) / 2) * y
     lines = (x, slanted - 0.5 * x, -slanted - 0.5 * x)  # three directions 120° apart; they sum to 0, so they meet
@@ -154,13 +154,13 @@ def _triangles(sheet: _Sheet) -> Floats:
 
 
 def _dots(sheet: _Sheet) -> Floats:
-    period = sheet.period(0.2, 0.36)
+    period = sheet.period(0.13, 0.234)
     x, y = sheet.lattice(period)
     return (sheet.draw(_Draw.THICKNESS, 0.33, 0.42) - np.hypot(_fold(x), _fold(y))) * period
 
 
 def _rings(sheet: _Sheet) -> Floats:
-    period = sheet.period(0.15, 0.3)
+    period = sheet.period(0.098, 0.195)
     distance, _ = sheet.polar(0.35)
     return (sheet.draw(_Draw.THICKNESS, 0.2, 0.3) - _fold(distance / period + sheet.draw(_Draw.EXTRA, 0, 1))) * period
 
@@ -172,7 +172,7 @@ def _rays(sheet: _Sheet) -> Floats:
 
 
 def _bricks(sheet: _Sheet) -> Floats:
-    height = sheet.period(0.16, 0.26)
+    height = sheet.period(0.104, 0.169)
     x, y = sheet.lattice(height)
     length = 2.2
     odd_row = np.floor(y) % 2
@@ -182,7 +182,7 @@ def _bricks(sheet: _Sheet) -> Floats:
 
 
 def _zigzag(sheet: _Sheet) -> Floats:
-    period = sheet.period(0.16, 0.28)
+    period = sheet.period(0.104, 0.182)
     x, y = sheet.lattice(period)
     slope = sheet.draw(_Draw.EXTRA, 0.8, 1.4)
     stretch = sheet.draw(_Draw.THICKNESS, 1.4, 2.0)
@@ -192,7 +192,7 @@ def _zigzag(sheet: _Sheet) -> Floats:
 
 
 def _crosses(sheet: _Sheet) -> Floats:
-    period = sheet.period(0.28, 0.45)
+    period = sheet.period(0.182, 0.293)
     x, y = (_fold(position) for position in sheet.lattice(period))
     width = sheet.draw(_Draw.THICKNESS, 0.11, 0.15)
     length = sheet.draw(_Draw.EXTRA, 0.36, 0.42)
@@ -204,7 +204,7 @@ def _crosses(sheet: _Sheet) -> Floats:
 
 def _blotches(sheet: _Sheet) -> Floats:
     """Smooth noise: waves of one length in random directions, cut at zero."""
-    period = sheet.period(0.22, 0.45)
+    period = sheet.period(0.143, 0.293)
     field = np.zeros_like(sheet.across)
     waves = sheet.draws[:, _Draw.WAVES].reshape(len(field), 3, -1)
     for number in range(waves.shape[2]):

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 
@@ -24,71 +25,106 @@ LOST_AFTER = 20.0
 EXIT_STATUS = 76
 """Of a process that has lost another (EX_PROTOCOL)."""
 
+HINT = "Start again with --resume to go on from the last checkpoint."
 
-class Heartbeat(threading.Thread):
+
+def say(message: str) -> None:
+    """Tell why this process is about to end."""
+    print(f"caco: {message}", file=sys.stderr, flush=True)
+
+
+class Heartbeat:
     """Writes this process's sign of life to the common store, and watches those of all others.
 
     When another process falls silent, this one says which, and exits at once: it may be waiting inside a collective,
     where no exception can reach it. Checkpoints are whole whenever that happens.
+
+    One thread talks to the store. A second one only looks at the clock, since the first may itself wait for ever: a cable
+    that is pulled out gives no error.
     """
 
     _running: ClassVar[list[Heartbeat]] = []
 
+    tell: ClassVar[Callable[[str], None]] = staticmethod(say)
+    """Called with the reason before the process exits; a started process tells its parent instead of the terminal."""
+
     def __init__(self, place: Place, timeout: float) -> None:
-        super().__init__(name="heartbeat", daemon=True)
+        """Place: with the address and port of the store, which process 0 holds."""
         self.place = place
         self.lost_after = min(LOST_AFTER, timeout)
         self._stopped = threading.Event()
         # A connection of its own: the process group's may be blocked in a collective.
-        self._store = PrefixStore(
-            f"heartbeat {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
-            TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=self.lost_after)),
-        )
+        store = TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=self.lost_after))
+        self._store = PrefixStore("heartbeat", store)
+        self._talked = time.monotonic()
+        self._seen = {rank: (b"", self._talked) for rank in range(place.size) if rank != place.rank}
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+
+    def start(self) -> None:
+        """Beat and watch until stopped."""
         self._running.append(self)
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
-    def stop_all(cls) -> None:
-        """Say goodbye and stop: from now on nobody misses this process."""
+    def stop_all(cls, patience: float = LOST_AFTER) -> None:
+        """Say goodbye and stop: from now on nobody misses this process. patience: longest wait, in seconds."""
         while cls._running:
-            cls._running.pop()._stop_beating()
+            cls._running.pop()._stop(patience)
 
-    def run(self) -> None:
-        """Beat and watch until stopped."""
-        beats, seen = 0, {rank: (b"", time.monotonic()) for rank in range(self.place.size)}
+    def _beat(self) -> None:
+        beats = 0
         while not self._stopped.wait(BEAT):
             beats += 1
             try:
                 self._store.set(str(self.place.rank), str(beats))
-                for rank in range(self.place.size):
-                    beat = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
-                    if beat == b"goodbye" or beat != seen[rank][0]:
-                        seen[rank] = (beat, time.monotonic())
+                for rank, beat in self._beats().items():
+                    if beat == b"goodbye" or beat != self._seen[rank][0]:
+                        self._seen[rank] = (beat, time.monotonic())
             except (dist.DistError, RuntimeError):
-                if not self._stopped.is_set():
-                    self._give_up(0, "which holds the meeting point, cannot be reached")
+                self._give_up(0, "which holds the meeting point, cannot be reached")
                 return
-            for rank, (_, when) in seen.items():
-                if time.monotonic() - when > self.lost_after:
+            self._talked = time.monotonic()
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._stopped.wait(BEAT):
+            now = time.monotonic()
+            if now - looked > 5 * BEAT:  # this process was itself suspended, and has seen nobody meanwhile
+                self._talked = now
+                self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
+            looked = now
+            if now - self._talked > self.lost_after:
+                self._give_up(0, f"which holds the meeting point, has not answered for {self.lost_after:.0f} s")
+            for rank, (_, when) in list(self._seen.items()):
+                if now - when > self.lost_after:
                     self._give_up(rank, f"has given no sign of life for {self.lost_after:.0f} s")
 
     def lost_rank(self) -> int | None:
         """Return a process that has fallen silent, waiting long enough to be sure; None when all are alive."""
-        before = self._beats()
+        before = dict(self._seen)
         time.sleep(4 * BEAT)
-        after = self._beats()
-        silent = [rank for rank in before if before[rank] == after[rank] and after[rank] != b"goodbye"]
+        if time.monotonic() - self._talked > 3 * BEAT:
+            return 0  # it holds the store
+        silent = [rank for rank, seen in self._seen.items() if seen == before[rank]]
         return silent[0] if silent else None
 
     def _beats(self) -> dict[int, bytes]:
-        ranks = (rank for rank in range(self.place.size) if rank != self.place.rank)
-        return {rank: self._store.get(str(rank)) if self._store.check([str(rank)]) else b"" for rank in ranks}
+        return {rank: self._store.get(str(rank)) if self._store.check([str(rank)]) else b"" for rank in self._seen}
 
-    def _stop_beating(self) -> None:
-        """Say goodbye; the main process, which may hold the store, waits until the others have said it, too."""
+    def _stop(self, patience: float) -> None:
         self._stopped.set()
+        # Apart, since the store may never answer again.
+        farewell = threading.Thread(target=self._say_goodbye, args=(patience,), daemon=True)
+        farewell.start()
+        farewell.join(patience)
+
+    def _say_goodbye(self, patience: float) -> None:
+        """Say goodbye; process 0, which holds the store, waits until the others have said it, too."""
         try:
+            self._threads[0].join()  # else its last beat might follow
             self._store.set(str(self.place.rank), "goodbye")
-            deadline = time.monotonic() + self.lost_after
+            deadline = time.monotonic() + patience
             while self.place.rank == 0 and time.monotonic() < deadline:
                 if all(beat == b"goodbye" for beat in self._beats().values()):
                     return
@@ -99,21 +135,12 @@ class Heartbeat(threading.Thread):
     def _give_up(self, rank: int, why: str) -> None:
         if self._stopped.is_set():
             return
-        print(
-            f"caco: process {self.place.rank} of {self.place.size} stops: process {rank} {why}. "
-            "Start again with --resume to go on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        comma = "," if why.startswith("which") else ""
+        Heartbeat.tell(f"process {self.place.rank} of {self.place.size} stops: process {rank}{comma} {why}. {HINT}")
         os._exit(EXIT_STATUS)
 
 
 def name_lost_process() -> str:
     """Return which process was lost, in words, after a collective has failed."""
-    for heartbeat in Heartbeat._running:
-        try:
-            rank = heartbeat.lost_rank()
-        except (dist.DistError, RuntimeError):
-            rank = 0  # it holds the store
-        return f"process {rank} was lost" if rank is not None else "another process failed"
-    return "another process failed"
+    lost = [rank for rank in (heartbeat.lost_rank() for heartbeat in Heartbeat._running) if rank is not None]
+    return f"process {lost[0]} was lost" if lost else "another process failed"

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -18,11 +19,14 @@ import torch
 import torch.distributed as dist
 
 from caco.config import DistributedOptions
-from caco.distributed.heartbeat import name_lost_process
+from caco.distributed.heartbeat import EXIT_STATUS, HINT, Heartbeat, name_lost_process
 from caco.distributed.world import Place, World, choose_device, find_place, join, leave
 from caco.errors import CacoError, Interrupted, UsageError
 
 T = TypeVar("T")
+
+PATIENCE = 8.0
+"""Seconds that processes have to end by themselves after one has failed."""
 
 
 def launch(function: Callable[..., T], options: DistributedOptions, device: str, *arguments: Any) -> T | None:
@@ -71,16 +75,18 @@ def _run_in(
     world = join(place, device, timeout)
     try:
         result = function(world, *arguments)
-        return result if world.is_main else None
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_contact(error):
+            leave(PATIENCE / 2)
             raise
-        raise CacoError(
-            f"process {world.rank} of {world.size} stops: {name_lost_process()}. "
-            "Start again with --resume to go on from the last checkpoint."
-        ) from error
-    finally:
-        leave()
+        lost = name_lost_process()
+        leave(PATIENCE / 2)
+        raise CacoError(f"process {world.rank} of {world.size} stops: {lost}. {HINT}") from error
+    except BaseException:
+        leave(PATIENCE / 2)  # the others may be waiting in an exchange, and end only when this process does
+        raise
+    leave()
+    return result if world.is_main else None
 
 
 def _is_lost_contact(error: Exception) -> bool:
@@ -100,6 +106,12 @@ def _child(
     """The main function of a started process: send ("done", result) or (kind of error, message) to the parent."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent passes on one SIGTERM
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def tell(reason: str) -> None:
+        pipe.send_bytes(pickle.dumps(("CacoError", reason)))
+
+    Heartbeat.tell = staticmethod(tell)
     try:
         message: tuple[str, Any] = "done", _run_in(place, timeout, function, device, arguments)
         status = 0
@@ -109,6 +121,14 @@ def _child(
         message, status = ("crash", traceback.format_exc()), 1
     pipe.send_bytes(pickle.dumps(message))  # by value: this process, and any memory it shares, is about to go
     sys.exit(status)
+
+
+def _end_with_parent() -> None:
+    """Wait until the parent is gone, then end: nobody else would end this process, and it holds a GPU."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(EXIT_STATUS)
 
 
 def _spawn(
@@ -131,36 +151,45 @@ def _spawn(
     return result
 
 
-def _collect(processes: list[Any], pipes: list[Any]) -> list[tuple[str, Any] | None]:
-    """Wait for all processes; when one fails, end the others. Return each one's message (None: killed)."""
-    messages: list[tuple[str, Any] | None] = [None] * len(processes)
-    waiting = dict(enumerate(pipes))
+def _collect(processes: list[Any], pipes: list[Any]) -> dict[int, tuple[str, Any] | None]:
+    """Wait for all processes; when one fails, end the others. Return each one's message (None: it was killed).
+
+    In the order in which they ended; those ended from here are not in it.
+    """
+    messages: dict[int, tuple[str, Any] | None] = {}
+    waiting = {pipe: number for number, pipe in enumerate(pipes)}
+    deadline = None
     while waiting:
-        for ready in wait(list(waiting.values())):
-            number = next(key for key, pipe in waiting.items() if pipe is ready)
+        ready = wait(list(waiting), None if deadline is None else max(deadline - time.monotonic(), 0))
+        if not ready:
+            break
+        for pipe in ready:
+            number = waiting.pop(pipe)
             try:
-                messages[number] = pickle.loads(pipes[number].recv_bytes())
-            except EOFError:
-                messages[number] = messages[number] or None
-            del waiting[number]
-            message = messages[number]
-            if message is None or message[0] not in ("done", "Interrupted"):
-                for process in processes:
-                    process.join(5)
-                    if process.is_alive():
-                        process.kill()
+                message = pickle.loads(pipe.recv_bytes())
+            except (EOFError, OSError):
+                message = None
+            messages[number] = message
+            if deadline is None and (message is None or message[0] not in ("done", "Interrupted")):
+                deadline = time.monotonic() + PATIENCE
+    for number in waiting.values():
+        processes[number].kill()
     for process in processes:
-        process.join()
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()
     return messages
 
 
-def _outcome(messages: list[tuple[str, Any] | None], places: list[Place]) -> Any:
+def _outcome(messages: dict[int, tuple[str, Any] | None], places: list[Place]) -> Any:
+    """Return the main process's result, or raise the cause of a failure: not what others said of losing a process."""
     kinds: dict[str, type[CacoError]] = {"UsageError": UsageError, "Interrupted": Interrupted, "CacoError": CacoError}
-    lost = [place.rank for place, message in zip(places, messages, strict=True) if message is None]
-    # The cause first: what a process said of itself, before what others said of losing it.
-    said = sorted((m for m in messages if m and m[0] != "done"), key=lambda m: "was lost" in m[1] or "failed." in m[1])
-    if lost and (not said or "stops:" in said[0][1]):
-        raise CacoError(f"process {lost[0]} was killed; all others were stopped. Go on with --resume.")
+    said = [message for message in messages.values() if message is not None and message[0] != "done"]
+    said.sort(key=lambda message: " stops: process " in message[1] or " stops: another process" in message[1])
+    killed = [places[number].rank for number, message in messages.items() if message is None]
+    if killed and (not said or " stops: " in said[0][1]):
+        raise CacoError(f"process {killed[0]} of {places[0].size} was killed, so all others were stopped. {HINT}")
     for kind, text in said:
         if kind == "crash":
             raise RuntimeError(f"a process failed:\n{text}")

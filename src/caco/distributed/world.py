@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -12,9 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from caco.distributed.heartbeat import Heartbeat
+from caco.distributed.heartbeat import LOST_AFTER, Heartbeat
+from caco.distributed.network import interface_towards, own_address_towards
 from caco.errors import UsageError
 
 T = TypeVar("T")
@@ -27,6 +30,8 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    attempt: int = 0
+    """How often torchrun or SLURM had started this run before, as the main process knows it."""
 
     @property
     def is_main(self) -> bool:
@@ -147,43 +152,72 @@ def join(place: Place, device_name: str, timeout: float) -> World:
         torch.cuda.set_device(device)
     else:
         device = choose_device("cpu" if device_name == "auto" else device_name)
+    attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if place.size == 1:
-        return World(device)
+        return World(device, attempt=attempt + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    interface = interface_towards(place.address, place.port)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
-        store = TCPStore(
-            place.address,
-            place.port,
-            place.size,
-            is_master=place.rank == 0 and not _agent_holds_store(),
-            timeout=timedelta(seconds=timeout),
-        )
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, place, earlier = _meet_through_agent(place, timeout)
+            attempt += earlier
+        else:
+            store = _store(place, timeout, is_master=place.rank == 0)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
+            store=store,
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" else None,
         )
-    except (dist.DistError, RuntimeError, ValueError) as error:
+        Heartbeat(place, timeout).start()
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise UsageError(
             f"process {place.rank} of {place.size} did not meet the others at {place.address}:{place.port} "
             f"({str(error).splitlines()[0][:120]})"
         ) from error
-    Heartbeat(place, timeout).start()
-    return World(device, place.rank, place.size)
+    return World(device, place.rank, place.size, attempt)
 
 
-def leave() -> None:
-    """Leave the process group, if there is one."""
-    Heartbeat.stop_all()
+def leave(patience: float = LOST_AFTER) -> None:
+    """Leave the process group, if there is one. patience: longest wait for the others to leave, too, in seconds."""
+    Heartbeat.stop_all(patience)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _agent_holds_store() -> bool:
-    """Return whether torchrun's agent already serves the store at MASTER_ADDR:MASTER_PORT."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _store(place: Place, timeout: float, is_master: bool) -> TCPStore:
+    return TCPStore(place.address, place.port, place.size, is_master=is_master, timeout=timedelta(seconds=timeout))
+
+
+def _meet_through_agent(place: Place, timeout: float) -> tuple[TCPStore, Place, int]:
+    """Return process 0's own store, its place, and how often this run's group has met before.
+
+    torchrun's agent serves one store for all attempts, and its count of restarts differs between machines when one of
+    them has come anew. So process 0 opens a fresh store at each attempt and makes it known through the agent's; what
+    an earlier process 0 has made known answers no more.
+    """
+    agent = TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=timeout))
+    if place.rank == 0:
+        own = own_address_towards(place.address, place.port)
+        store = TCPStore(own, 0, place.size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+        earlier = agent.add("caco attempts", 1) - 1
+        agent.set("caco meeting point", f"{own} {store.port}")
+        return store, replace(place, address=own, port=store.port), earlier
+    deadline = time.monotonic() + timeout
+    while True:
+        address, port = agent.get("caco meeting point").decode().split()
+        try:
+            socket.create_connection((address, int(port)), timeout=5).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+            continue
+        there = replace(place, address=address, port=int(port))
+        return _store(there, timeout, is_master=False), there, 0  # only process 0 needs the count
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from caco.backbone import create_backbone
-from caco.config import Linear
+from caco.config import Linear, usual_resize
 from caco.data.labels import Relabelled
 from caco.data.source import open_source
 from caco.distributed.world import choose_device, choose_precision
@@ -56,9 +56,7 @@ def judge(path: Path, config: Linear) -> tuple[float, float]:
     if card is None:
         raise UsageError(f"--evaluate: {path} is of an unknown backbone ({content.get('arch')!r})")
     if config.size:
-        card = replace(
-            card, size=config.size, resize=round(config.size * 256 / 224) if config.size > 64 else config.size
-        )
+        card = replace(card, size=config.size, resize=usual_resize(config.size))
     backbone = create_backbone(card.backbone, card.size, card.stem)
     load_into(backbone, tensors, str(path))
     device = choose_device(config.device)

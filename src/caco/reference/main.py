@@ -114,7 +114,7 @@ def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:
         "device": "auto" if gpu is None else f"cuda:{gpu}",
         "workers": max(1, min(flags.workers // max(flags.world_size, 1), cores) // here),
         "seed": flags.seed,
-        **(_multi_crop(flags) if flags.multi_crop else _sizes(flags.size)),
+        **(_multi_crop(flags) if flags.multi_crop else {"views.size": flags.size}),
         "encoder.embedding": flags.moco_dim,
         "encoder.projector": flags.mlp_dim,
         "encoder.key_momentum": flags.moco_m,
@@ -139,10 +139,6 @@ def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:
     return replace(config, out=str(Path(flags.log_path) / flags.dataset / run_name(config)))
 
 
-def _sizes(size: int) -> dict[str, int]:
-    return {"views.size": size}
-
-
 def _multi_crop(flags: Flags) -> dict[str, object]:
     """Return the views of `multi_crop=1` (algorithm.md, Views): symmetric, without solarising."""
     lists = {name: flags.values[name] for name in ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")}
@@ -152,7 +148,7 @@ def _multi_crop(flags: Flags) -> dict[str, object]:
         )
     number, size, least, most = lists.values()
     return {
-        **_sizes(size[0]),
+        "views.size": size[0],
         "views.large": 1 + number[0],
         "views.small": number[1],
         "views.small_size": size[1],

@@ -48,7 +48,7 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
     the run cannot go on (its last good state is kept).
     """
     check_division(config, world)
-    config = world.share(lambda: check_run_folder(config))
+    config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
     precision = choose_precision(config.precision, world.device)
     backbone = _start_backbone(config, own)
     source = images if images is not None else open_source(config.data, download=config.download)
@@ -102,7 +102,7 @@ def check_division(config: Pretrain, world: World) -> None:
 def create_state(config: Pretrain, backbone: nn.Module, world: World) -> TrainingState:
     """Return the networks, bank and optimizers at the start of a run."""
     features = int(backbone.num_features)  # type: ignore[arg-type]
-    encoder = Encoder(backbone, projector(features, config.encoder.projector, config.encoder.embedding))
+    encoder = Encoder(backbone, projector(features, config.encoder.projector, config.encoder.embedding, config.encoder.centred))
     temperatures = config.bank.temperature, config.bank.slot_temperature
     if config.bank.sharded:
         bank: Bank = ShardedBank(config.bank_size, config.encoder.embedding, *temperatures, world=world)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -28,13 +27,14 @@ FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download",
 FREE_GROUPS = ("monitor.", "distributed.")
 
 
-def check_run_folder(config: Pretrain) -> Pretrain:
+def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
     """Raise UsageError when the run's folder may not be used as asked. Changes nothing.
 
-    Returns the configuration, with `resume` or `overwrite` decided when torchrun restarts a group that has lost a
-    member: then it is the same run that goes on (from its last checkpoint, or anew if it had none yet).
+    restarted: by torchrun after a process was lost, or by SLURM after a requeue; the command is the same, so it is
+    decided here that the same run goes on (from its last checkpoint, or anew if it had none yet). Returns the
+    configuration with that decision.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and _holds_run(Path(config.out)):
+    if restarted and _holds_run(Path(config.out)):
         begun = any((Path(config.out) / "checkpoints").glob("step-*.pt"))
         config = replace(config, resume=begun, overwrite=not begun)
     if not config.out:
