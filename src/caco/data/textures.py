@@ -178,7 +178,8 @@ def _bricks(sheet: _Sheet) -> Floats:
     odd_row = np.floor(y) % 2
     joint = 0.5 - _fold(x / length + odd_row / 2)
     mortar = np.minimum(0.5 - _fold(y), joint * length)
-    return sheet.draw(_Draw.THICKNESS, 0.13, 0.2) * height - mortar * height
+    joints: Floats = (sheet.draw(_Draw.THICKNESS, 0.13, 0.2) - mortar) * height
+    return joints
 
 
 def _zigzag(sheet: _Sheet) -> Floats:
@@ -212,7 +213,8 @@ def _blotches(sheet: _Sheet) -> Floats:
         angle, phase, stretch = 2 * np.pi * angle, 2 * np.pi * phase, (0.6 + 0.8 * stretch) * 2 * np.pi / period
         field += np.cos((np.cos(angle) * sheet.across + np.sin(angle) * sheet.along) * stretch + phase)
     steepness = np.sqrt(waves.shape[2]) * np.pi / period
-    return field / steepness
+    distance: Floats = field / steepness
+    return distance
 
 
 FAMILIES: dict[str, Callable[[_Sheet], Floats]] = {

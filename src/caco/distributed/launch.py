@@ -157,7 +157,7 @@ def _collect(processes: list[Any], pipes: list[Any]) -> dict[int, tuple[str, Any
     In the order in which they ended; those ended from here are not in it.
     """
     messages: dict[int, tuple[str, Any] | None] = {}
-    waiting = {pipe: number for number, pipe in enumerate(pipes)}
+    waiting: dict[Any, int] = {pipe: number for number, pipe in enumerate(pipes)}
     deadline = None
     while waiting:
         ready = wait(list(waiting), None if deadline is None else max(deadline - time.monotonic(), 0))
@@ -166,7 +166,7 @@ def _collect(processes: list[Any], pipes: list[Any]) -> dict[int, tuple[str, Any
         for pipe in ready:
             number = waiting.pop(pipe)
             try:
-                message = pickle.loads(pipe.recv_bytes())
+                message = pickle.loads(pipes[number].recv_bytes())
             except (EOFError, OSError):
                 message = None
             messages[number] = message

@@ -102,7 +102,9 @@ def check_division(config: Pretrain, world: World) -> None:
 def create_state(config: Pretrain, backbone: nn.Module, world: World) -> TrainingState:
     """Return the networks, bank and optimizers at the start of a run."""
     features = int(backbone.num_features)  # type: ignore[arg-type]
-    encoder = Encoder(backbone, projector(features, config.encoder.projector, config.encoder.embedding, config.encoder.centred))
+    encoder = Encoder(
+        backbone, projector(features, config.encoder.projector, config.encoder.embedding, config.encoder.centred)
+    )
     temperatures = config.bank.temperature, config.bank.slot_temperature
     if config.bank.sharded:
         bank: Bank = ShardedBank(config.bank_size, config.encoder.embedding, *temperatures, world=world)
@@ -124,6 +126,10 @@ def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:
     """Return the backbone the run starts from: seeded at random, or from --weights."""
     torch.manual_seed(config.seed)
     size, stem = config.views.size, config.encoder.stem
+    if config.backbone == "own" and own is None:
+        raise UsageError(
+            "the run trains a module of your own: go on from Python, caco.pretrain(..., backbone=module, resume=True)"
+        )
     backbone = create_backbone(config.backbone, size, stem) if own is None else adopt_backbone(own, size)
     if config.views.small:
         try_size(backbone, config.views.small_size)
