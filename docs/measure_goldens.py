@@ -46,7 +46,8 @@ def step(given: dict[str, Tensor]) -> float:
     queries = torch.stack([given["query1"], given["query2"]]) if single else given["queries"]
     keys = torch.stack([given["key1"], given["key2"]]) if single else given["keys"]
     gradients = torch.stack([given["grad_query1"], given["grad_query2"]]) if single else given["grad_queries"]
-    bank = Bank(*given["bank"].shape, float(given["temperature"]), float(given["bank_temperature"])).double()
+    size, width = given["bank"].shape
+    bank = Bank(size, width, float(given["temperature"]), float(given["bank_temperature"])).double()
     bank.weight.data.copy_(given["bank"])
     optimizer = torch.optim.SGD([bank.weight], lr=float(given["bank_lr"]), momentum=float(given["bank_momentum"]))
     optimizer.state[bank.weight]["momentum_buffer"] = given["bank_velocity"].clone()

@@ -83,7 +83,7 @@ def _groups(values: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _table(values: Any, prefix: str) -> list[str]:
-    hints, helps = typing.get_type_hints(type(values)), _field_help(type(values))
+    hints, helps = typing.get_type_hints(type(values)), _field_help(type(values))  # type: ignore[arg-type]
     rows = ["| option | type | default | |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(values):
         value, hint = getattr(values, field.name), hints[field.name]

@@ -1,5 +1,7 @@
 """The documentation is true of the commands as they are: the reference is up to date, every command line parses."""
 
+import ast
+import graphlib
 import importlib.util
 import re
 import shlex
@@ -57,7 +59,8 @@ def read(line: str) -> object:
     kind = KINDS[command]
 
     def start(given: dict) -> object:
-        return find_recipe(given.get("recipe", Pretrain.recipe)) if kind is Pretrain else kind()
+        recipe = given.get("recipe", "1")
+        return kind() if kind is not Pretrain or recipe == "1" else find_recipe(recipe)
 
     return parse(kind, rest, f"caco {command}", start)
 
@@ -125,3 +128,47 @@ def test_placeholders_are_any_value():
     config = read("pretrain --epochs N --views.area LEAST MOST --distributed.machine $SLURM_NODEID … --lr 0.1")
     assert (config.epochs, config.views.area, config.lr) == (1, (1.0, 1.0), 0.1)
     assert read("linear RUN|FILE --lr 0.1 > log").lr == 0.1
+
+
+def imports_of(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules of the package that a file imports when it runs, inside functions, too."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {name for alias in node.names if (name := f"{node.module}.{alias.name}") in modules}
+            found |= {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & modules
+
+
+def test_imports_have_no_cycle():
+    """docs/architecture.md: no module imports itself by any way round. (A package's own file runs before its modules.)"""
+    source = ROOT / "src"
+    files = {
+        ".".join(path.relative_to(source).with_suffix("").parts): path
+        for path in source.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    graph = {name: imports_of(path, set(files)) for name, path in files.items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("caco.bank") < order.index("caco.model") < order.index("caco.train.pretrain")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_function_that_a_page_names_is_there(page):
+    """`model.py: CaCo.forward`, `data/loader.py` and links to other pages."""
+    text = page.read_text("utf-8")
+    source = ROOT / "src" / "caco"
+    for name, path, part in re.findall(r"`((?:caco/)?([a-z_]+(?:/[a-z_]+)*\.py)(?:: ([\w.]+))?)`", text):
+        places = [source / path, ROOT / path, source / path.removeprefix("caco/"), *source.glob(f"*/{path}")]
+        found = [place for place in places if place.exists()]
+        assert found, f"{page.name}: {name}"
+        defined = re.findall(r"^ *(?:def |class |self\.|)(\w+) ?[(:=]", found[0].read_text("utf-8"), flags=re.MULTILINE)
+        assert set(part.split(".")) <= {*defined, ""}, f"{page.name}: {name}"
+    for target in re.findall(r"\]\(([\w./-]+\.md)", text):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"

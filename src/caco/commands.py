@@ -105,6 +105,8 @@ def _linear(world: World, options: Linear) -> dict[str, Any] | None:
     encoder, train, val = _prepare(world, options, options.val, options.held_out)
     if options.protocol == "reference":
         result, report = _reference_linear(options, encoder, train, val)
+        if not world.is_main:
+            return None
     else:
         reference, queries = encoder.features(train), encoder.features(val)
         if not world.is_main:
@@ -227,7 +229,7 @@ def _reference_linear(
         weight_decay=options.weight_decay,
         seed=options.seed,
         precision="bf16" if encoder.precision == torch.bfloat16 else "fp32",
-        on_epoch=say,
+        on_epoch=say if encoder.world.is_main else None,
     )
     counts = {"train_images": len(train), "val_images": len(result.correct)}
     return result, {"run": options.run, "data": options.data, "val": options.val, **counts}

@@ -139,3 +139,16 @@ def test_parts_that_do_not_divide_the_batch(tmp_path):
 def test_accumulation_trains(tmp_path):
     caco.pretrain(ArraySource(pictures()), tmp_path / "run", backbone="test_resnet", accumulate=2, **SMALL)
     assert records(tmp_path / "run", "train")[-1]["step"] == 6
+
+
+def test_the_listing_is_kept_with_the_run_and_used_by_a_resume(tmp_path):
+    folder = tmp_path / "photos"
+    for number, pixels in enumerate(pictures()):
+        path = folder / f"class-{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    caco.pretrain(folder, tmp_path / "run", backbone="test_resnet", **SMALL)
+    index = tmp_path / "run/index.npz"
+    before = index.stat().st_mtime_ns
+    caco.pretrain(folder, tmp_path / "run", resume=True)
+    assert index.stat().st_mtime_ns == before

@@ -91,7 +91,8 @@ class TrainingViews:
         if self._resident is not None and self.device.type != "cpu":
             for step in steps:
                 indices = self._part(order, step)
-                yield Batch(indices, self._render(self._resident[indices], indices, epoch))
+                rendered = self._render(self._resident[indices], indices, epoch)
+                yield Batch(indices, [view.contiguous(memory_format=torch.channels_last) for view in rendered])
             return
         with ThreadPoolExecutor(self._workers, thread_name_prefix="views") as pool:
             yield from _ahead(self._batch(pool, self._part(order, step), epoch) for step in steps)
@@ -103,7 +104,8 @@ class TrainingViews:
         return order[first : first + share]
 
     def _batch(self, pool: ThreadPoolExecutor, indices: np.ndarray, epoch: int) -> Batch:
-        views = [torch.empty(len(indices), 3, recipe.size, recipe.size) for recipe in self.recipes]
+        shapes = [(len(indices), 3, recipe.size, recipe.size) for recipe in self.recipes]
+        views = [torch.empty(shape, memory_format=torch.channels_last) for shape in shapes]
 
         def fill(first: int) -> None:
             part = indices[first : first + CHUNK]

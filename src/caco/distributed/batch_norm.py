@@ -51,11 +51,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """`nn.BatchNorm1d/2d/3d` whose training statistics are of all processes' batches together, on any device."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         working = torch.promote_types(x.dtype, torch.float32)
         normalised, mean, variance = _SyncNormalise.apply(x.to(working), self.eps)
-        if self.track_running_stats:
+        if self.running_mean is not None:
             self._update_statistics(mean, variance, x.numel() // x.shape[1] * dist.get_world_size())
         if self.affine:
             normalised = normalised * _channels(self.weight, x) + _channels(self.bias, x)

@@ -77,6 +77,8 @@ class World:
         if self.size == 1:
             return rows
         counts = self.gather_objects(len(rows))
+        if not any(counts):
+            return rows
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = self.gather(padded.to(self.device)).to(rows.device).split(max(counts))

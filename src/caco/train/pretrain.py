@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,18 +53,24 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
     config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
     precision = choose_precision(config.precision, world.device)
     backbone = _start_backbone(config, own)
-    source = images if images is not None else open_source(config.data, download=config.download)
-    check_batch_size(source, config.batch_size, world.size)
-    config = _resolve_epochs(config, len(source) // config.batch_size)
-    monitor = _create_monitor(config, source, world, precision)
     folder = Path(config.out)
-    if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
-        open_run_folder(config)
-        remove_leftovers(folder)
-        if config.resume:
-            check_same_mathematics(read_config(folder), config)
-        else:
-            write_config(folder, config)
+    with (
+        tempfile.TemporaryDirectory() as staging
+    ):  # a new run's folder is opened only when nothing can be wrong any more
+        index = (folder if config.resume else Path(staging)) / "index.npz"
+        source = images if images is not None else open_source(config.data, download=config.download, index_cache=index)
+        check_batch_size(source, config.batch_size, world.size)
+        config = _resolve_epochs(config, len(source) // config.batch_size)
+        monitor = _create_monitor(config, source, world, precision)
+        if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
+            open_run_folder(config)
+            remove_leftovers(folder)
+            if config.resume:
+                check_same_mathematics(read_config(folder), config)
+            else:
+                write_config(folder, config)
+                if index.exists():
+                    shutil.move(index, folder / index.name)
     broken = BrokenImages(len(source), config.monitor.broken_share, folder / "skipped.txt" if world.is_main else None)
     try:
         loader = _create_loader(config, source, world, broken)
@@ -111,7 +119,7 @@ def create_state(config: Pretrain, backbone: nn.Module, world: World) -> Trainin
     else:
         bank = Bank(config.bank_size, config.encoder.embedding, *temperatures)
     model = CaCo(synchronise_batch_norm(encoder, world), bank, view_pairs(config.views.large, config.views.small))
-    model.to(world.device)
+    model.to(world.device).to(memory_format=torch.channels_last)  # much faster for convolutions, on CPUs too
     lr = config.lr * config.batch_size / 256
     options = config.optimizer
     return TrainingState(
