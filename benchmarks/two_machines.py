@@ -1,0 +1,292 @@
+"""Two "machines" for real: network namespaces with their own addresses, joined by a pair of virtual network cards.
+
+    python benchmarks/two_machines.py --out runs/two-machines      (Linux, root, the `ip` command)
+
+Five scenes, each a whole `caco pretrain` on the same pictures; their commands, logs and outcome are written to --out:
+
+1. alone      one machine, one process
+2. two        the same command on two machines (--distributed.machines 2): the same result, to the rounding of float32
+3. killed     machine 1 loses all its processes: machine 0 names the lost rank and exits with an error
+4. cut off    the cable is pulled out in the middle: both machines name whom they have lost, and exit with an error
+5. torchrun   c10d rendezvous between the machines; machine 1 is killed and comes anew: the run goes on from its last
+              checkpoint and has the same result
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ADDRESSES = "10.77.0.1", "10.77.0.2"
+PORT = 29700
+SHOWN_PYTHON = "python"
+
+
+class Machines:
+    """Two network namespaces, each with one network card, a cable between them."""
+
+    def __init__(self) -> None:
+        self.names = [f"caco{number}-{os.getpid()}" for number in range(2)]
+        self.cards = [f"caco{number}" for number in range(2)]
+
+    def __enter__(self) -> Machines:
+        try:
+            for name in self.names:
+                ip("netns", "add", name)
+            ends = [("name", card, "netns", name) for card, name in zip(self.cards, self.names, strict=True)]
+            ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+            for name, card, address in zip(self.names, self.cards, ADDRESSES, strict=True):
+                ip("-n", name, "address", "add", f"{address}/24", "dev", card)
+                ip("-n", name, "link", "set", card, "up")
+                ip("-n", name, "link", "set", "lo", "up")
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """End what still runs on the machines, and remove them."""
+        for number, name in enumerate(self.names):
+            self.kill(number)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+    def kill(self, number: int) -> None:
+        """SIGKILL to every process of a machine."""
+        found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True, check=False)
+        for pid in found.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def cable(self, state: str) -> None:
+        """Pull the cable out ("down") or put it back ("up")."""
+        ip("-n", self.names[1], "link", "set", self.cards[1], state)
+
+    def start(self, number: int, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start Python with these arguments on a machine; all it says goes into the log."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with log.open("ab") as file:
+            file.write(f"machine {number}$ {SHOWN_PYTHON} {' '.join(arguments)}\n".encode())
+            file.flush()
+            command = ["ip", "netns", "exec", self.names[number], sys.executable, *arguments]
+            return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+def make_photos(folder: Path, count: int = 64) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / ("bright" if number % 2 else "dark") / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        low = 120 if number % 2 else 0
+        Image.fromarray(generator.integers(low, low + 100, (24, 24, 3), dtype=np.uint8)).save(path)
+
+
+def command(out: str, *more: str) -> list[str]:
+    return [
+        *("-m", "caco", "pretrain", "--data", "photos", "--out", out, "--backbone", "test_resnet"),
+        *("--views.size", "16", "--epochs", "4", "--batch-size", "16", "--bank-size", "64"),
+        *("--encoder.projector", "16", "--encoder.embedding", "8", "--monitor.log-steps", "2"),
+        *("--monitor.knn-epochs", "2", "--monitor.checkpoint-minutes", "0", "--workers", "1", "--device", "cpu", *more),
+    ]
+
+
+def on_machine(number: int) -> list[str]:
+    place = ("--distributed.machine", str(number), "--distributed.address", f"{ADDRESSES[0]}:{PORT}")
+    return ["--distributed.machines", "2", *place]
+
+
+def torchrun() -> list[str]:
+    return [
+        *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{PORT + 1}", "--rdzv-id=caco"),
+    ]
+
+
+def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen[bytes]]) -> None:
+    """Wait until a run has recorded a training step."""
+    deadline = time.monotonic() + 180
+    while not any(r["kind"] == "train" and r["step"] >= step for r in records(run)):
+        if time.monotonic() > deadline or all(process.poll() is not None for process in processes):
+            raise RuntimeError(f"{run.name} does not get to step {step}")
+        time.sleep(0.01)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def largest_deviation(one: Path, other: Path) -> float:
+    """Return the largest deviation of the two runs' last weights and banks, as a share of each tensor's largest value."""
+    first, second = (
+        torch.load(max((run / "checkpoints").glob("step-*.pt")), weights_only=True)["model"] for run in (one, other)
+    )
+    assert list(first) == list(second)
+    pairs = [(first[name], second[name]) for name in first if first[name].is_floating_point()]
+    return max(((a - b).abs().max() / a.abs().max().clamp_min(1e-3)).item() for a, b in pairs)
+
+
+@contextlib.contextmanager
+def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Leave no process behind."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def run_alone(machines: Machines, out: Path) -> dict[str, Any]:
+    process = machines.start(0, out / "1-alone.log", *command("alone"))
+    with ended([process]):
+        return {"exit status": process.wait(300)}
+
+
+def run_two(machines: Machines, out: Path) -> dict[str, Any]:
+    logs = [out / f"2-two-machine{number}.log" for number in range(2)]
+    processes = [machines.start(n, logs[n], *command("two", *on_machine(n))) for n in range(2)]
+    with ended(processes):
+        statuses = [process.wait(300) for process in processes]
+    return {"exit statuses": statuses, "largest deviation from alone": largest_deviation(Path("alone"), Path("two"))}
+
+
+def run_killed(machines: Machines, out: Path) -> dict[str, Any]:
+    logs = [out / f"3-killed-machine{number}.log" for number in range(2)]
+    long = ("--epochs", "4000")
+    processes = [machines.start(n, logs[n], *command("killed", *on_machine(n), *long)) for n in range(2)]
+    with ended(processes):
+        wait_for_step(Path("killed"), 4, processes)
+        machines.kill(1)
+        began = time.monotonic()
+        status = processes[0].wait(120)
+        seconds = time.monotonic() - began
+    return {"exit status of machine 0": status, "seconds until then": round(seconds, 1), "said": last_line(logs[0])}
+
+
+def run_cut_off(machines: Machines, out: Path) -> dict[str, Any]:
+    logs = [out / f"4-cut-off-machine{number}.log" for number in range(2)]
+    long = ("--epochs", "4000")
+    processes = [machines.start(n, logs[n], *command("cut-off", *on_machine(n), *long)) for n in range(2)]
+    with ended(processes):
+        wait_for_step(Path("cut-off"), 4, processes)
+        machines.cable("down")
+        began = time.monotonic()
+        try:
+            statuses, seconds = [], []
+            for process in processes:
+                statuses.append(process.wait(120))
+                seconds.append(round(time.monotonic() - began, 1))
+        finally:
+            machines.cable("up")
+    said = [last_line(log) for log in logs]
+    return {"exit statuses": statuses, "seconds until then": seconds, "said": said}
+
+
+def run_torchrun(machines: Machines, out: Path) -> dict[str, Any]:
+    logs = [out / f"5-torchrun-machine{number}.log" for number in range(2)]
+    arguments = [*torchrun(), *command("elastic")]
+    processes = [machines.start(n, logs[n], *arguments) for n in range(2)]
+    with ended(processes):
+        wait_for_step(Path("elastic"), 4, processes)
+        machines.kill(1)
+        processes[1].wait()
+        began = time.monotonic()
+        with logs[1].open("a") as file:
+            file.write("(all processes of this machine killed; the same command again)\n")
+        processes[1] = machines.start(1, logs[1], *arguments)
+        statuses = [process.wait(240) for process in processes]
+        seconds = time.monotonic() - began
+    starts = len(json.loads(Path("elastic/environment.json").read_text()))
+    deviation = largest_deviation(Path("alone"), Path("elastic"))
+    return {
+        "exit statuses": statuses,
+        "starts": starts,
+        "seconds from the loss to the end": round(seconds, 1),
+        "largest deviation from alone": deviation,
+    }
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log in which caco says something."""
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("caco: ")), "")
+
+
+SCENES = {
+    "alone": run_alone,
+    "two": run_two,
+    "killed": run_killed,
+    "cut off": run_cut_off,
+    "torchrun": run_torchrun,
+}
+
+
+def clean(log: Path) -> None:
+    """Keep of progress bars only their last state, and no path or name of this machine."""
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in log.read_text(errors="replace").rstrip("\r\n").split("\n")]
+    text = "\n".join(line for line in lines if line) + "\n"
+    packages = str(Path(torch.__file__).parent.parent)
+    source = str(Path(__file__).resolve().parents[1])
+    for path, name in (
+        (packages, "site-packages"),
+        (sys.prefix, "VENV"),
+        (source, "CACO"),
+        (os.uname().nodename, "HOST"),
+    ):
+        text = text.replace(path, name)
+    log.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the logs and result.json")
+    parser.add_argument("--scenes", nargs="+", choices=SCENES, default=list(SCENES), help="alone comes first")
+    options = parser.parse_args()
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        sys.exit("two_machines.py: network namespaces need root and the `ip` command")
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for log in out.glob("[0-9]-*.log"):
+        log.unlink()
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path.cwd()
+        os.chdir(folder)
+        make_photos(Path("photos"))
+        try:
+            for name in options.scenes:
+                with Machines() as machines:
+                    results[name] = SCENES[name](machines, out)
+                print(json.dumps({name: results[name]}, indent=1), flush=True)
+        finally:
+            os.chdir(home)
+            for log in out.glob("[0-9]-*.log"):
+                clean(log)
+    (out / "result.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
