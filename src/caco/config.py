@@ -318,7 +318,7 @@ class Linear(Evaluation):
     lr: Union[float, Auto] = "auto"
     """Learning rate (per 256 images in the reference protocol); auto: a grid, or 0.025 in the reference protocol."""
     probe_batch_size: int = 0
-    """Images per step of the classifier; 0: 256 on cached features, 4,096 in the reference protocol."""
+    """Images per step of the classifier; 0: by the number of images (16 to 1,024), 4,096 in the reference protocol."""
     momentum: float = 0.9
     """Momentum of the classifier's optimizer."""
     weight_decay: float = 0.0

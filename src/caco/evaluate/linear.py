@@ -103,7 +103,7 @@ def linear_probe(
     weight = weights[0].cpu() / scale.cpu()
     bias = biases[0].cpu() - weight @ centre.cpu()
     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-        raise CacoError(f"the linear probe diverged at learning rate {rate:g}; try lower --learning-rates")
+        raise CacoError(f"the linear probe diverged at learning rate {rate:g}; try a lower --lr")
     return judge_head(weight, bias, val, val_labels, rate, trials, epochs, size, target)
 
 
