@@ -57,7 +57,9 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
     with (
         tempfile.TemporaryDirectory() as staging
     ):  # a new run's folder is opened only when nothing can be wrong any more
-        index = (folder if config.resume else Path(staging)) / "index.npz"
+        index = Path(staging) / "index.npz"
+        if config.resume and (folder / index.name).exists():
+            shutil.copy2(folder / index.name, index)
         source = images if images is not None else open_source(config.data, download=config.download, index_cache=index)
         check_batch_size(source, config.batch_size, world.size)
         config = _resolve_epochs(config, len(source) // config.batch_size)
