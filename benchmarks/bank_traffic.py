@@ -34,7 +34,7 @@ from caco.distributed.sharded_bank import ShardedBank
 from caco.distributed.world import World
 from caco.model import CaCo, view_pairs
 
-BATCH = 64
+BATCH = 32
 """Images per step, over all processes; two queries each."""
 
 
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for result.json and table.md")
     parser.add_argument("--quick", action="store_true", help="banks of 1,024 and 4,096 slots, 2 processes")
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
     options = parser.parse_args()
     sizes = (1024, 4096) if options.quick else (65_536, 1_048_576)
     rows = []

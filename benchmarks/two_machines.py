@@ -34,7 +34,10 @@ from PIL import Image
 
 ADDRESSES = "10.77.0.1", "10.77.0.2"
 PORT = 29700
-SHOWN_PYTHON = "python"
+
+# Without it torchrun (seen with torch 2.14's c10d rendezvous) tells a machine that comes anew nothing of the meeting
+# point of the next attempt, and both wait until they time out.
+STORE_OF_ITS_OWN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class Machines:
@@ -79,11 +82,12 @@ class Machines:
         """Pull the cable out ("down") or put it back ("up")."""
         ip("-n", self.names[1], "link", "set", self.cards[1], state)
 
-    def start(self, number: int, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, number: int, log: Path, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start Python with these arguments on a machine; all it says goes into the log."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         with log.open("ab") as file:
-            file.write(f"machine {number}$ {SHOWN_PYTHON} {' '.join(arguments)}\n".encode())
+            words = [*(f"{name}={value}" for name, value in variables.items()), "python", *arguments]
+            file.write(f"machine {number}$ {' '.join(words)}\n".encode())
             file.flush()
             command = ["ip", "netns", "exec", self.names[number], sys.executable, *arguments]
             return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
@@ -106,6 +110,8 @@ def command(out: str, *more: str) -> list[str]:
     return [
         *("-m", "caco", "pretrain", "--data", "photos", "--out", out, "--backbone", "test_resnet"),
         *("--views.size", "16", "--epochs", "4", "--batch-size", "16", "--bank-size", "64"),
+        # Small rates: with large ones rounding flips the choice of a positive after some steps, and two runs differ.
+        *("--lr", "0.003", "--optimizer.final-lr", "0.003", "--bank.warm-start-steps", "4"),
         *("--encoder.projector", "16", "--encoder.embedding", "8", "--monitor.log-steps", "2"),
         *("--monitor.knn-epochs", "2", "--monitor.checkpoint-minutes", "0", "--workers", "1", "--device", "cpu", *more),
     ]
@@ -116,10 +122,12 @@ def on_machine(number: int) -> list[str]:
     return ["--distributed.machines", "2", *place]
 
 
-def torchrun() -> list[str]:
+def torchrun(number: int) -> list[str]:
+    """Return torchrun's options on a machine, whose name nothing resolves: so who holds the rendezvous is said."""
     return [
-        *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"),
-        *("--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{PORT + 1}", "--rdzv-id=caco"),
+        *("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"),
+        *(f"--rdzv-endpoint={ADDRESSES[0]}:{PORT + 1}", "--rdzv-id=caco", f"--rdzv-conf=is_host={int(number == 0)}"),
+        f"--local-addr={ADDRESSES[number]}",
     ]
 
 
@@ -207,8 +215,8 @@ def run_cut_off(machines: Machines, out: Path) -> dict[str, Any]:
 
 def run_torchrun(machines: Machines, out: Path) -> dict[str, Any]:
     logs = [out / f"5-torchrun-machine{number}.log" for number in range(2)]
-    arguments = [*torchrun(), *command("elastic")]
-    processes = [machines.start(n, logs[n], *arguments) for n in range(2)]
+    arguments = [[*torchrun(number), *command("elastic")] for number in range(2)]
+    processes = [machines.start(n, logs[n], *arguments[n], **STORE_OF_ITS_OWN) for n in range(2)]
     with ended(processes):
         wait_for_step(Path("elastic"), 4, processes)
         machines.kill(1)
@@ -216,7 +224,7 @@ def run_torchrun(machines: Machines, out: Path) -> dict[str, Any]:
         began = time.monotonic()
         with logs[1].open("a") as file:
             file.write("(all processes of this machine killed; the same command again)\n")
-        processes[1] = machines.start(1, logs[1], *arguments)
+        processes[1] = machines.start(1, logs[1], *arguments[1], **STORE_OF_ITS_OWN)
         statuses = [process.wait(240) for process in processes]
         seconds = time.monotonic() - began
     starts = len(json.loads(Path("elastic/environment.json").read_text()))
@@ -253,6 +261,7 @@ def clean(log: Path) -> None:
     for path, name in (
         (packages, "site-packages"),
         (sys.prefix, "VENV"),
+        (sys.base_prefix, "PYTHON"),
         (source, "CACO"),
         (os.uname().nodename, "HOST"),
     ):
@@ -263,6 +272,7 @@ def clean(log: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the logs and result.json")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the machines are removed then, too
     parser.add_argument("--scenes", nargs="+", choices=SCENES, default=list(SCENES), help="alone comes first")
     options = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("ip") is None:

@@ -102,12 +102,12 @@ class Heartbeat:
 
     def lost_rank(self) -> int | None:
         """Return a process that has fallen silent, waiting long enough to be sure; None when all are alive."""
-        before = dict(self._seen)
-        time.sleep(4 * BEAT)
-        if time.monotonic() - self._talked > 3 * BEAT:
+        time.sleep(5 * BEAT)
+        now = time.monotonic()
+        if now - self._talked > 3 * BEAT:
             return 0  # it holds the store
-        silent = [rank for rank, seen in self._seen.items() if seen == before[rank]]
-        return silent[0] if silent else None
+        rank, (_, when) = min(self._seen.items(), key=lambda item: item[1][1])
+        return rank if now - when > 3 * BEAT else None
 
     def _beats(self) -> dict[int, bytes]:
         return {rank: self._store.get(str(rank)) if self._store.check([str(rank)]) else b"" for rank in self._seen}

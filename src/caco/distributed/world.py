@@ -31,7 +31,7 @@ class World:
     rank: int = 0
     size: int = 1
     attempt: int = 0
-    """How often torchrun or SLURM had started this run before, as the main process knows it."""
+    """How often torchrun or SLURM had started this run before."""
 
     @property
     def is_main(self) -> bool:
@@ -154,16 +154,16 @@ def join(place: Place, device_name: str, timeout: float) -> World:
         torch.cuda.set_device(device)
     else:
         device = choose_device("cpu" if device_name == "auto" else device_name)
-    attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    attempt = sum(int(os.environ.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     if place.size == 1:
-        return World(device, attempt=attempt + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        return World(device, attempt=attempt)
     interface = interface_towards(place.address, place.port)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, place, earlier = _meet_through_agent(place, timeout)
-            attempt += earlier
+            attempt = max(attempt, earlier)
         else:
             store = _store(place, timeout, is_master=place.rank == 0)
         dist.init_process_group(
@@ -180,7 +180,9 @@ def join(place: Place, device_name: str, timeout: float) -> World:
             f"process {place.rank} of {place.size} did not meet the others at {place.address}:{place.port} "
             f"({str(error).splitlines()[0][:120]})"
         ) from error
-    return World(device, place.rank, place.size, attempt)
+    world = World(device, place.rank, place.size)
+    # A machine that has come anew counts from 0, the others do not.
+    return replace(world, attempt=max(world.gather_objects(attempt)))
 
 
 def leave(patience: float = LOST_AFTER) -> None:
@@ -219,7 +221,7 @@ def _meet_through_agent(place: Place, timeout: float) -> tuple[TCPStore, Place, 
             time.sleep(0.2)
             continue
         there = replace(place, address=address, port=int(port))
-        return _store(there, timeout, is_master=False), there, 0  # only process 0 needs the count
+        return _store(there, timeout, is_master=False), there, 0  # process 0 knows
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,174 @@
+"""Where a process stands, what processes exchange, and how an error or a loss of one ends all. Real gloo processes."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from caco.config import DistributedOptions
+from caco.distributed.launch import launch
+from caco.distributed.network import interface_towards, own_address_towards
+from caco.distributed.world import Place, World, find_place, first_host
+from caco.errors import CacoError, UsageError
+
+TWO = DistributedOptions(processes=2)
+
+
+def test_a_process_started_alone_has_no_place():
+    assert find_place({}) is None
+    assert find_place({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
+
+
+def test_place_from_torchrun():
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    assert find_place(environment) == Place(rank=5, size=8, local_rank=1, address="a", port=7)
+
+
+def test_place_from_slurm():
+    environment = {
+        **{"SLURM_NTASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "2"},
+        **{"SLURM_JOB_ID": "4120007", "SLURM_JOB_NODELIST": "gpu[03-05,9]"},
+    }
+    assert find_place(environment) == Place(rank=6, size=8, local_rank=2, address="gpu03", port=20007)
+    chosen = {**environment, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    assert find_place(chosen) == Place(rank=6, size=8, local_rank=2, address="10.0.0.1", port=1234)
+
+
+def test_torchrun_inside_slurm_comes_first():
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NODELIST": "n1"}
+    assert find_place({**slurm, **torchrun}) == Place(rank=1, size=2, local_rank=1, address="a", port=7)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("login1", "login1"),
+        ("a,b", "a"),
+        ("gpu[03-05,9],login1", "gpu03"),
+        ("gpu[7,9]", "gpu7"),
+        ("gpu[1-2]-ib,x", "gpu1-ib"),
+        ("head,gpu[1-2]", "head"),
+    ],
+)
+def test_first_host(hosts, first):
+    assert first_host(hosts) == first
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 6, 10])
+def test_parts_are_every_item_once_in_order(size, count):
+    parts = [World(torch.device("cpu"), rank, size).part(range(count)) for rank in range(size)]
+    assert np.concatenate(parts).tolist() == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_single_process_exchanges_nothing():
+    world, rows = World(torch.device("cpu")), torch.arange(3)
+    assert world.is_main
+    for same in (world.gather, world.sum, world.maximum, world.gather_parts):
+        assert same(rows) is rows
+    assert world.any(True, False) == (True, False)
+    assert world.gather_objects("a") == ["a"] and world.share(lambda: "b") == "b"
+    world.wait()
+
+
+def test_interface_towards_this_machine():
+    assert own_address_towards("127.0.0.1", 1) == "127.0.0.1"
+    if os.path.isdir("/sys/class/net/lo"):
+        assert interface_towards("127.0.0.1", 1) == "lo"
+
+
+def exchange(world: World) -> list:
+    """Every exchange once, the assertions about each in every process; return what the main one got."""
+    rank = world.rank
+    assert world.size == 2 and world.is_main == (rank == 0)
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + 10 * rank
+    gathered = world.gather(rows)
+    assert gathered.tolist() == [[1, 2], [3, 4], [11, 12], [13, 14]]
+    assert world.gather(rows.T).tolist() == [[1, 3], [2, 4], [11, 13], [12, 14]]  # rows that are not contiguous
+    assert world.sum(rows).tolist() == [[12, 14], [16, 18]]
+    assert world.maximum(rows).tolist() == [[11, 12], [13, 14]]
+    assert rows.tolist() == [[1 + 10 * rank, 2 + 10 * rank], [3 + 10 * rank, 4 + 10 * rank]]  # left as it was
+    assert world.any(rank == 1, False, rank == 0) == (True, False, True)
+    assert world.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    for dtype in (torch.float32, torch.int64):
+        own = torch.arange(3 - 2 * rank, dtype=dtype)[:, None] + 5 * rank  # 3 rows, 1 row
+        whole = world.gather_parts(own)
+        assert whole.dtype == dtype and whole.tolist() == [[0], [1], [2], [5]]
+    assert world.gather_parts(torch.ones(2 * rank, 2)).shape == (2, 2)  # one has nothing to give
+    assert world.gather_parts(torch.ones(0, 2)).shape == (0, 2)  # nor has the other
+    made = []
+    assert world.share(lambda: made.append(rank) or "from the main process") == "from the main process"
+    assert made == ([0] if rank == 0 else [])
+    items = world.part(np.arange(7))
+    assert world.gather_parts(torch.from_numpy(items)).tolist() == list(range(7))
+    world.wait()
+    return gathered.tolist()
+
+
+def test_two_processes_exchange():
+    assert launch(exchange, TWO, "cpu") == [[1, 2], [3, 4], [11, 12], [13, 14]]
+    assert multiprocessing.active_children() == []
+
+
+def fail(world: World) -> None:
+    """One process fails; the other waits for it in an exchange."""
+    if world.rank == 1:
+        raise UsageError("the disk is full")
+    world.wait()
+
+
+def test_an_error_of_one_process_is_the_error_of_the_run():
+    began = time.monotonic()
+    with pytest.raises(UsageError, match="^the disk is full$"):
+        launch(fail, TWO, "cpu")
+    assert time.monotonic() - began < 60
+    assert multiprocessing.active_children() == []
+
+
+def crash(world: World) -> None:
+    if world.rank == 1:
+        raise ZeroDivisionError("a fault of the program")
+    world.wait()
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a fault of the program"):
+        launch(crash, TWO, "cpu")
+
+
+def kill_itself(world: World) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:  # the other goes on and on
+        world.wait()
+
+
+def test_a_killed_process_is_named_and_nobody_hangs():
+    began = time.monotonic()
+    with pytest.raises(CacoError, match="^process 1 of 2 was killed.*--resume"):
+        launch(kill_itself, TWO, "cpu")
+    assert time.monotonic() - began < 60
+    assert multiprocessing.active_children() == []
+
+
+def test_wrong_numbers_are_told_before_anything_starts():
+    with pytest.raises(UsageError, match="processes 0"):
+        launch(exchange, DistributedOptions(processes=0), "cpu")
+    with pytest.raises(UsageError, match="machine 2: must be from 0 to 1"):
+        launch(exchange, DistributedOptions(processes=1, machines=2, machine=2, address="a:1"), "cpu")
+    for address in ("", "10.0.0.1", "10.0.0.1:port"):
+        with pytest.raises(UsageError, match="must be HOST:PORT"):
+            launch(exchange, DistributedOptions(processes=1, machines=2, address=address), "cpu")
+
+
+def test_a_machine_that_never_comes_is_told():
+    """Process 0 waits for machine 1 until the timeout."""
+    options = DistributedOptions(processes=1, machines=2, address="127.0.0.1:29817", timeout=2)
+    with pytest.raises(UsageError, match="process 0 of 2 did not meet the others at 127.0.0.1:29817"):
+        launch(exchange, options, "cpu")
