@@ -1,12 +1,15 @@
-"""The bank's loss and gradients: against plain loops, autograd and finite differences."""
+"""The bank's loss and gradients: against plain loops, the dense form, autograd and finite differences."""
 
 import itertools
 import math
 
 import pytest
 import torch
+from conftest import relative_error
+from dense_bank import dense_loss, dense_nearest
 from torch.nn import functional as F
 
+import caco.slots
 from caco.bank import Bank, cooperative_adversarial_loss
 
 
@@ -15,7 +18,7 @@ def unit(*shape, dtype=torch.float64, seed=0):
 
 
 def loops(queries, slots, positives, weights, temperature, slot_temperature):
-    """The definition in algorithm.md, one number at a time."""
+    """The definition in algorithm.md, one number at a time; slots are unit rows here, the last step is their tangent."""
     loss, grad_queries, grad_slots = 0.0, torch.zeros_like(queries), torch.zeros_like(slots)
     for n, p in itertools.product(range(len(queries)), range(positives.shape[1])):
         positive, weight = int(positives[n, p]), float(weights[n, p])
@@ -32,6 +35,8 @@ def loops(queries, slots, positives, weights, temperature, slot_temperature):
             grad_queries[n] += weight * ordinary * slots[k] / temperature
             flipped = 1 - of_bank[k] if k == positive else of_bank[k]
             grad_slots[k] -= weight * flipped * queries[n] / slot_temperature
+    for gradient, slot in zip(grad_slots, slots, strict=True):
+        gradient -= (gradient @ slot) * slot
     return loss, grad_queries, grad_slots
 
 
@@ -51,6 +56,90 @@ def test_loss_and_gradients_are_the_definition(batch, size, width, pairs, temper
     assert result.loss.item() == pytest.approx(loss, rel=1e-12, abs=1e-12)
     torch.testing.assert_close(queries.grad, grad_queries, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(slots.grad, grad_slots, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    """The bank is read 64 slots at a time, the least there is."""
+    monkeypatch.setitem(caco.slots.BLOCK, "cpu", 1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("temperatures", [(0.08, 0.08), (0.2, 0.05), (0.002, 0.3), (0.3, 0.002)])
+@pytest.mark.parametrize(("batch", "size", "width", "pairs"), [(24, 1000, 16, 2), (5, 64, 8, 1), (3, 65, 8, 2)])
+def test_streamed_is_dense(tiny_blocks, batch, size, width, pairs, temperatures, dtype, tolerance):
+    """A thousand slots in 16 blocks, the last one not full: loss, gradients and choices of the dense form."""
+    queries, slots = unit(batch, width, dtype=dtype), 3 * torch.randn(size, width, dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    positives = torch.randint(size, (batch, pairs), generator=generator)
+    weights = torch.rand(batch, pairs, generator=generator, dtype=torch.float64)
+    ours, plain = [(queries.clone().requires_grad_(), slots.clone().requires_grad_()) for _ in range(2)]
+    result = cooperative_adversarial_loss(*ours, positives, weights, *temperatures)
+    exact = [tensor.detach().double().requires_grad_() for tensor in plain]
+    loss = dense_loss(*exact, positives, weights, *temperatures)
+    (2 * result.loss).backward()
+    (2 * loss).backward()
+    steepness = max(1, 0.02 / min(temperatures))  # a cosine's rounding is divided by the temperature
+    assert relative_error(result.loss, loss.detach()) < tolerance * steepness
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert relative_error(mine.grad, theirs.grad) < tolerance * steepness
+    cosines = exact[0].detach() @ F.normalize(exact[1].detach(), dim=1).T
+    assert torch.equal(result.hit, cosines.argmax(dim=1)[:, None] == positives)
+
+
+def test_streamed_search_and_log_sum_exp(tiny_blocks):
+    bank = Bank(1000, 16).double()
+    keys = unit(24, 16).requires_grad_()
+    slots = bank.slots()
+    assert torch.equal(bank.nearest(keys, slots), dense_nearest(keys, bank.weight))
+    plain = keys.detach().clone().requires_grad_()
+    ours = bank.log_sum_exp(keys, slots, 0.2)
+    theirs = torch.logsumexp(plain @ F.normalize(bank.weight.detach(), dim=1).T / 0.2, dim=1)
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.rand(24, dtype=torch.float64)
+    (ours @ weights).backward()
+    (theirs @ weights).backward()
+    torch.testing.assert_close(keys.grad, plain.grad)
+    assert bank.weight.grad is None
+
+
+def test_no_matrix_of_queries_and_slots():
+    """256 queries and 131,072 slots would be 128 MiB in one matrix: no tensor comes near it but the bank's own."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape != bank.weight.shape:
+                largest = max(largest, result.numel())
+            return result
+
+    bank, queries = Bank(131_072, 8), unit(256, 8, dtype=torch.float32).requires_grad_()
+    with Watch():
+        slots = bank.slots()
+        positives = bank.nearest(queries, slots)[:, None]
+        bank.loss(queries, slots, positives, torch.ones(256, 1)).loss.backward()
+    assert bank.weight.grad.isfinite().all()
+    assert largest <= caco.slots.BLOCK["cpu"] < 256 * 131_072 / 8
+
+
+def test_under_autocast_only_products_are_rounded():
+    queries, slots = unit(64, 32, dtype=torch.float32), torch.randn(500, 32)
+    positives, weights = torch.arange(64)[:, None], torch.full((64, 1), 1 / 64)
+    gradients = []
+    for enabled in (False, True):
+        query, slot = queries.clone().requires_grad_(), slots.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = cooperative_adversarial_loss(query, slot, positives, weights, 0.08, 0.08).loss
+        loss.backward()
+        gradients.append((loss, query.grad, slot.grad))
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == torch.float32
+        assert relative_error(rounded, exact.detach()) < 5e-3
+    assert not torch.equal(gradients[0][2], gradients[1][2])
 
 
 def test_query_gradient_passes_gradcheck():
@@ -120,10 +209,10 @@ def test_positives_are_searched_in_float32_under_autocast():
     """In bfloat16 more than 1 % of the choices differ on a random bank; ours do not differ at all."""
     bank = Bank(4096, 64)
     keys = unit(512, 64, dtype=torch.float32)
-    slots = bank.slots()
-    expected = (keys.double() @ slots.detach().double().T).argmax(dim=1)
+    slots = F.normalize(bank.weight.detach(), dim=1)
+    expected = (keys.double() @ slots.double().T).argmax(dim=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, naive = bank.nearest(keys, slots), (keys @ slots.T).argmax(dim=1)
+        ours, naive = bank.nearest(keys, bank.slots()), (keys @ slots.T).argmax(dim=1)
     assert (naive != expected).double().mean() > 0.01
     assert (ours == expected).all()
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import relative_error
+from dense_bank import dense_loss, dense_nearest
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,11 +90,11 @@ def test_forward_equals_separate_pairs_by_hand():
     model = small_model(view_pairs(2, 3))
     queries = [F.normalize(model.encoder(view), dim=1) for view in views]
     keys = [F.normalize(model.key_encoder(view), dim=1).detach() for view in views[:2]]
-    total, slots = 0.0, model.bank.slots()
+    total, slots = 0.0, model.bank.weight
     for query, key, weight in model.pairs:
-        positives = (keys[key] @ slots.T).argmax(dim=1)[:, None]
+        positives = dense_nearest(keys[key], slots)[:, None]
         weights = torch.full_like(positives, weight / 8, dtype=torch.float64)
-        total = total + cooperative_adversarial_loss(queries[query], slots, positives, weights, 0.08, 0.08).loss
+        total = total + dense_loss(queries[query], slots, positives, weights, 0.08, 0.08)
     total.backward()
     assert output.loss.item() == pytest.approx(total.item(), rel=1e-12)
     assert set(fused) == {name for name, p in model.named_parameters() if p.grad is not None}
@@ -106,7 +107,7 @@ def test_measurements_are_of_the_large_pairs():
     model, views = small_model(view_pairs(2, 2)), views_of(4)
     output = model(views)
     fresh = small_model(view_pairs(2, 2))
-    slots = fresh.bank.slots()
+    slots = F.normalize(fresh.bank.weight, dim=1)
     queries = [F.normalize(fresh.encoder(view), dim=1) for view in views]
     probabilities, hits = [], []
     for query, key in ((0, 1), (1, 0)):
@@ -162,7 +163,7 @@ def test_warm_start_is_ordinary_contrast():
     key = F.normalize(fresh.key_encoder(views[1]), dim=1)
     rows = []
     for n in range(8):
-        logits = torch.cat([(query[n] @ key[n]).view(1), fresh.bank.slots() @ query[n]]) / 0.2
+        logits = torch.cat([(query[n] @ key[n]).view(1), F.normalize(fresh.bank.weight, dim=1) @ query[n]]) / 0.2
         rows.append(-torch.log_softmax(logits, dim=0)[0])
     assert loss.item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-10)
     torch.testing.assert_close(keys, key)
@@ -170,15 +171,16 @@ def test_warm_start_is_ordinary_contrast():
 
 
 def test_the_method_imports_no_other_part():
-    """bank.py and model.py know nothing of files, processes or options."""
+    """slots.py, bank.py and model.py know nothing of files, processes or options."""
     import ast
     import pathlib
 
     import caco.bank
     import caco.model
+    import caco.slots
 
-    for module in (caco.bank, caco.model):
+    for module in (caco.slots, caco.bank, caco.model):
         tree = ast.parse(pathlib.Path(module.__file__).read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-        assert {name for name in imported if name.startswith("caco")} <= {"caco.bank", "caco.model"}
+        assert {name for name in imported if name.startswith("caco")} <= {"caco.slots", "caco.bank", "caco.model"}

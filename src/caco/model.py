@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.bank import Bank
+from caco.slots import Slots
 
 
 class ViewPair(NamedTuple):
@@ -100,12 +101,12 @@ class CaCo(nn.Module):
     def contrast(
         self,
         queries: Sequence[Float[Tensor, "B D"]],
-        slots: Float[Tensor, "K D"],
+        slots: Slots,
         positives: Int[Tensor, "2 B"],
     ) -> Output:
-        """Return the loss of normalised queries (one entry a view) against unit slots; positives[i]: chosen by key i."""
+        """Return the loss of normalised queries (one entry a view) against the slots; positives[i]: chosen by key i."""
         batch = len(queries[0])
-        weights = slots.new_zeros(len(queries), 2)
+        weights = slots.weight.detach().new_zeros(len(queries), 2)
         for query, key, weight in self.pairs:
             weights[query, key] = weight / batch
         result = self.bank.loss(

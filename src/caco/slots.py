@@ -1,0 +1,151 @@
+"""The slots of a bank, block by block: unit rows, comparison with queries, softmax over all of them.
+
+No matrix of all queries and all slots is ever held, so memory beyond the bank, its gradient and its velocity does not
+grow with the bank. torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BLOCK = {"cpu": 2**21, "cuda": 2**26}
+"""Entries of the matrix of queries and slots that are held at a time (CPU: what stays in a cache)."""
+
+
+class Slots(NamedTuple):
+    """The bank as one step sees it: rows of any length, and what makes unit rows of them."""
+
+    weight: Float[Tensor, "K D"]
+    scale: Float[Tensor, "K 1"]
+    """1 / ‖row‖, no gradient (it is written out where it is needed)."""
+
+    def unit_rows(self, rows: slice | Tensor) -> Tensor:
+        """Return the chosen slots with length 1, no gradient."""
+        return self.weight.detach()[rows] * self.scale[rows]
+
+    def blocks(self, queries: int) -> Iterator[slice]:
+        """Yield the slots in parts small enough to be compared with so many queries at a time."""
+        entries = BLOCK.get(self.weight.device.type, BLOCK["cuda"])
+        size = max(entries // max(queries, 1), 64)
+        for first in range(0, len(self.weight), size):
+            yield slice(first, min(first + size, len(self.weight)))
+
+
+@runtime_checkable
+class Holders(Protocol):
+    """The processes that hold the slots, and what they exchange."""
+
+    size: int
+    first: int
+    """Number of this process's first slot in the whole bank."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes."""
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Return this process's part of gathered rows."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the elementwise sum over all processes."""
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Return the elementwise maximum over all processes."""
+
+
+class Alone:
+    """One process holds all slots: every exchange is the identity."""
+
+    size, first = 1, 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return rows
+
+    own = sum = maximum = gather
+
+
+class RunningSoftmax:
+    """The softmax of each query over all slots, block by block: its normaliser, and the mean slot under it.
+
+    With the largest logit so far taken out of every exponent ("online" softmax), so that any temperature is safe.
+    """
+
+    def __init__(self, queries: Float[Tensor, "N D"], products: torch.dtype) -> None:
+        self.products = products
+        self.largest = queries.new_full((len(queries), 1), -torch.inf)
+        self.total = queries.new_zeros(len(queries), 1)
+        self.slot_sum = torch.zeros_like(queries)
+
+    def add(self, logits: Float[Tensor, "N k"], rows: Float[Tensor, "k D"] | None) -> None:
+        """Take in a block, whose logits are overwritten. rows: its unit slots; None when no mean slot is wanted."""
+        largest = torch.maximum(self.largest, logits.amax(dim=1, keepdim=True))
+        shrink = (self.largest - largest).exp_()
+        exponentials = logits.sub_(largest).exp_()
+        self.total.mul_(shrink).add_(exponentials.sum(dim=1, keepdim=True))
+        if rows is not None:
+            self.slot_sum.mul_(shrink).add_(product(exponentials, rows, self.products))
+        self.largest = largest
+
+    def join(self, holders: Holders) -> None:
+        """Bring together what all holders have seen."""
+        if holders.size == 1:
+            return
+        largest = holders.maximum(self.largest)
+        shrink = (self.largest - largest).exp_()
+        self.total, self.slot_sum = holders.sum(self.total * shrink), holders.sum(self.slot_sum * shrink)
+        self.largest = largest
+
+    @property
+    def log_normaliser(self) -> Float[Tensor, "N 1"]:
+        return self.largest + self.total.log()
+
+    @property
+    def mean_slot(self) -> Float[Tensor, "N D"]:
+        return self.slot_sum / self.total
+
+
+class LogSumExp(torch.autograd.Function):
+    """log Σ exp(cosine / temperature) over all slots, with the gradient for the queries alone."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, slots: Slots, temperature: float, holders: Holders) -> Tensor:
+        queries = holders.gather(queries)
+        softmax = RunningSoftmax(queries, queries.dtype)
+        for block in slots.blocks(len(queries)):
+            rows = slots.unit_rows(block)
+            softmax.add((queries / temperature) @ rows.T, rows)
+        softmax.join(holders)
+        ctx.save_for_backward(holders.own(softmax.mean_slot) / temperature)
+        return holders.own(softmax.log_normaliser)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (mean_slot,) = ctx.saved_tensors
+        return grad_outputs[0][:, None] * mean_slot, None, None, None
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return left @ right in the dtype of `left`, its factors rounded to `dtype` first."""
+    if dtype == left.dtype:
+        return left @ right
+    if left.device.type == "cuda":  # the tensor cores sum in float32, and so the result stays
+        return torch.mm(left.to(dtype), right.to(dtype), out_dtype=left.dtype)
+    return (left.to(dtype) @ right.to(dtype)).to(left.dtype)
+
+
+def compare(queries: Float[Tensor, "N D"], rows: Float[Tensor, "k D"], dtype: torch.dtype) -> Float[Tensor, "N k"]:
+    """Return queries @ rowsᵀ, the factors rounded to `dtype`, but never the result: an exponential follows.
+
+    A CPU's bfloat16 product would round it, by 1 % of the gradient; there the factors are not rounded either.
+    """
+    return product(queries, rows.T, dtype if queries.device.type == "cuda" else queries.dtype)
+
+
+def unit_scale(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K 1"]:
+    """Return 1 / ‖row‖ of every row, no gradient."""
+    scale: Tensor = weight.detach().norm(dim=1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+    return scale
