@@ -171,6 +171,20 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """How the encoder is computed. Same mathematics; only rounding, speed and memory differ."""
+
+    layout: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Order of pixels and channels in memory; auto: the faster one, tried at the start of a long run."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: tried at the start of a run of over half an hour, kept if it pays."""
+    checkpointing: bool = False
+    """Compute each block's activations again in backward: far less memory, about a third more time."""
+    keep_heap: bool = True
+    """CPU: keep freed memory for the next step instead of giving it back (faster, some more memory)."""
+
+
+@dataclass(frozen=True)
 class MonitorOptions:
     """What is watched while the run goes on. Changes nothing in the mathematics."""
 
@@ -243,7 +257,7 @@ class Pretrain:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, ..."""
     precision: Precision = "auto"
-    """Arithmetic of the encoder; auto: bf16 on GPUs that have it, else fp32. The loss is always fp32."""
+    """Arithmetic of the encoder: fp32, bf16; auto: the faster one, tried at the start of a run of over a minute."""
     workers: Union[int, Auto] = "auto"
     """Threads that decode and augment; auto: one per core. The views do not depend on it."""
     seed: int = 0
@@ -258,6 +272,7 @@ class Pretrain:
     encoder: EncoderOptions = EncoderOptions()
     bank: BankOptions = BankOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
+    engine: EngineOptions = EngineOptions()
     monitor: MonitorOptions = MonitorOptions()
     distributed: DistributedOptions = DistributedOptions()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,23 +34,38 @@ class LARS(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step. (No closure: the loss is computed once.)"""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            plain = [parameter for parameter in parameters if parameter.ndim <= 1]
+            scaled = [parameter for parameter in parameters if parameter.ndim > 1]
+            gradients = [parameter.grad for parameter in plain if parameter.grad is not None]
+            updates = _scaled_updates(scaled, group["weight_decay"], group["trust_coefficient"])
+            self._move(plain + scaled, gradients + updates, group["momentum"], group["lr"])
 
-    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        update = parameter.grad
-        assert update is not None
-        if parameter.ndim > 1:
-            update = update.add(parameter, alpha=group["weight_decay"])
-            parameter_norm, update_norm = parameter.norm(), update.norm()
-            scale = group["trust_coefficient"] * parameter_norm / update_norm
-            update = update * torch.where((parameter_norm > 0) & (update_norm > 0), scale, 1.0)
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        parameter.add_(buffer, alpha=-group["lr"])
+    def _move(self, parameters: list[Tensor], updates: list[Tensor], momentum: float, lr: float) -> None:
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        if parameters:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(parameters, buffers, alpha=-lr)
+
+
+def _scaled_updates(parameters: list[Tensor], weight_decay: float, trust_coefficient: float) -> list[Tensor]:
+    """Return u·trust·‖p‖/‖u‖ for each parameter, u = g + weight_decay·p; u itself where a norm is 0.
+
+    A few kernels for all tensors together instead of ten for each.
+    """
+    if not parameters:
+        return []
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    updates = list(torch._foreach_add(gradients, parameters, alpha=weight_decay))
+    parameter_norms, update_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, updates))
+    scales = trust_coefficient * parameter_norms / update_norms
+    scales = torch.where((parameter_norms > 0) & (update_norms > 0), scales, 1.0)
+    torch._foreach_mul_(updates, list(scales.unbind()))
+    return updates
 
 
 def encoder_optimizer(name: str, encoder: nn.Module, lr: float, momentum: float, weight_decay: float) -> Optimizer:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
-from caco.config import BankOptions, EncoderOptions, MonitorOptions, OptimizerOptions, Pretrain, Views
+from caco.config import BankOptions, EncoderOptions, EngineOptions, MonitorOptions, OptimizerOptions, Pretrain, Views
 from caco.errors import UsageError, did_you_mean
 from caco.options import flatten
 
@@ -121,6 +121,7 @@ def demo() -> Pretrain:
     return Pretrain(
         recipe="demo",
         backbone="resnet10_narrow",
+        precision="fp32",
         epochs=24,
         batch_size=128,
         lr=0.06,
@@ -148,6 +149,7 @@ def demo() -> Pretrain:
             warm_start_key_momentum=0.9,
         ),
         optimizer=OptimizerOptions(name="sgd", final_lr=0.006, warmup_epochs=0, weight_decay=1e-4),
+        engine=EngineOptions(layout="channels_last", compile="off"),
         monitor=MonitorOptions(knn_epochs=8, log_steps=20),
     )
 

@@ -72,12 +72,13 @@ class TrainingViews:
         broken: BrokenImages,
         rank: int = 0,
         world_size: int = 1,
+        layout: torch.memory_format = torch.channels_last,
     ) -> None:
         """batch_size: over all processes; this one makes the rank-th of world_size equal parts. Raises UsageError."""
         check_batch_size(source, batch_size, world_size)
         self.source, self.recipes, self.mean, self.std = source, tuple(recipes), mean, std
         self.batch_size, self.seed, self.device, self.broken = batch_size, seed, device, broken
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.layout = rank, world_size, layout
         self.steps_per_epoch = len(source) // batch_size
         self._workers = workers
         self._resident = _decode_all(source, broken, workers)
@@ -92,7 +93,7 @@ class TrainingViews:
             for step in steps:
                 indices = self._part(order, step)
                 rendered = self._render(self._resident[indices], indices, epoch)
-                yield Batch(indices, [view.contiguous(memory_format=torch.channels_last) for view in rendered])
+                yield Batch(indices, [view.contiguous(memory_format=self.layout) for view in rendered])
             return
         with ThreadPoolExecutor(self._workers, thread_name_prefix="views") as pool:
             yield from _ahead(self._batch(pool, self._part(order, step), epoch) for step in steps)
@@ -105,7 +106,7 @@ class TrainingViews:
 
     def _batch(self, pool: ThreadPoolExecutor, indices: np.ndarray, epoch: int) -> Batch:
         shapes = [(len(indices), 3, recipe.size, recipe.size) for recipe in self.recipes]
-        views = [torch.empty(shape, memory_format=torch.channels_last) for shape in shapes]
+        views = [torch.empty(shape, memory_format=self.layout) for shape in shapes]
 
         def fill(first: int) -> None:
             part = indices[first : first + CHUNK]

@@ -14,6 +14,7 @@ from torch import nn
 
 from caco.backbone import Encoder, adopt_backbone, create_backbone, projector, stem_of, try_size
 from caco.bank import Bank
+from caco.checkpointing import checkpoint_blocks
 from caco.config import Pretrain
 from caco.data.broken import BrokenImages
 from caco.data.loader import TrainingViews, check_batch_size
@@ -25,6 +26,8 @@ from caco.errors import UsageError
 from caco.model import CaCo, view_pairs
 from caco.optim import encoder_optimizer
 from caco.train.checkpoint import remove_leftovers
+from caco.train.engine import choose_engine, compile_module, layout_of
+from caco.train.heap import keep_heap
 from caco.train.interrupt import InterruptFlag
 from caco.train.meters import Meters
 from caco.train.monitor import KnnMonitor, create_monitor
@@ -51,7 +54,8 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
     """
     check_division(config, world)
     config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
-    precision = choose_precision(config.precision, world.device)
+    if world.device.type == "cpu" and config.engine.keep_heap:
+        keep_heap()
     backbone = _start_backbone(config, own)
     folder = Path(config.out)
     with (
@@ -63,6 +67,9 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
         source = images if images is not None else open_source(config.data, download=config.download, index_cache=index)
         check_batch_size(source, config.batch_size, world.size)
         config = _resolve_epochs(config, len(source) // config.batch_size)
+        steps = int(config.epochs) * (len(source) // config.batch_size)
+        config, why = _choose_engine(config, backbone, world, steps)
+        precision = choose_precision(config.precision, world.device)
         monitor = _create_monitor(config, source, world, precision)
         if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
             open_run_folder(config)
@@ -81,7 +88,7 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
             start_from(state, config, loader.steps_per_epoch, warm_start_steps(config, loader.steps_per_epoch), world)
         card = _backbone_card(config, backbone)
         with InterruptFlag() as interrupt:
-            trainer = Trainer(config, folder, state, loader, broken, card, world, precision, monitor, interrupt)
+            trainer = Trainer(config, folder, state, loader, broken, card, world, precision, monitor, interrupt, why)
             if world.is_main:  # only now is a resumed run known to fit
                 write_config(folder, config)
                 write_environment(folder, str(world.device), world.size)
@@ -121,7 +128,12 @@ def create_state(config: Pretrain, backbone: nn.Module, world: World) -> Trainin
     else:
         bank = Bank(config.bank_size, config.encoder.embedding, *temperatures)
     model = CaCo(synchronise_batch_norm(encoder, world), bank, view_pairs(config.views.large, config.views.small))
-    model.to(world.device).to(memory_format=torch.channels_last)  # much faster for convolutions, on CPUs too
+    model.to(world.device).to(memory_format=layout_of(config))
+    if config.engine.checkpointing:
+        checkpoint_blocks(backbone)
+    if config.engine.compile == "on":
+        compile_module(model.encoder)
+        compile_module(model.key_encoder)
     lr = config.lr * config.batch_size / 256
     options = config.optimizer
     return TrainingState(
@@ -130,6 +142,12 @@ def create_state(config: Pretrain, backbone: nn.Module, world: World) -> Trainin
         bank_optimizer=torch.optim.SGD([model.bank.weight], lr=config.bank.lr, momentum=config.bank.momentum),
         meters=Meters(config.bank_size, world.device),
     )
+
+
+def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: int) -> tuple[Pretrain, str]:
+    passes = steps * config.accumulate * (config.views.large + config.views.small)
+    batch = config.batch_size // (world.size * config.accumulate)
+    return world.share(lambda: choose_engine(config, backbone, world.device, passes, batch))
 
 
 def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:
@@ -182,6 +200,7 @@ def _create_loader(config: Pretrain, source: ImageSource, world: World, broken: 
         broken=broken,
         rank=world.rank,
         world_size=world.size,
+        layout=layout_of(config),
     )
 
 

@@ -24,7 +24,7 @@ from caco.options import flatten, from_dictionary
 
 # What a resumed run may change: these have no part in the mathematics.
 FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download", "data", "val")
-FREE_GROUPS = ("monitor.", "distributed.")
+FREE_GROUPS = ("engine.", "monitor.", "distributed.")
 
 
 def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:

@@ -48,10 +48,12 @@ class Trainer:
         precision: torch.dtype,
         monitor: KnnMonitor | None,
         interrupt: InterruptFlag,
+        engine: str = "",
     ) -> None:
+        """engine: how the encoder is computed and why, in words."""
         self.config, self.folder, self.state, self.loader = config, folder, state, loader
         self.broken, self.card, self.world, self.precision = broken, card, world, precision
-        self.monitor, self.interrupt = monitor, interrupt
+        self.monitor, self.interrupt, self.engine = monitor, interrupt, engine
         self.epochs = int(config.epochs)
         self.steps = self.epochs * loader.steps_per_epoch
         self.schedules = Schedules.of(config)
@@ -82,6 +84,8 @@ class Trainer:
             f"{self.steps:,} steps of {config.batch_size}, {config.bank_size:,} slots, on {self.world.device} "
             f"({str(self.precision).removeprefix('torch.')}{processes}), into {self.folder}"
         )
+        if self.engine:
+            self.journal.say(f"encoder: {self.engine}")
 
     def _warm_start(self) -> None:
         """Fill the bank with keys (algorithm: warm start of the bank), then begin with f′ = f."""

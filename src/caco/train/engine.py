@@ -1,0 +1,171 @@
+"""How the encoder is computed: precision, layout, compiled or not. Measured on the machine at hand, not guessed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from caco.config import Pretrain
+from caco.train.state import random_state, set_random_state
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+TRIAL_BATCH = 32
+"""Images in a trial of precision and layout, at most."""
+SHORT_RUN = 60.0
+"""Seconds of encoder work below which nothing is tried: fp32 and channels_last are taken."""
+LONG_RUN = 1800.0
+"""Seconds of encoder work above which compiling is tried: it takes a minute or two."""
+WORTH = {"bf16": 1.2, "contiguous": 1.05, "compile": 1.05}
+"""How many times faster the less usual choice must be to be taken."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to compute the encoder."""
+
+    precision: Literal["fp32", "bf16"]
+    layout: Literal["channels_last", "contiguous"]
+
+
+def choose_engine(
+    config: Pretrain, backbone: nn.Module, device: torch.device, passes: int, batch: int
+) -> tuple[Pretrain, str]:
+    """Return the configuration with numbers and names in place of every "auto" of the engine, and why, in words.
+
+    passes: forward-and-backward passes of one view that the run will make in this process. batch: images in each.
+    The backbone is not changed, nor are random states. A short run is not worth a trial and gets the defaults.
+    """
+    if "auto" not in (config.precision, config.engine.layout, config.engine.compile):
+        return config, ""
+    choices, batch = candidates(config, device), max(batch, 2)
+    if config.engine.checkpointing and config.engine.compile == "auto":
+        config = replace(config, engine=replace(config.engine, compile="off"))
+    random = random_state(device)
+    try:
+        first = seconds(backbone, choices[0], device, config.views.size, min(batch, TRIAL_BATCH), rounds=1)
+        work = first * passes * batch / min(batch, TRIAL_BATCH)
+        chosen, why = choices[0], f"{choices[0].precision}, {choices[0].layout}"
+        if len(choices) > 1 and work > SHORT_RUN:
+            times = measure(backbone, choices, device, config.views.size, min(batch, TRIAL_BATCH))
+            chosen = fastest(choices, times)
+            work *= times[choices.index(chosen)] / times[0]
+            why = "measured, images/s: " + ", ".join(
+                f"{trial.precision} {trial.layout} {min(batch, TRIAL_BATCH) / taken:,.0f}"
+                for trial, taken in zip(choices, times, strict=True)
+            )
+        compiled = config.engine.compile == "on"
+        if config.engine.compile == "auto" and work > LONG_RUN and can_compile(device):
+            compiled, words = try_compiling(backbone, chosen, device, config.views.size, batch)
+            why += "; " + words
+    finally:
+        set_random_state(random, device)
+    engine = replace(config.engine, layout=chosen.layout, compile="on" if compiled else "off")
+    return replace(config, precision=chosen.precision, engine=engine), why
+
+
+def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
+    """Return the ways that the options leave open, the default first."""
+    precisions = ["fp32", "bf16"] if config.precision == "auto" else [config.precision]
+    if device.type == "mps" and config.precision == "auto":
+        precisions = ["fp32"]
+    layouts = ["channels_last", "contiguous"] if config.engine.layout == "auto" else [config.engine.layout]
+    return [Trial(precision, layout) for precision in precisions for layout in layouts]  # type: ignore[arg-type]
+
+
+def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
+    """Return the fastest choice, where the less usual one has to be faster by a margin worth its rounding or surprise."""
+
+    def handicapped(number: int) -> float:
+        trial = choices[number]
+        return times[number] * WORTH.get(trial.precision, 1.0) * WORTH.get(trial.layout, 1.0)
+
+    return choices[min(range(len(choices)), key=handicapped)]
+
+
+def measure(
+    backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int, rounds: int = 3
+) -> list[float]:
+    """Return the seconds of a forward and backward pass for each choice: the least of some rounds that take turns."""
+    best = [float("inf")] * len(choices)
+    for turn in range(rounds + 1):
+        for number, trial in enumerate(choices):
+            taken = seconds(backbone, trial, device, size, batch, rounds=1)
+            if turn:  # the first makes kernels and buffers
+                best[number] = min(best[number], taken)
+    return best
+
+
+def seconds(
+    backbone: nn.Module,
+    trial: Trial,
+    device: torch.device,
+    size: int,
+    batch: int,
+    rounds: int,
+    change: Callable[[nn.Module], object] = lambda network: None,
+) -> float:
+    """Return the seconds of one forward and backward pass of a copy of the backbone: the least of some rounds."""
+    layout = LAYOUTS[trial.layout]
+    network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
+    change(network)
+    view = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
+    dtype = PRECISIONS[trial.precision]
+    best = float("inf")
+    for _ in range(rounds):
+        _wait(device)
+        began = time.perf_counter()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            features: Tensor = network(view)
+        features.float().square().mean().backward()
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def layout_of(config: Pretrain) -> torch.memory_format:
+    """Return the layout of a configuration; "auto", in one that was not resolved, is channels_last."""
+    return LAYOUTS.get(config.engine.layout, torch.channels_last)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether torch.compile has what it needs here: Triton on a GPU, a C++ compiler on a CPU."""
+    try:
+        if device.type == "cuda":
+            from torch.utils._triton import has_triton
+
+            return bool(has_triton())
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        return device.type == "cpu" and bool(get_cpp_compiler())
+    except Exception:  # whatever a private part of torch raises means no
+        return False
+
+
+def try_compiling(backbone: nn.Module, trial: Trial, device: torch.device, size: int, batch: int) -> tuple[bool, str]:
+    """Return whether compiling pays, and what was seen, in words."""
+    eager = seconds(backbone, trial, device, size, batch, rounds=3)
+    began = time.perf_counter()
+    try:
+        compiled = seconds(backbone, trial, device, size, batch, rounds=4, change=compile_module)
+    except Exception as error:  # compilers fail in many ways; the run goes on without
+        return False, f"torch.compile failed ({type(error).__name__}), so the encoder is not compiled"
+    words = f"torch.compile: {eager / compiled:.2f} times as fast, {time.perf_counter() - began:.0f} s to compile"
+    return eager / compiled >= WORTH["compile"], words
+
+
+def compile_module(module: nn.Module) -> None:
+    """Compile a module in place; its state dict keeps its names. One graph for each shape of view."""
+    module.compile(dynamic=False)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

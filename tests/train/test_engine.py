@@ -1,0 +1,122 @@
+"""How the encoder is computed: measured choices, and that they do not change the mathematics."""
+
+import copy
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from caco.backbone import create_backbone
+from caco.config import EngineOptions, Pretrain, Views
+from caco.train.engine import Trial, can_compile, candidates, choose_engine, compile_module, fastest, try_compiling
+
+CPU = torch.device("cpu")
+CONFIG = Pretrain(data="textures", views=Views(size=32))
+
+
+def test_a_short_run_takes_the_defaults_and_touches_nothing():
+    torch.manual_seed(0)
+    backbone = create_backbone("test_resnet", 32)
+    before, random = copy.deepcopy(backbone.state_dict()), torch.get_rng_state()
+    config, why = choose_engine(CONFIG, backbone, CPU, passes=4, batch=8)
+    assert (config.precision, config.engine.layout, config.engine.compile) == ("fp32", "channels_last", "off")
+    assert "fp32" in why
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_long_run_takes_what_was_fastest_here():
+    config = replace(CONFIG, engine=EngineOptions(compile="off"))
+    chosen, why = choose_engine(config, create_backbone("test_resnet", 32), CPU, passes=10**7, batch=8)
+    assert chosen.precision in ("fp32", "bf16") and chosen.engine.layout in ("channels_last", "contiguous")
+    for trial in candidates(config, CPU):
+        assert f"{trial.precision} {trial.layout} " in why
+    again, why = choose_engine(chosen, nn.Identity(), CPU, passes=10**7, batch=8)
+    assert again == chosen and why == ""  # a resumed run measures nothing
+
+
+def test_what_the_user_says_is_not_measured():
+    asked = replace(CONFIG, precision="bf16", engine=EngineOptions(layout="contiguous"))
+    assert candidates(asked, CPU) == [Trial("bf16", "contiguous")]
+    chosen, _ = choose_engine(asked, create_backbone("test_resnet", 32), CPU, passes=4, batch=8)
+    assert (chosen.precision, chosen.engine.layout) == ("bf16", "contiguous")
+
+
+def test_the_less_usual_choice_must_be_worth_it():
+    choices = candidates(CONFIG, CPU)
+    assert choices[0] == Trial("fp32", "channels_last")
+    assert fastest(choices, [1.0, 0.99, 0.9, 0.9]) == Trial("fp32", "channels_last")
+    assert fastest(choices, [1.0, 0.8, 0.9, 0.9]) == Trial("fp32", "contiguous")
+    assert fastest(choices, [1.0, 1.0, 0.4, 0.45]) == Trial("bf16", "channels_last")
+
+
+@pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+def test_compiled_is_eager():
+    torch.manual_seed(0)
+    eager = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    compiled = copy.deepcopy(eager)
+    compile_module(compiled)
+    view = torch.randn(4, 3, 16, 16)
+    outputs = []
+    for backbone in (eager, compiled):
+        output = backbone(view)
+        output.square().mean().backward()
+        outputs.append(output.detach())
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert list(eager.state_dict()) == list(compiled.state_dict())
+    for (key, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5, msg=key)
+    for (key, one), other in zip(eager.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_compiler_that_fails_is_told_and_left():
+    class Difficult(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3 * 8 * 8, 4)
+
+        def forward(self, view):
+            if torch.compiler.is_compiling():
+                raise RuntimeError("not for compilers")
+            return self.layer(view.flatten(1))
+
+    keeps, words = try_compiling(Difficult(), Trial("fp32", "channels_last"), CPU, 8, 4)
+    assert not keeps and ("failed" in words or "times as fast" in words)
+
+
+FAULTS = """
+import resource, sys, torch
+from caco.train.heap import keep_heap
+if sys.argv[1] == "keep":
+    assert keep_heap()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+before = faults()
+for _ in range(20):
+    torch.ones(2**24)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_the_heap_is_kept():
+    """20 tensors of 64 MiB one after the other: without, each is made of pages that the system has to clear."""
+    faults = {
+        mode: int(subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, check=True).stdout)
+        for mode in ("give back", "keep")
+    }
+    assert faults["keep"] < faults["give back"] / 10
