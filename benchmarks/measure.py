@@ -122,11 +122,38 @@ def take_turns(
     return {name: Seconds(tuple(values)) for name, values in times.items()}
 
 
+class Others:
+    """How much the machine did besides: `with Others() as others: ...`, then `others.cores`.
+
+    The cores that other programs kept busy meanwhile, on average; None where /proc does not tell. A time taken while
+    others worked is no measure of anything: two threads that wait for each other suffer far more than in proportion.
+    """
+
+    cores: float | None = None
+
+    def __enter__(self) -> Others:
+        self._began = time.perf_counter(), self._own(), _busy()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall, own, busy = self._began
+        now = _busy()
+        if busy is not None and now is not None:
+            others = now - busy - (self._own() - own)
+            self.cores = round(max(0.0, others / (time.perf_counter() - wall)), 2)
+
+    @staticmethod
+    def _own() -> float:
+        return sum(os.times()[:4])  # with children that have ended
+
+
 @dataclass(frozen=True)
 class Fresh:
     """What came out of a process of its own, and the most memory it held; bytes, None where /proc does not tell."""
 
     result: Any
+    others: float | None
+    """Cores that other programs kept busy meanwhile (`Others`)."""
     main_bytes: int | None
     """Resident memory of the process itself."""
     family_bytes: int | None
@@ -138,25 +165,12 @@ def fresh(function: Callable[..., Any], *values: Any, environment: Mapping[str, 
 
     environment: variables to set in it. Raises RuntimeError with the traceback of what went wrong there.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, values))
-    with _variables(environment or {}):
-        process.start()
-    sender.close()
-    memory = _FamilyMemory(process.pid or 0)
-    with memory:
-        try:
-            good, result = receiver.recv()
-        except EOFError:
-            process.join()
-            raise RuntimeError(
-                f"{function.__name__}{values} ended without an answer (exit {process.exitcode})"
-            ) from None
-    process.join()
+    others = Others()
+    with others:
+        good, result, memory = _spawn(function, values, environment or {})
     if not good:
         raise RuntimeError(f"{function.__name__}{values}:\n{result}")
-    return Fresh(result, memory.main, memory.family)
+    return Fresh(result, others.cores, memory.main, memory.family)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -188,6 +202,29 @@ def save(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
         given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         whole = {"machine": machine(options.device), "options": given, **result}
         options.out.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+def _spawn(
+    function: Callable[..., Any], values: tuple[Any, ...], environment: Mapping[str, str]
+) -> tuple[bool, Any, _FamilyMemory]:
+    """Return whether it went well, the result or else the traceback, and the memory; the process has ended."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, values))
+    with _variables(environment):
+        process.start()
+    sender.close()
+    memory = _FamilyMemory(process.pid or 0)
+    with memory:
+        try:
+            good, result = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(
+                f"{function.__name__}{values} ended without an answer (exit {process.exitcode})"
+            ) from None
+    process.join()
+    return good, result, memory
 
 
 def _answer(sender: Connection, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
@@ -268,6 +305,15 @@ def _fields(path: Path) -> dict[str, str]:
     except OSError:  # ended, or not Linux
         return {}
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _busy() -> float | None:
+    """Return the seconds that all cores together have worked since the start of the machine."""
+    try:
+        user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def _processor() -> dict[str, str]:
