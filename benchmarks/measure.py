@@ -1,0 +1,321 @@
+"""What the benchmarks share: the machine in words, contestants that take turns, fresh processes with their memory, tables.
+
+Not a benchmark itself. A benchmark is `python benchmarks/NAME.py [--quick] [--out FILE.json] [--device cpu]`:
+
+    options = arguments(__doc__).parse_args()
+    seconds = take_turns({"ours": ours, "plain": plain}, rounds=9)          # calls in this process
+    row = fresh(contestant, "lightly", steps)                               # one in a process of its own
+    print(table(("contestant", "ms"), [...]))
+    save(options, {...})
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Named in the description of the machine if it has them: they decide how fast bf16 is."""
+SAMPLING_SECONDS = 0.05
+CHILDREN_SECONDS = 1.0
+"""The kernel walks all pages of a child to tell its part of shared ones: not often, or it would disturb."""
+
+
+def arguments(documentation: str) -> argparse.ArgumentParser:
+    """Return a parser with the options every benchmark has: --quick, --out, --device."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does it work?")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all numbers to this file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    return parser
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return what a reader must know of the machine to judge a time, and how busy it is now."""
+    information = _processor()
+    flags = set(information.get("flags", information.get("Features", "")).split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    described: dict[str, Any] = {
+        "processor": information.get("model name") or platform.processor() or platform.machine(),
+        "cores": cores,
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+    if torch.device(device).type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def describe(device: torch.device | str = "cpu") -> str:
+    """Return the machine as one line."""
+    about = machine(device)
+    where = f"{about['gpu']}; " if "gpu" in about else ""
+    flags = ", ".join(about["flags"])
+    return (
+        f"{where}{about['cores']} cores ({flags or about['processor']}), torch {about['torch']}, "
+        f"{about['threads']} threads, load {about['load_average']}"
+    )
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The times of one contestant, a call each."""
+
+    all: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.all)
+
+    @property
+    def least(self) -> float:
+        return min(self.all)
+
+    @property
+    def most(self) -> float:
+        return max(self.all)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"median": self.median, "least": self.least, "most": self.most, "all": list(self.all)}
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until a GPU has done what it was told; nothing to wait for elsewhere."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, device: torch.device | str = "cpu"
+) -> dict[str, Seconds]:
+    """Time each contestant once a round, so that a busy machine disturbs all alike; every other round goes backwards.
+
+    The first `warm_up` rounds are not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(warm_up + rounds):
+        order = list(contestants) if turn % 2 == 0 else list(reversed(contestants))
+        for name in order:
+            synchronise(device)
+            began = time.perf_counter()
+            contestants[name]()
+            synchronise(device)
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - began)
+    return {name: Seconds(tuple(values)) for name, values in times.items()}
+
+
+class Others:
+    """How much the machine did besides: `with Others() as others: ...`, then `others.cores`.
+
+    The cores that other programs kept busy meanwhile, on average; None where /proc does not tell. A time taken while
+    others worked is no measure of anything: two threads that wait for each other suffer far more than in proportion.
+    """
+
+    cores: float | None = None
+
+    def __enter__(self) -> Others:
+        self._began = time.perf_counter(), self._own(), _busy()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall, own, busy = self._began
+        now = _busy()
+        if busy is not None and now is not None:
+            others = now - busy - (self._own() - own)
+            self.cores = round(max(0.0, others / (time.perf_counter() - wall)), 2)
+
+    @staticmethod
+    def _own() -> float:
+        return sum(os.times()[:4])  # with children that have ended
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What came out of a process of its own, and the most memory it held; bytes, None where /proc does not tell."""
+
+    result: Any
+    others: float | None
+    """Cores that other programs kept busy meanwhile (`Others`)."""
+    main_bytes: int | None
+    """Resident memory of the process itself."""
+    family_bytes: int | None
+    """The same with its children: of pages that several share, a child counts its part only."""
+
+
+def fresh(function: Callable[..., Any], *values: Any, environment: Mapping[str, str] | None = None) -> Fresh:
+    """Call a function of a module in a new Python (spawned, not forked); its result and values must be picklable.
+
+    environment: variables to set in it. Raises RuntimeError with the traceback of what went wrong there.
+    """
+    others = Others()
+    with others:
+        good, result, memory = _spawn(function, values, environment or {})
+    if not good:
+        raise RuntimeError(f"{function.__name__}{values}:\n{result}")
+    return Fresh(result, others.cores, memory.main, memory.family)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table; the first column is words, the others numbers. None is left empty."""
+    cells = [["" if value is None else str(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+
+    def line(values: Sequence[str]) -> str:
+        first, *others = (f"{value:{'<' if place == 0 else '>'}{widths[place]}}" for place, value in enumerate(values))
+        return "| " + " | ".join([first, *others]) + " |"
+
+    rule = (
+        "|"
+        + "|".join("-" * (width + 2) if place == 0 else "-" * (width + 1) + ":" for place, width in enumerate(widths))
+        + "|"
+    )
+    return "\n".join([line(columns), rule, *map(line, cells)])
+
+
+def gigabytes(count: int | None) -> str | None:
+    """Return bytes in GB (10^9) with two decimals."""
+    return None if count is None else f"{count / 1e9:.2f}"
+
+
+def save(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Write the numbers, the machine and the options to --out, if it was given."""
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        whole = {"machine": machine(options.device), "options": given, **result}
+        options.out.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+def _spawn(
+    function: Callable[..., Any], values: tuple[Any, ...], environment: Mapping[str, str]
+) -> tuple[bool, Any, _FamilyMemory]:
+    """Return whether it went well, the result or else the traceback, and the memory; the process has ended."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, values))
+    with _variables(environment):
+        process.start()
+    sender.close()
+    memory = _FamilyMemory(process.pid or 0)
+    with memory:
+        try:
+            good, result = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(
+                f"{function.__name__}{values} ended without an answer (exit {process.exitcode})"
+            ) from None
+    process.join()
+    return good, result, memory
+
+
+def _answer(sender: Connection, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
+    try:
+        answer: tuple[bool, Any] = True, function(*values)
+    except BaseException:
+        answer = False, traceback.format_exc()
+    sender.send(answer)
+
+
+@contextlib.contextmanager
+def _variables(environment: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class _FamilyMemory:
+    """Watches the resident memory of a process and its descendants from a thread."""
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+        self.main: int | None = None
+        self.family: int | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        children, last = 0, 0.0
+        while not self._done.wait(SAMPLING_SECONDS):
+            if time.monotonic() - last > CHILDREN_SECONDS:
+                children, last = sum(map(_share, _descendants(self.process)[1:])), time.monotonic()
+            memory = _bytes(self.process, "status", "VmRSS")
+            if memory:
+                self.main = max(self.main or 0, memory)
+                self.family = max(self.family or 0, memory + children)
+
+
+def _descendants(process: int) -> list[int]:
+    """Return a process and all below it."""
+    children: dict[str, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        children.setdefault(_fields(folder / "status").get("PPid", ""), []).append(int(folder.name))
+    found = [process]
+    for parent in found:
+        found += children.get(str(parent), [])
+    return found
+
+
+def _share(process: int) -> int:
+    """Return the memory of a process, shared pages divided among those that share them."""
+    return _bytes(process, "smaps_rollup", "Pss") or _bytes(process, "status", "VmRSS")
+
+
+def _bytes(process: int, file: str, name: str) -> int:
+    """Return an amount that /proc gives in kB; 0 where it does not."""
+    words = _fields(Path(f"/proc/{process}/{file}")).get(name, "").split()
+    return int(words[0]) * 1024 if words else 0
+
+
+def _fields(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:  # ended, or not Linux
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _busy() -> float | None:
+    """Return the seconds that all cores together have worked since the start of the machine."""
+    try:
+        user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def _processor() -> dict[str, str]:
+    """Return what Linux says of the last processor."""
+    return _fields(Path("/proc/cpuinfo"))
