@@ -1,0 +1,116 @@
+"""Everything that wants a GPU, in under 8 minutes: tests, steps against the limit, bank, memory table, data, evaluation.
+
+    python benchmarks/gpu.py --out FOLDER
+    python benchmarks/gpu.py --out FOLDER --device cpu --quick      (a dry run: does every part work?)
+
+Each part is one of the other benchmarks with its own command, which is printed, limited in time, and whose output goes
+into FOLDER/NAME.log and FOLDER/NAME.json. A part that fails or takes too long is said so; the others go on. Exit status 1
+if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESNET50 = "--backbone resnet50 --size 224 --embedding 256 --projector 2048 --precision bf16"
+
+
+def parts(quick: bool) -> dict[str, tuple[int, str]]:
+    """Return for each part its limit in seconds and its command (a benchmark and its options; pytest for the tests)."""
+    small = " --quick" if quick else ""
+    steps = {
+        "step-resnet18": (60, "step.py --batch 512"),
+        "step-resnet18-compiled": (90, "step.py --batch 512 --compile --no-stages --precision bf16"),
+        "step-resnet50": (60, f"step.py {RESNET50} --batch 1024 --rounds 3"),
+        "step-resnet50-compiled": (100, f"step.py {RESNET50} --batch 1024 --rounds 3 --compile --no-stages"),
+        "multi-crop": (40, f"step.py {RESNET50} --batch 256 --rounds 3 --small 6 --no-stages"),
+    }
+    memory = {
+        f"memory-{batch}{'-checkpointing' * again}-{accumulate}": (
+            30,
+            f"step.py {RESNET50} --batch {batch} --rounds 1 --no-stages --accumulate {accumulate}"
+            + " --checkpointing" * again,
+        )
+        for batch, again, accumulate in [(256, 0, 1), (256, 1, 1), (1024, 1, 1), (1024, 0, 8), (1024, 1, 4)]
+    }
+    others = {
+        "bank": (60, "bank.py --slots 65536 1048576 --width 128 256 --batch 512 --rounds 5"),
+        "bank-4-million": (40, "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed"),
+        "data": (60, "data.py"),
+        "evaluate": (60, "evaluate.py"),
+    }
+    if quick:  # tiny sizes: what is tried is that each part runs
+        steps = {
+            name: (120, command.replace("--batch 1024", "--batch 4").replace("--batch 512", "--batch 8"))
+            for name, (_, command) in steps.items()
+        }
+        steps = {
+            name: (
+                limit,
+                command.replace("--batch 256", "--batch 4").replace("--size 224", "--size 64")
+                + " --small-size 32" * (name == "multi-crop"),
+            )
+            for name, (limit, command) in steps.items()
+        }
+        memory = {
+            name: (
+                120,
+                command.replace("--batch 1024", "--batch 16")
+                .replace("--batch 256", "--batch 4")
+                .replace("--size 224", "--size 64"),
+            )
+            for name, (_, command) in memory.items()
+        }
+        others = {name: (120, command.split()[0]) for name, (_, command) in others.items() if name != "bank-4-million"}
+    return {name: (limit, command + small) for name, (limit, command) in {**steps, **memory, **others}.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and numbers")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", help="names of parts")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    began, seen = time.monotonic(), {}
+    commands = {"tests": (120, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")])}
+    for name, (limit, command) in parts(options.quick).items():
+        out = ["--device", options.device, "--out", str(options.out / f"{name}.json")]
+        script, *arguments = command.split()
+        commands[name] = (limit, [sys.executable, str(HERE / script), *arguments, *out])
+    for name, (limit, line) in commands.items():
+        if options.only and name not in options.only:
+            continue
+        seen[name] = run(name, limit, line, options.out / f"{name}.log")
+    (options.out / "summary.json").write_text(json.dumps(seen, indent=2) + "\n")
+    print(f"{len(seen)} parts in {time.monotonic() - began:.0f} s; logs and numbers are in {options.out}")
+    return int(any(part["outcome"] != "done" for part in seen.values()))
+
+
+def run(name: str, limit: int, line: list[str], log: Path) -> dict[str, object]:
+    """Run one part and return how it ended."""
+    shown = " ".join(["python", *(word.replace(str(HERE.parent) + "/", "") for word in line[1:])])
+    print(f"$ {shown}", flush=True)
+    began = time.monotonic()
+    with log.open("w") as file:
+        file.write(f"$ {shown}\n")
+        file.flush()
+        try:
+            status = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, timeout=limit).returncode
+            outcome = "done" if status == 0 or (name == "tests" and status == 5) else f"failed with {status}"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {limit} s"
+    print(log.read_text()[-1500:])
+    print(f"({name}: {outcome}, {time.monotonic() - began:.0f} s)", flush=True)
+    return {"command": shown, "outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

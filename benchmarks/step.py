@@ -1,0 +1,256 @@
+"""One step of CaCo, end to end, against the limit: the same backbone's bare passes, without loss, bank or optimizer.
+
+    python benchmarks/step.py [--quick] [--precision fp32 bf16] [--out FILE.json]
+    python benchmarks/step.py --backbone resnet50 --size 224 --batch 1024 --embedding 256 --projector 2048     (a GPU)
+
+The limit is a forward and backward pass of the backbone (no projector) on both views and a forward pass without gradient
+on both, in the same precision and layout. Step and limit take turns in one fresh process; rates are those of the median.
+"step" is `caco.train.step.train_step` on batches that the loader makes meanwhile from pictures in memory, waiting included.
+The stages are the same work taken apart, timed one after the other. An image is one sample: two views, four passes.
+With small crops (--small 6) the limit has a forward and backward pass of each, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from measure import Seconds, arguments, describe, fresh, gigabytes, save, table, take_turns
+from torch import Tensor, nn
+
+from caco.backbone import create_backbone
+from caco.config import EncoderOptions, EngineOptions, Pretrain, Views
+from caco.data.broken import BrokenImages
+from caco.data.loader import TrainingViews
+from caco.data.source import open_source
+from caco.distributed.world import World, choose_device
+from caco.model import embed
+from caco.train.engine import PRECISIONS, compile_module
+from caco.train.heap import keep_heap
+from caco.train.pretrain import create_state, worker_count
+from caco.train.state import TrainingState
+from caco.train.step import Rates, Schedules, train_step
+
+
+def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
+    """Return the published settings at the size asked for."""
+    return Pretrain(
+        data=f"textures:{options.batch * 8}" if options.size <= 64 else f"textures:{options.batch * 2}",
+        backbone=options.backbone,
+        epochs=100,
+        batch_size=options.batch,
+        bank_size=options.bank,
+        accumulate=options.accumulate,
+        device=options.device,
+        precision=precision,  # type: ignore[arg-type]
+        views=Views(size=options.size, small=options.small, small_size=options.small_size, blur=(0.5, 0.5)),
+        encoder=EncoderOptions(embedding=options.embedding, projector=options.projector),
+        engine=EngineOptions(
+            layout="channels_last",
+            compile="on" if options.compile else "off",
+            checkpointing=options.checkpointing,
+            keep_heap=not options.give_back,
+        ),
+    )
+
+
+class Step:
+    """Whole steps, on views that a loader makes ahead, and the same step in stages."""
+
+    def __init__(self, config: Pretrain) -> None:
+        device = choose_device(config.device)
+        if device.type == "cpu" and config.engine.keep_heap:
+            keep_heap()
+        torch.manual_seed(0)
+        source = open_source(config.data)
+        self.state: TrainingState = create_state(
+            config, create_backbone(config.backbone, config.views.size), World(device)
+        )
+        self.state.model.train()
+        self.precision, self.accumulate = PRECISIONS[config.precision], config.accumulate
+        self.rates: Rates = Schedules.of(config).at(config.optimizer.warmup_epochs)
+        self.loader = TrainingViews(
+            source,
+            config.views.recipes(),
+            config.views.mean,
+            config.views.std,
+            batch_size=config.batch_size,
+            seed=0,
+            workers=worker_count("auto"),
+            device=device,
+            broken=BrokenImages(len(source), 0.0),
+        )
+        self.batches = self._batches()
+
+    def _batches(self) -> Iterator[list[Tensor]]:
+        epoch = 0
+        while True:
+            for batch in self.loader.batches(epoch):
+                yield batch.views
+            epoch += 1
+
+    def whole(self) -> None:
+        train_step(
+            self.state,
+            self.state.model,
+            next(self.batches),
+            self.rates,
+            self.rates.key_momentum,
+            self.precision,
+            self.accumulate,
+        )
+
+    def stages(self) -> dict[str, Any]:
+        """Return the parts of a step, to be called in this order."""
+        model, state = self.state.model, self.state
+        held: dict[str, Any] = {}
+
+        def autocast() -> torch.autocast:
+            device = self.loader.device.type
+            return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
+
+        def wait() -> None:
+            held["views"] = next(self.batches)
+
+        def queries() -> None:
+            with autocast():
+                held["queries"] = [embed(model.encoder, view) for view in held["views"]]
+
+        def keys() -> None:
+            with autocast(), torch.no_grad():
+                held["keys"] = torch.cat([embed(model.key_encoder, view) for view in held["views"][:2]])
+
+        def bank() -> None:
+            held["leaves"] = [query.detach().requires_grad_() for query in held["queries"]]
+            with autocast():
+                slots = model.bank.slots()
+                positives = model.bank.nearest(held["keys"], slots).view(2, -1)
+                held["output"] = model.contrast(held["leaves"], slots, positives)
+            held["output"].loss.backward()
+
+        def backward() -> None:
+            torch.autograd.backward(held["queries"], [leaf.grad for leaf in held["leaves"]])
+
+        def optimizers() -> None:
+            state.optimizer.step()
+            state.bank_optimizer.step()
+
+        def momentum() -> None:
+            model.update_key_encoder(self.rates.key_momentum)
+
+        def meters() -> None:
+            state.meters.add(held["output"], state.step)
+            state.optimizer.zero_grad(set_to_none=True)
+            state.bank_optimizer.zero_grad(set_to_none=True)
+
+        return {
+            "wait for views": wait,
+            "query passes": queries,
+            "key passes": keys,
+            "bank: search, loss, gradients": bank,
+            "backward of the encoder": backward,
+            "optimizers": optimizers,
+            "key encoder": momentum,
+            "meters": meters,
+        }
+
+
+def limit(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype, accumulate: int) -> None:
+    """Take the passes that nothing can do without."""
+    for part in range(accumulate):
+        bare_passes(backbone, [view.chunk(accumulate)[part] for view in views], precision)
+
+
+def bare_passes(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype) -> None:
+    with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
+        total = sum(backbone(view).float().sum() for view in views)
+        with torch.no_grad():
+            for view in views[:2]:
+                backbone(view)
+    assert isinstance(total, Tensor)
+    total.backward()
+    for parameter in backbone.parameters():
+        parameter.grad = None
+
+
+def contestant(config: Pretrain, rounds: int, in_stages: bool) -> dict[str, Any]:
+    """Run in a fresh process: return the seconds of a whole step, of the limit, and of each stage."""
+    step = Step(config)
+    backbone = create_backbone(config.backbone, config.views.size)
+    backbone.to(step.loader.device).to(memory_format=torch.channels_last).train()
+    if config.engine.compile == "on":
+        compile_module(backbone)
+    views = next(step.batches)
+    turns = take_turns(
+        {"step": step.whole, "limit": partial(limit, backbone, views, step.precision, step.accumulate)},
+        rounds,
+        warm_up=2,
+        device=step.loader.device,
+    )
+    del backbone, views
+    parts = step.stages() if in_stages else {}
+    stages: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(max(rounds // 2, 1) + 1):
+        for name, stage in parts.items():
+            seconds = take_turns({name: stage}, 1, warm_up=0, device=step.loader.device)[name].all[0]
+            if turn:
+                stages[name].append(seconds)
+    gpu = torch.cuda.max_memory_allocated() if step.loader.device.type == "cuda" else None
+    return {
+        "step": turns["step"].as_json(),
+        "limit": turns["limit"].as_json(),
+        "stages": {name: Seconds(tuple(times)).as_json() for name, times in stages.items()},
+        "gpu_bytes": gpu,
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--size", type=int, default=32, help="side of the two large views, pixels")
+    parser.add_argument("--small", type=int, default=0, help="number of small crops")
+    parser.add_argument("--small-size", type=int, default=96)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--bank", type=int, help="slots")
+    parser.add_argument("--embedding", type=int, default=128)
+    parser.add_argument("--projector", type=int, default=512)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--compile", action="store_true", help="torch.compile, of the step's encoder and of the limit")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, help="parts of a batch; the stages are then of a whole one"
+    )
+    parser.add_argument("--no-stages", action="store_true", help="the whole step and the limit only")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--give-back", action="store_true", help="CPU: do not keep freed memory")
+    options = parser.parse_args()
+    options.batch = options.batch or (32 if options.quick else 256)
+    options.bank = options.bank or (4096 if options.quick else 65_536)
+    rounds = options.rounds or (1 if options.quick else 5)
+    print(describe(options.device))
+    results = {}
+    for precision in options.precision:
+        run = fresh(contestant, configuration(options, precision), rounds, not options.no_stages)
+        row, memory = run.result, run.result["gpu_bytes"] or run.family_bytes
+        results[precision] = {**row, "others": run.others, "bytes": memory}
+        whole, bare = (options.batch / row[name]["median"] for name in ("step", "limit"))
+        title = f"{options.backbone}, {options.size} px, batch {options.batch}, {options.bank:,} slots, {precision}"
+        print(
+            f"\n{title}: {whole:,.1f} images/s, limit {bare:,.1f}, {whole / bare:.1%} of it; peak {gigabytes(memory)} GB"
+        )
+        print(f"(other programs kept {run.others} cores busy)")
+        total = sum(stage["median"] for stage in row["stages"].values())
+        rows = [
+            (name, f"{1000 * stage['median']:,.1f}", f"{stage['median'] / total:.1%}")
+            for name, stage in row["stages"].items()
+        ]
+        if rows:
+            print(table(("stage", "ms", "share"), rows))
+    save(options, {"results": results})
+
+
+if __name__ == "__main__":
+    main()
