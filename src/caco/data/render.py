@@ -7,6 +7,7 @@ parameters a sample and no indexing by sample, so that nothing waits for the dev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,10 +78,12 @@ def _crop_arrays(
     """The same for arrays of any sizes, one after the other; only the crop of an image is read."""
     views = []
     for image, row in zip(images, rows, strict=True):
-        top, left, height, width = (int(row[number]) for number in (p.TOP, p.LEFT, p.HEIGHT, p.WIDTH))
-        crop = torch.tensor(image[top : top + height, left : left + width])[None]
+        top, left, height, width = row[[p.TOP, p.LEFT, p.HEIGHT, p.WIDTH]].tolist()
+        first_row, first_column = int(top), int(left)
+        crop = torch.tensor(image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)])[None]
         whole = row[None].clone()
-        whole[:, [p.TOP, p.LEFT]] = 0
+        whole[:, p.TOP] -= first_row
+        whole[:, p.LEFT] -= first_column
         views.append(_crop_tensor(crop, whole, size))
     return torch.cat(views)
 
@@ -88,10 +91,10 @@ def _crop_arrays(
 def resize_weights(
     start: Float[Tensor, " B"], length: Float[Tensor, " B"], extent: int, size: int, flip: Tensor | None = None
 ) -> Float[Tensor, "B size extent"]:
-    """Return the weights of antialiased bilinear resizing of pixels [start, start + length) to size pixels.
+    """Return the weights of antialiased bilinear resizing of the stretch [start, start + length) to size pixels.
 
     Like Pillow: a triangle as wide as two source pixels or two target pixels, whichever is more, cut at the crop's
-    borders and normalised.
+    borders and normalised. A pixel of which the stretch covers a part counts as a whole one.
     """
     place = torch.arange(size, dtype=torch.float32, device=start.device).expand(len(start), size)
     if flip is not None:
@@ -99,7 +102,7 @@ def resize_weights(
     scale = length[:, None] / size
     centre = (place + 0.5) * scale
     source = torch.arange(extent, dtype=torch.float32, device=start.device) + 0.5 - start[:, None]
-    inside = (source > 0) & (source < length[:, None])
+    inside = (source > -0.5) & (source < length[:, None] + 0.5)
     distance = (source[:, None, :] - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]
     weights = (1 - distance).clamp(min=0) * inside[:, None, :]
     return weights.div_(weights.sum(dim=2, keepdim=True))
