@@ -17,7 +17,7 @@ from torchvision.transforms import functional as F
 
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, Views
 from caco.data import augment
-from caco.data.augment import centre_view, draw_parameters, normalise, render_view_into, render_views
+from caco.data.augment import centre_view, draw_parameters, normalise, render_views
 from caco.data.parameters import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, ViewParameters
 from caco.errors import UsageError
 
@@ -202,10 +202,15 @@ def test_a_batch_is_its_samples(engine: str) -> None:
     assert batch.shape == (6, 3, 32, 32)
     assert batch.dtype == torch.float32
     assert torch.allclose(batch, several, atol=1e-5)
+    out = torch.full((8, 3, 32, 32), -9.0).contiguous(memory_format=torch.channels_last)
     for row in range(6):
-        out = torch.empty(3, 32, 32)
-        render_view_into(images[row], parameters, row, SECOND, IMAGENET_MEAN, IMAGENET_STD, out)
-        assert torch.allclose(out, batch[row], atol=1e-4)
+        one = parameters.rows([row])
+        views = render_views(
+            [images[row]], one, SECOND, IMAGENET_MEAN, IMAGENET_STD, engine=engine, out=out[row : row + 1]
+        )
+        assert views.data_ptr() == out[row].data_ptr()
+    assert torch.allclose(out[:6], batch, atol=1e-5)
+    assert (out[6:] == -9).all()
 
 
 def test_an_empty_batch_gives_no_views() -> None:

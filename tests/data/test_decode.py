@@ -12,13 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
+from caco.data import decode
 from caco.data.decode import BrokenImage, decode_rgb, read_size
 from caco.errors import CacoError
 
 # Four patches of 24 x 32 pixels: red, green / blue, grey. Every turn and flip of it is another picture.
 RED, GREEN, BLUE, GREY = (230, 20, 30), (40, 200, 60), (20, 50, 220), (128, 128, 128)
+
+
+@pytest.fixture(autouse=True, params=["simplejpeg", "Pillow"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds with the extra `fast` and without it."""
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg")
+    else:
+        monkeypatch.setattr(decode, "simplejpeg", None)
 
 
 def picture() -> np.ndarray:
@@ -339,6 +349,72 @@ def test_any_damage_ends_in_broken_image_or_pixels() -> None:
             except BrokenImage:
                 outcomes["broken"] += 1
     assert min(outcomes.values()) > 50
+
+
+def by_each(data: bytes, factor: int, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray | str]:
+    """What simplejpeg and what Pillow makes of a JPEG: pixels, or why it is broken."""
+    outcomes: list[np.ndarray | str] = []
+    for module in (pytest.importorskip("simplejpeg"), None):
+        monkeypatch.setattr(decode, "simplejpeg", module)
+        try:
+            outcomes.append(decode_rgb(data, "picture", factor))
+        except BrokenImage as problem:
+            outcomes.append(problem.reason)
+    return outcomes
+
+
+def grain(height: int, width: int) -> np.ndarray:
+    generator = np.random.default_rng(height)
+    coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
+    return np.clip(np.asarray(coarse) + generator.normal(0, 9, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg"], indirect=True)
+class TestTheTwoDecoders:
+    @pytest.mark.parametrize("factor", [1, 2, 4, 8])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"quality": 90},
+            {"quality": 30, "subsampling": 0},
+            {"quality": 75, "subsampling": 1},
+            {"quality": 100, "progressive": True},
+            {"quality": 90, "restart_marker_rows": 1},
+            {"quality": 90, "keep_rgb": True},
+            {"quality": 90, "icc_profile": b"a profile, not applied"},
+        ],
+    )
+    def test_give_the_same_pixels(self, options: dict, factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        for shape in ((375, 500), (203, 301), (8, 37)):
+            for pixels in (grain(*shape), grain(*shape)[:, :, 0]):
+                fast, slow = by_each(encoded(Image.fromarray(pixels), "JPEG", **options), factor, monkeypatch)
+                assert not isinstance(slow, str)
+                np.testing.assert_array_equal(fast, slow)
+
+    def test_agree_on_damaged_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where simplejpeg sees a flaw, Pillow decides: no truncated file passes, and none is lost that it can show."""
+        generator = np.random.default_rng(0)
+        broken = 0
+        for options in ({}, {"progressive": True}):
+            whole = encoded(Image.fromarray(grain(47, 61)), "JPEG", **options)
+            for number in range(300):
+                data = bytearray(whole[: generator.integers(2, len(whole))] if number % 3 == 0 else whole)
+                for place in generator.integers(0, len(data), number % 3):
+                    data[place] = generator.integers(0, 256)
+                fast, slow = by_each(bytes(data), 1, monkeypatch)
+                assert isinstance(fast, str) or not isinstance(slow, str)
+                np.testing.assert_array_equal(fast, slow)
+                broken += isinstance(fast, str)
+                assert number % 3 or isinstance(fast, str)
+        assert 200 < broken < 500
+
+    def test_simplejpeg_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        data = encoded(Image.fromarray(grain(40, 60)), "JPEG", exif=exif)
+        monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded by Pillow"))
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded by Pillow"))
+        assert decode_rgb(data, "picture", 4).shape == (15, 10, 3)
 
 
 def test_many_threads_see_the_same_and_no_filter_changes() -> None:

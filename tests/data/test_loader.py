@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from caco.config import Views
-from caco.data import loader
+from caco.data import resident
 from caco.data.broken import BrokenImages
 from caco.data.decode import BrokenImage
-from caco.data.loader import TrainingViews, epoch_order, load_or_next
+from caco.data.load import load_or_next
+from caco.data.loader import TrainingViews, epoch_order
 from caco.errors import CacoError, UsageError
 
 SIDE, COUNT, BATCH = 12, 40, 8
@@ -160,12 +161,12 @@ def test_union_of_the_processes_is_the_batch_of_one(equal, size):
 
 def test_resident_and_streamed_views_are_the_same(monkeypatch):
     source = Pictures(broken=[4, 5])
-    resident = views_of(source)
-    assert resident._resident is not None
-    monkeypatch.setattr(loader, "RESIDENT_SHARE", 0.0)  # nothing may be held
+    held = views_of(source)
+    assert held._resident is not None
+    monkeypatch.setattr(resident, "RESIDENT_SHARE", 0.0)  # nothing may be held
     streamed = views_of(source)
     assert streamed._resident is None
-    assert_equal_batches(resident.batches(0), streamed.batches(0))
+    assert_equal_batches(held.batches(0), streamed.batches(0))
 
 
 def test_sizes_that_differ_where_the_probes_do_not_look():
@@ -276,4 +277,4 @@ def test_one_batch_of_all():
 
 
 def test_free_memory_is_believable():
-    assert 2**20 < loader.free_memory() < 2**50
+    assert 2**20 < resident.free_memory() < 2**50

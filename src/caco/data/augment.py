@@ -7,7 +7,6 @@ pixels to 1e-4 of full scale.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Literal
 
@@ -23,7 +22,7 @@ from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import render_with_torch
 from caco.errors import UsageError
 
-__all__ = ["ViewParameters", "centre_view", "draw_parameters", "normalise", "render_view_into", "render_views"]
+__all__ = ["ViewParameters", "centre_view", "draw_parameters", "normalise", "render_views"]
 
 Engine = Literal["auto", "torch", "numba"]
 
@@ -36,64 +35,35 @@ def render_views(
     std: Sequence[float],
     *,
     engine: Engine = "auto",
-    threads: int = 1,
+    out: Float[Tensor, "B 3 S S"] | None = None,
 ) -> Float[Tensor, "B 3 S S"]:
     """Render one view of each image: float32 [B, 3, S, S], S = recipe.size, less mean, over std (of pixels in 0-1).
 
     images: one uint8 tensor [B, H, W, 3] on any device, or B uint8 arrays [H, W, 3] of any sizes. engine: torch, numba
-    (CPU only), or auto (numba for images on the CPU where it is installed). threads: of the numba engine, without the
-    GIL. Raises UsageError when the engine cannot do it.
+    (CPU only, on the calling thread, without the GIL), or auto (numba for images on the CPU where it is installed).
+    out: where to write the views. They come in memory format channels_last, and so must `out`.
+    Raises UsageError when the engine cannot do it.
     """
     if len(images) != len(parameters):
         raise ValueError(f"{len(images)} images, but parameters of {len(parameters)}")
+    device = images.device if isinstance(images, Tensor) else torch.device("cpu")
+    if out is None:
+        shape = len(images), 3, recipe.size, recipe.size
+        out = torch.empty(shape, device=device, memory_format=torch.channels_last)
     if not len(images):
-        return torch.empty(0, 3, recipe.size, recipe.size, device=images.device if isinstance(images, Tensor) else None)
-    if choose_engine(engine, images.device if isinstance(images, Tensor) else torch.device("cpu")) == "torch":
-        return render_with_torch(images, parameters, recipe.size, mean, std)
-    views = torch.empty(len(images), 3, recipe.size, recipe.size)
-    table, target = parameters.table(), views.numpy()
-    pixels = images.numpy() if isinstance(images, Tensor) else images
-
-    def render(rows: slice) -> None:
-        from caco.data.kernel import render_with_numba
-
-        if isinstance(pixels, np.ndarray):
-            render_with_numba(np.ascontiguousarray(pixels[rows]), table[rows], mean, std, target[rows])
-            return
-        for row in range(rows.start, rows.stop):
-            image = np.ascontiguousarray(pixels[row])[None]
-            render_with_numba(image, table[row : row + 1], mean, std, target[row : row + 1])
-
-    edges = np.linspace(0, len(images), min(threads, len(images)) + 1).astype(int)
-    parts = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
-    if len(parts) == 1:
-        render(parts[0])
-    else:
-        with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(render, parts))
-    return views
-
-
-def render_view_into(
-    image: UInt8[np.ndarray, "H W 3"],
-    parameters: ViewParameters,
-    row: int,
-    recipe: ViewRecipe,
-    mean: Sequence[float],
-    std: Sequence[float],
-    out: Float[Tensor, "3 S S"],
-) -> None:
-    """Render one view of one image (by one row of the parameters) into `out`, contiguous float32 [3, S, S] on the CPU.
-
-    For loaders that render in their own threads: the GIL is not held where numba is installed.
-    """
-    one = parameters.rows(slice(row, row + 1))
-    if choose_engine("auto", out.device) == "torch":
-        out.copy_(render_with_torch([image], one, recipe.size, mean, std)[0])
-        return
+        return out
+    if choose_engine(engine, device) == "torch":
+        return out.copy_(render_with_torch(images, parameters, recipe.size, mean, std))
     from caco.data.kernel import render_with_numba
 
-    render_with_numba(np.ascontiguousarray(image)[None], one.table(), mean, std, out.numpy()[None])
+    table, target = parameters.table(), out.permute(0, 2, 3, 1).numpy()
+    if isinstance(images, Tensor):
+        render_with_numba(np.ascontiguousarray(images.numpy()), table, mean, std, target)
+        return out
+    for row, image in enumerate(images):
+        one = slice(row, row + 1)
+        render_with_numba(np.ascontiguousarray(image)[None], table[one], mean, std, target[one])
+    return out
 
 
 def choose_engine(engine: Engine, device: torch.device) -> Literal["torch", "numba"]:

@@ -6,12 +6,19 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from caco.errors import CacoError
+
+try:
+    import simplejpeg
+except ModuleNotFoundError:  # in the extra `fast`; Pillow gives the same pixels
+    if not TYPE_CHECKING:
+        simplejpeg = None
 
 Pixels = NDArray[np.uint8]
 Shrink = Callable[[int, int], int]
@@ -26,16 +33,6 @@ MOST_PIXELS = 2 * 1024**3 // 12  # at most 2 GiB when Pillow, the white ground a
 # other threads; one filter, set once and behind all others, cannot, and whoever sets a filter of their own still wins.
 warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors go to stderr where no log is configured
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class BrokenImage(CacoError):
@@ -55,7 +52,8 @@ def decode_rgb(data: bytes, key: str, shrink: int | Shrink = 1, minimum_side: in
 
     JPEG, PNG, WebP, BMP, TIFF, GIF and PPM; of several frames or pages, the first. Transparency is laid on white;
     more than 8 bits are scaled down (`_scaled`); colour profiles are not applied. A shrink of 2, 4 or 8 decodes a JPEG
-    at that fraction of its size (rounded up), at less cost; other formats ignore it. Thread-safe.
+    at that fraction of its size (rounded up), at less cost: a pixel is then 2, 4 or 8 pixels wide and high, counted from
+    the top left of the picture as it is stored. Other formats ignore it. Thread-safe.
     Raises BrokenImage: empty, truncated, not an image, more than MOST_PIXELS, a side below minimum_side pixels.
     """
     image = _open(data, key)
@@ -66,16 +64,34 @@ def decode_rgb(data: bytes, key: str, shrink: int | Shrink = 1, minimum_side: in
         factor = shrink(height, width) if callable(shrink) else shrink
         if factor not in (1, 2, 4, 8):
             raise ValueError(f"shrink must be 1, 2, 4 or 8, not {factor}")
-        with _explained(key):
-            if factor > 1:
-                image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-            image.load()
-            # Looked up after loading: Pillow turns a TIFF upright by itself, and a PNG may keep EXIF at its end.
-            turn = _UPRIGHT.get(_orientation(image))
-            upright = image if turn is None else image.transpose(turn)
-            return np.array(_rgb(upright, image))
+        pixels = _plain_jpeg(data, image, factor)
+        if pixels is None:
+            with _explained(key):
+                if factor > 1:
+                    image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+                image.load()
+                pixels = np.array(_rgb(image))
+        # Looked up after loading: Pillow turns a TIFF upright by itself, and a PNG may keep EXIF at its end.
+        return _upright(pixels, _orientation(image))
     finally:
         image.close()
+
+
+def _plain_jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
+    """Return the pixels of a grey or coloured JPEG as stored, by simplejpeg, or None for what Pillow should judge.
+
+    Both use libjpeg-turbo with the same settings, so the pixels are the same (`tests/data/test_decode.py`). simplejpeg is
+    strict: at anything odd in the data, if only a missing end, it gives up, and Pillow decides whether it is a picture.
+    """
+    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    height, width = -(-image.height // factor), -(-image.width // factor)
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
+    except ValueError:
+        return None
+    # It takes the smallest scale that is large enough; of a tiny picture that need not be the scale asked for.
+    return pixels if pixels.shape == (height, width, 3) else None
 
 
 def read_size(data: bytes, key: str) -> tuple[int, int]:
@@ -132,17 +148,28 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Return stored pixels [H, W, 3] turned and mirrored as an EXIF orientation says."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """Return (height, width) as the image will be when upright."""
     lying = image.format != "TIFF" and _orientation(image) >= 5  # a TIFF's size is told upright by Pillow
     return (image.width, image.height) if lying else (image.height, image.width)
 
 
-def _rgb(image: Image.Image, source: Image.Image) -> Image.Image | Pixels:
-    """Return a loaded image of any mode as RGB; `source` is the same as it was opened, with its format and metadata."""
+def _rgb(image: Image.Image) -> Image.Image | Pixels:
+    """Return a loaded image of any mode as RGB."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return np.repeat(_scaled(np.asarray(image), source)[:, :, None], 3, axis=2)
-    if image.mode == "CMYK" and source.format in ("JPEG", "MPO") and "adobe" not in source.info:
+        return np.repeat(_scaled(np.asarray(image), image)[:, :, None], 3, axis=2)
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         # Adobe stores ink upside down and Pillow supposes that of every JPEG; one without Adobe's marker is as it is.
         image = ImageChops.invert(image)
     if image.has_transparency_data:

@@ -46,14 +46,17 @@ def blur_margin(sigma):
 
 @njit(**OPTIONS)
 @no_type_check
-def resize_taps(length, size, flip, step, first, count, weights):
-    """Fill, for each target pixel, its first source pixel (times step), the number of taps, their weights and a 0."""
+def resize_taps(start, length, pixels, size, flip, step, first, count, weights):
+    """Fill, for each target pixel, its first source pixel (times step), the number of taps, their weights and a 0.
+
+    The stretch [start, start + length) of `pixels` source pixels becomes `size` pixels; start is below 1.
+    """
     scale = length / size
     support = max(scale, 1.0)
     for target in range(size):
-        centre = (target + 0.5) * scale
+        centre = start + (target + 0.5) * scale
         low = max(int(centre - support + 0.5), 0)
-        taps = min(int(centre + support + 0.5), length) - low
+        taps = min(int(centre + support + 0.5), pixels) - low
         place = size - 1 - target if flip else target
         total = 0.0
         for tap in range(taps):
@@ -261,58 +264,75 @@ def mix_neighbours(source, centre, stride, weights, radius, target):
 
 @njit(**OPTIONS)
 @no_type_check
-def finish(source, solarize, scale, offset, target):
-    """Solarise and normalise one stretch of pixels into the view."""
+def finish(red, green, blue, solarize, scale, offset, target):
+    """Solarise and normalise a stretch of pixels, and write them to the view, the channels side by side."""
+    s0, s1, s2, o0, o1, o2 = scale[0], scale[1], scale[2], offset[0], offset[1], offset[2]
+    place = UINTP(0)
     if solarize:
-        for x in range(len(target)):
-            target[x] = scale * min(source[x], ONE - source[x]) + offset
+        for x in range(len(red)):
+            target[place] = s0 * min(red[x], ONE - red[x]) + o0
+            target[place + UINTP(1)] = s1 * min(green[x], ONE - green[x]) + o1
+            target[place + UINTP(2)] = s2 * min(blue[x], ONE - blue[x]) + o2
+            place += UINTP(3)
     else:
-        for x in range(len(target)):
-            target[x] = scale * source[x] + offset
+        for x in range(len(red)):
+            target[place] = s0 * red[x] + o0
+            target[place + UINTP(1)] = s1 * green[x] + o1
+            target[place + UINTP(2)] = s2 * blue[x] + o2
+            place += UINTP(3)
 
 
 @njit(**OPTIONS)
 @no_type_check
-def blur_and_finish(plane, size, margin, weights, radius, solarize, scale, offset, lines, view):
-    """Blur one plane and write it to the view, a block of rows at a time so that both passes stay in the cache.
+def blur_and_finish(planes, size, margin, weights, radius, solarize, scale, offset, lines, view):
+    """Blur three planes and write them to the view, a block of rows at a time so that all passes stay in the cache.
 
-    plane: `size` rows with `margin` more above and below, which are filled here. lines: float32 [3, pixels], scratch.
+    planes: `size` rows with `margin` more above and below, which are filled here. lines: float32 [5, pixels], scratch.
     """
     below = (margin + size) * size
-    for y in range(margin):
-        for x in range(size):
-            plane[y * size + x] = plane[margin * size + x]
-            plane[below + y * size + x] = plane[below - size + x]
+    for channel in range(3):
+        plane = planes[channel]
+        for y in range(margin):
+            for x in range(size):
+                plane[y * size + x] = plane[margin * size + x]
+                plane[below + y * size + x] = plane[below - size + x]
     wide = size + 2 * margin
     rows = max(1, CHUNK // size)
     for top in range(0, size, rows):
         count = min(rows, size - top)
-        down, padded, both = lines[0, : count * size], lines[1, : count * wide], lines[2, : (count - 1) * wide + size]
-        mix_neighbours(plane, (margin + top) * size, size, weights, radius, down)
+        down, padded = lines[0, : count * size], lines[1, : count * wide]
+        for channel in range(3):
+            mix_neighbours(planes[channel], (margin + top) * size, size, weights, radius, down)
+            for y in range(count):
+                start = y * wide
+                for x in range(margin):
+                    padded[start + x] = down[y * size]
+                    padded[start + margin + size + x] = down[(y + 1) * size - 1]
+                for x in range(size):
+                    padded[start + margin + x] = down[y * size + x]
+            mix_neighbours(padded, margin, 1, weights, radius, lines[2 + channel, : (count - 1) * wide + size])
         for y in range(count):
-            start = y * wide
-            for x in range(margin):
-                padded[start + x] = down[y * size]
-                padded[start + margin + size + x] = down[(y + 1) * size - 1]
-            for x in range(size):
-                padded[start + margin + x] = down[y * size + x]
-        mix_neighbours(padded, margin, 1, weights, radius, both)
-        for y in range(count):
-            finish(both[y * wide : y * wide + size], solarize, scale, offset, view[top + y])
+            start, stop = y * wide, y * wide + size
+            red, green, blue = lines[2, start:stop], lines[3, start:stop], lines[4, start:stop]
+            finish(red, green, blue, solarize, scale, offset, view[top + y])
 
 
 @njit(**OPTIONS)
 @no_type_check
 def resize_crop(image, parameters, size, row, red, green, blue):
     """Crop, resize and flip one image into three planes of float32 [size * size] in 0-1."""
-    top, left = int(parameters[p.TOP]), int(parameters[p.LEFT])
-    height, width = int(parameters[p.HEIGHT]), int(parameters[p.WIDTH])
+    # The crop may begin and end inside a pixel: then the image is smaller than the one it was drawn for.
+    down_from, right_from = np.float64(parameters[p.TOP]), np.float64(parameters[p.LEFT])
+    crop_height, crop_width = np.float64(parameters[p.HEIGHT]), np.float64(parameters[p.WIDTH])
+    top, left = int(down_from), int(right_from)
+    height, width = int(math.ceil(down_from + crop_height)) - top, int(math.ceil(right_from + crop_width)) - left
     most = 2 * int(math.ceil(max(height, width, size) / size)) + 2
     first_row, rows = np.empty(size, UINTP), np.empty(size, np.int64)
     first_column, columns = np.empty(size, UINTP), np.empty(size, np.int64)
     down, right = np.empty((size, most), np.float32), np.empty((size, most), np.float32)
-    resize_taps(height, size, False, 1, first_row, rows, down)
-    resize_taps(width, size, parameters[p.FLIP] > ZERO, 3, first_column, columns, right)
+    flip = parameters[p.FLIP] > ZERO
+    resize_taps(down_from - top, crop_height, height, size, False, 1, first_row, rows, down)
+    resize_taps(right_from - left, crop_width, width, size, flip, 3, first_column, columns, right)
     down *= np.float32(1 / 255)
     row[3 * width : 3 * width + 3] = ZERO  # a weight of zero may fall here, and zero times rubbish could be NaN
     for y in range(size):
@@ -328,14 +348,14 @@ def resize_crop(image, parameters, size, row, red, green, blue):
         types.float32[::1],
         types.float32[::1],
         types.float32[::1],
-        types.float32[:, :, :, ::1],
+        types.float32[:, :, ::1],
     ),
     **OPTIONS,
 )
 @no_type_check
 def render_rows(images, table, scale, offset, scratch, views):
-    """Render one view of each image: bytes [B, H, 3 W] and parameters [B, COLUMNS] to float32 [B, 3, S, S]."""
-    size = views.shape[2]
+    """Render one view of each image: bytes [B, H, 3 W] and parameters [B, COLUMNS] to float32 [B, S, 3 S]."""
+    size = views.shape[1]
     pixels = size * size
     for sample in range(len(images)):
         parameters, view = table[sample], views[sample]
@@ -354,23 +374,10 @@ def render_rows(images, table, scale, offset, scratch, views):
             weights = np.empty(margin + PAIRS, np.float32)
             radius = gaussian(sigma, weights)
             block = max(1, CHUNK // size) * (size + 2 * margin)
-            lines = rest[: 3 * block].reshape(3, block)
-            for channel in range(3):
-                blur_and_finish(
-                    planes[channel],
-                    size,
-                    margin,
-                    weights,
-                    radius,
-                    solarize,
-                    scale[channel],
-                    offset[channel],
-                    lines,
-                    view[channel],
-                )
+            lines = rest[: 5 * block].reshape(5, block)
+            blur_and_finish(planes, size, margin, weights, radius, solarize, scale, offset, lines, view)
         else:
-            for channel in range(3):
-                finish(planes[channel], solarize, scale[channel], offset[channel], view[channel].reshape(pixels))
+            finish(red, green, blue, solarize, scale, offset, view.reshape(3 * pixels))
 
 
 _scratch = threading.local()
@@ -385,17 +392,19 @@ def render_with_numba(
 ) -> None:
     """Render one view of each image into `views`, on the calling thread, without the GIL.
 
-    images: uint8 [B, H, W, 3], contiguous. table: ViewParameters.table(). views: float32 [B, 3, S, S], contiguous.
+    images: uint8 [B, H, W, 3], contiguous. table: ViewParameters.table(). views: float32 [B, S, S, 3], contiguous.
     """
     batch, height, width, _ = images.shape
-    size = views.shape[2]
+    size = views.shape[1]
     margin = blur_margin(table[:, p.SIGMA].max())
     wide = size + 2 * margin
     # The planes, and behind them what only one stage at a time needs: one row of the source; the blur's lines.
-    needed = 3 * wide * size + max(3 * width + 3, 3 * max(1, CHUNK // size) * wide)
+    needed = 3 * wide * size + max(3 * width + 3, 5 * max(1, CHUNK // size) * wide)
     scratch = getattr(_scratch, "buffer", None)
     if scratch is None or len(scratch) < needed:
         scratch = _scratch.buffer = np.empty(needed, dtype=np.float32)
     deviation = np.asarray(std, dtype=np.float32)
     scale, offset = 1 / deviation, -np.asarray(mean, dtype=np.float32) / deviation
-    render_rows(images.reshape(batch, height, 3 * width), table, scale, offset, scratch, views)
+    render_rows(
+        images.reshape(batch, height, 3 * width), table, scale, offset, scratch, views.reshape(batch, size, 3 * size)
+    )

@@ -6,38 +6,28 @@ be saved for a resume, and it is the same for any number of threads or processes
 
 from __future__ import annotations
 
-import os
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from caco.config import ViewRecipe
+from caco.data.ahead import Batch, ahead
 from caco.data.augment import draw_parameters, render_views
 from caco.data.broken import BrokenImages
-from caco.data.decode import BrokenImage
+from caco.data.compiled import CompiledViews
+from caco.data.load import load_shrunk
+from caco.data.parameters import ViewParameters, largest_shrink
+from caco.data.render import copy_to
+from caco.data.resident import decode_all
 from caco.data.source import ImageSource
-from caco.errors import CacoError, UsageError
+from caco.errors import UsageError
 
-CHUNK = 16
-"""Images that one thread decodes and augments at a time."""
-
-RESIDENT_SHARE = 0.25
-"""Share of the free memory that a set of equal-sized images may take to be held decoded."""
-
-
-class Batch(NamedTuple):
-    """One step's input."""
-
-    indices: np.ndarray
-    """int64 [B]: which images of the source."""
-    views: list[Tensor]
-    """One float32 [B, 3, S, S] for each view, normalised, on the device."""
+DECODED_CHUNK, RESIDENT_CHUNK = 16, 64
+"""Images of which one thread makes all views at a time: of those that it decodes, and of those that are held decoded."""
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -74,29 +64,32 @@ class TrainingViews:
         world_size: int = 1,
         layout: torch.memory_format = torch.channels_last,
     ) -> None:
-        """batch_size: over all processes; this one makes the rank-th of world_size equal parts. Raises UsageError."""
+        """batch_size: over all processes; this one makes the rank-th of world_size equal parts. layout: of the views.
+
+        Raises UsageError.
+        """
         check_batch_size(source, batch_size, world_size)
         self.source, self.recipes, self.mean, self.std = source, tuple(recipes), mean, std
         self.batch_size, self.seed, self.device, self.broken = batch_size, seed, device, broken
         self.rank, self.world_size, self.layout = rank, world_size, layout
         self.steps_per_epoch = len(source) // batch_size
         self._workers = workers
-        self._resident = _decode_all(source, broken, workers)
+        self._resident = decode_all(source, broken, workers)
+        self._on_device: list[CompiledViews] = []
         if self._resident is not None and device.type != "cpu":
             self._resident = self._resident.to(device)
+            self._on_device = [
+                CompiledViews(recipe, mean, std, compiled=device.type == "cuda") for recipe in self.recipes
+            ]
+            # Here and not in the thread that makes batches, because torch compiles in one thread at a time.
+            self._from_device(self._resident, np.arange(batch_size // world_size), epoch=0)
 
     def batches(self, epoch: int, first_step: int = 0, last_step: int | None = None) -> Iterator[Batch]:
         """Yield an epoch's batches first_step … last_step − 1 (None: all); two are prepared ahead in the background."""
         order = epoch_order(len(self.source), self.seed, epoch)
         steps = range(first_step, self.steps_per_epoch if last_step is None else last_step)
-        if self._resident is not None and self.device.type != "cpu":
-            for step in steps:
-                indices = self._part(order, step)
-                rendered = self._render(self._resident[indices], indices, epoch)
-                yield Batch(indices, [view.contiguous(memory_format=self.layout) for view in rendered])
-            return
         with ThreadPoolExecutor(self._workers, thread_name_prefix="views") as pool:
-            yield from _ahead(self._batch(pool, self._part(order, step), epoch) for step in steps)
+            yield from ahead((self._batch(pool, self._part(order, step), epoch) for step in steps), self.device)
 
     def _part(self, order: np.ndarray, step: int) -> np.ndarray:
         """Return this process's images of a step."""
@@ -105,112 +98,64 @@ class TrainingViews:
         return order[first : first + share]
 
     def _batch(self, pool: ThreadPoolExecutor, indices: np.ndarray, epoch: int) -> Batch:
-        shapes = [(len(indices), 3, recipe.size, recipe.size) for recipe in self.recipes]
-        views = [torch.empty(shape, memory_format=self.layout) for shape in shapes]
+        if self._resident is None:
+            views = self._in_threads(pool, len(indices), DECODED_CHUNK, partial(self._decode, indices, epoch))
+        elif self._resident.device.type == "cpu":
+            drawn = self._draw(indices, self._resident.shape[1], self._resident.shape[2], epoch)
+            work = partial(self._take, self._resident.numpy(), indices, drawn)
+            views = self._in_threads(pool, len(indices), RESIDENT_CHUNK, work)
+        else:
+            views = self._from_device(self._resident, indices, epoch)
+        return Batch(indices, [view.contiguous(memory_format=self.layout) for view in views])
+
+    def _from_device(self, resident: Tensor, indices: np.ndarray, epoch: int) -> list[Tensor]:
+        """Return views made on the device that holds the images."""
+        images = resident.index_select(0, copy_to(self.device, torch.from_numpy(indices)))
+        drawn = self._draw(indices, resident.shape[1], resident.shape[2], epoch)
+        return [view(images, parameters) for view, parameters in zip(self._on_device, drawn, strict=True)]
+
+    def _in_threads(
+        self, pool: ThreadPoolExecutor, count: int, chunk: int, work: Callable[[slice, list[Tensor]], None]
+    ) -> list[Tensor]:
+        """Return views that `work` fills on the CPU, some rows at a time, and that are copied to the device."""
+        pinned = self.device.type == "cuda"  # only from such memory is a copy that nobody waits for
+        shapes = [(count, 3, recipe.size, recipe.size) for recipe in self.recipes]
+        views = [torch.empty(shape, memory_format=torch.channels_last, pin_memory=pinned) for shape in shapes]
 
         def fill(first: int) -> None:
-            part = indices[first : first + CHUNK]
-            images = self._load(part)
-            for view, rendered in zip(views, self._render(images, part, epoch), strict=True):
-                view[first : first + CHUNK] = rendered
+            rows = slice(first, min(first + chunk, count))
+            work(rows, [view[rows] for view in views])
 
-        list(pool.map(fill, range(0, len(indices), CHUNK)))
-        return Batch(indices, [view.to(self.device, non_blocking=True) for view in views])
+        list(pool.map(fill, range(0, count, chunk)))
+        return [view.to(self.device, non_blocking=True) for view in views]
 
-    def _load(self, indices: np.ndarray) -> Tensor | list[np.ndarray]:
-        if self._resident is not None:
-            return self._resident[indices]
-        return [load_or_next(self.source, int(index), self.broken) for index in indices]
+    def _decode(self, indices: np.ndarray, epoch: int, rows: slice, views: list[Tensor]) -> None:
+        """Decode some images and fill their rows of the views."""
+        loaded = []
+        for index in indices[rows].tolist():
+            shrink = partial(largest_shrink, self.recipes, seed=self.seed, epoch=epoch, index=index)
+            loaded.append(load_shrunk(self.source, index, self.broken, shrink))
+        pixels, heights, widths, factors = zip(*loaded, strict=True)
+        drawn = self._draw(indices[rows], np.array(heights), np.array(widths), epoch)
+        self._render(list(pixels), [parameters.shrunk(np.array(factors)) for parameters in drawn], views)
 
-    def _render(self, images: Tensor | list[np.ndarray], indices: np.ndarray, epoch: int) -> list[Tensor]:
-        heights = np.array([image.shape[0] for image in images])
-        widths = np.array([image.shape[1] for image in images])
-        rendered = []
-        for number, recipe in enumerate(self.recipes):
-            parameters = draw_parameters(
-                recipe, heights, widths, seed=self.seed, epoch=epoch, indices=indices, view=number
-            )
-            rendered.append(render_views(images, parameters, recipe, self.mean, self.std))
-        return rendered
+    def _take(
+        self, images: np.ndarray, indices: np.ndarray, drawn: list[ViewParameters], rows: slice, views: list[Tensor]
+    ) -> None:
+        """Fill some rows of the views from images that are held decoded."""
+        pixels = torch.from_numpy(images[indices[rows]])
+        self._render(pixels, [parameters.rows(rows) for parameters in drawn], views)
 
+    def _draw(
+        self, indices: np.ndarray, heights: np.ndarray | int, widths: np.ndarray | int, epoch: int
+    ) -> list[ViewParameters]:
+        """Return each view's parameters for these images of these stored sizes."""
+        key = {"seed": self.seed, "epoch": epoch}
+        return [
+            draw_parameters(recipe, heights, widths, indices=indices, view=view, **key)
+            for view, recipe in enumerate(self.recipes)
+        ]
 
-def load_or_next(source: ImageSource, index: int, broken: BrokenImages) -> np.ndarray:
-    """Return an image, or in place of a broken one the next good one: the same choice in every run.
-
-    Raises CacoError when too many are broken (`BrokenImages.add`) or none is left.
-    """
-    for offset in range(len(source)):
-        try:
-            return source.load((index + offset) % len(source))
-        except BrokenImage as error:
-            broken.add(error.key, error.reason)
-    raise CacoError(f"{source.name} has no image that can be read")
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that are free or easily freed (Linux), else half of all there is."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _decode_all(source: ImageSource, broken: BrokenImages, workers: int) -> Tensor | None:
-    """Return all images as one uint8 tensor [N, H, W, 3] if they are of one size and fit in memory, else None."""
-    probes = np.unique(np.linspace(0, len(source) - 1, 32).astype(int))
-    shapes = {load_or_next(source, int(index), broken).shape for index in probes}
-    shape = shapes.pop()
-    if shapes or len(source) * int(np.prod(shape)) > RESIDENT_SHARE * free_memory():
-        return None
-    images = np.empty((len(source), *shape), dtype=np.uint8)
-
-    def fill(first: int) -> bool:
-        for index in range(first, min(first + 256, len(source))):
-            image = load_or_next(source, index, broken)
-            if image.shape != shape:
-                return False
-            images[index] = image
-        return True
-
-    with ThreadPoolExecutor(workers) as pool:
-        for same in pool.map(fill, range(0, len(source), 256)):
-            if not same:
-                pool.shutdown(cancel_futures=True)
-                return None
-    return torch.from_numpy(images)
-
-
-def _ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
-    """Yield what `batches` yields, computed in a background thread up to `depth` ahead; errors come through."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                put(batch)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # handed to the consumer, which raises it
-            put(error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+    def _render(self, images: Tensor | list[np.ndarray], drawn: list[ViewParameters], views: list[Tensor]) -> None:
+        for recipe, parameters, view in zip(self.recipes, drawn, views, strict=True):
+            render_views(images, parameters, recipe, self.mean, self.std, out=view)

@@ -7,7 +7,8 @@ workers or processes, in whatever order the samples come, and after a resume. Th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 
 import numpy as np
@@ -23,6 +24,9 @@ ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), d
 TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER = 0, 1, 2, 3, 4, 5
 BRIGHTNESS_FACTOR, CONTRAST_FACTOR, SATURATION_FACTOR, HUE_SHIFT, GRAY, SIGMA, SOLARIZE = 9, 10, 11, 12, 13, 14, 15
 COLUMNS = 16
+
+NEVER_SHRUNK = 256 * 256
+"""Pictures of at most this many pixels are used as they are stored: to decode them smaller would save next to nothing."""
 
 CROP_TRIES = 10
 # Draw numbers: the first ones name the draws below, then four for each try of the crop.
@@ -45,18 +49,22 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
+Edges = NDArray[np.int32] | NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class ViewParameters:
     """What is done to each of N images to make one view of it; numpy arrays, one row a sample.
 
-    Crop in pixels of the image; a factor of 1, a hue shift of 0 (in turns) and a sigma of 0 (in pixels of the view)
-    leave the pixels as they are: that is what samples without colour jitter or without blur have.
+    Crop in pixels of the image, whole ones unless it is `shrunk`; a factor of 1, a hue shift of 0 (in turns) and a
+    sigma of 0 (in pixels of the view) leave the pixels as they are: that is what samples without colour jitter or
+    without blur have.
     """
 
-    top: NDArray[np.int32]
-    left: NDArray[np.int32]
-    height: NDArray[np.int32]
-    width: NDArray[np.int32]
+    top: Edges
+    left: Edges
+    height: Edges
+    width: Edges
     flip: NDArray[np.bool_]
     order: NDArray[np.int8]
     """[N, 4], a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE: the order in which they are applied."""
@@ -74,6 +82,16 @@ class ViewParameters:
     def rows(self, selection: slice | NDArray[np.integer] | list[int]) -> ViewParameters:
         """Return the chosen rows (a slice or an array of row numbers)."""
         return ViewParameters(**{field.name: getattr(self, field.name)[selection] for field in fields(self)})
+
+    def shrunk(self, factors: NDArray[np.integer]) -> ViewParameters:
+        """Return the same views of images that are smaller by `factors`, integers [N]: crops in fractions of a pixel.
+
+        A pixel of such an image is `factor` pixels wide and high, counted from the top left corner; so a crop of it is
+        the same stretch of the picture, divided by the factor. (Float32 holds eighths of a pixel up to 2 million.)
+        """
+        crop = (self.top, self.left, self.height, self.width)
+        top, left, height, width = ((edge / factors).astype(np.float32) for edge in crop)
+        return replace(self, top=top, left=left, height=height, width=width)
 
     def table(self) -> NDArray[np.float32]:
         """Return everything as one float32 [N, COLUMNS]: one copy to a device, one argument of a kernel."""
@@ -127,6 +145,24 @@ def draw_parameters(
         sigma=np.where(blur, _between(*recipe.blur_sigma, draws[SIGMA_DRAW]), 0).astype(np.float32),
         solarize=draws[SOLARIZE_DRAW] < recipe.solarize_probability,
     )
+
+
+def largest_shrink(recipes: Sequence[ViewRecipe], height: int, width: int, *, seed: int, epoch: int, index: int) -> int:
+    """Return by how much an image may be decoded smaller for its views: 1, 2, 4 or 8.
+
+    The largest factor at which each crop still has at least as many pixels as its view, in height and in width; 1 for
+    an image of at most NEVER_SHRUNK pixels. Like the crops a pure function of (seed, epoch, index) and the image's size.
+    """
+    factor = 8 if height * width > NEVER_SHRUNK else 1
+    while factor > 1 and any(min(height, width) < factor * recipe.size for recipe in recipes):
+        factor //= 2  # no crop is larger than the image: most small images are decided here
+    indices, heights, widths = np.array([index], np.uint64), np.array([height]), np.array([width])
+    for view, recipe in enumerate(recipes):
+        if factor > 1:
+            _, _, crop_height, crop_width = _draw_crops(recipe, heights, widths, _streams(seed, epoch, view, indices))
+            while factor > 1 and min(crop_height[0], crop_width[0]) < factor * recipe.size:
+                factor //= 2
+    return factor
 
 
 def _draw_crops(

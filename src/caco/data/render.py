@@ -7,7 +7,9 @@ parameters a sample and no indexing by sample, so that nothing waits for the dev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,24 @@ from caco.data.parameters import ViewParameters
 LUMA = (0.299, 0.587, 0.114)
 
 
-@torch.no_grad()
+class Stages(NamedTuple):
+    """What a batch's views need apart from crop and normalisation."""
+
+    jitter: bool
+    gray: bool
+    radius: int
+    """The blur's, in pixels; 0 for none."""
+    solarize: bool
+
+    @classmethod
+    def needed(cls, parameters: ViewParameters) -> Stages:
+        """Return what any of these views needs; known without asking the device: the parameters came from the host."""
+        factors = (parameters.brightness, parameters.contrast, parameters.saturation)
+        jitter = bool(parameters.hue.any()) or any((factor != 1).any() for factor in factors)
+        radius = math.ceil(3 * parameters.sigma.max())
+        return cls(jitter, bool(parameters.gray.any()), radius, bool(parameters.solarize.any()))
+
+
 def render_with_torch(
     images: UInt8[Tensor, "B H W 3"] | list[NDArray[np.uint8]],
     parameters: ViewParameters,
@@ -32,32 +51,61 @@ def render_with_torch(
 ) -> Float[Tensor, "B 3 S S"]:
     """Return one view of each image, float32 [B, 3, size, size], on the images' device (the CPU for arrays)."""
     device = images.device if isinstance(images, Tensor) else torch.device("cpu")
-    # One copy takes everything the device needs to know: the parameters, then mean and std.
-    host = torch.from_numpy(np.concatenate([parameters.table().ravel(), mean, std]).astype(np.float32))
-    packed = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-    rows, (mean_, std_) = packed[:-6].view(-1, p.COLUMNS), packed[-6:].view(2, 3, 1, 1)
+    rows, statistics = to_device(device, parameters, mean, std)
+    if isinstance(images, Tensor):
+        return make_views(images, rows, statistics, size, Stages.needed(parameters))
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return _finish(_crop_arrays(images, rows, size), rows, statistics, Stages.needed(parameters))
+
+
+def copy_to(device: torch.device, host: Tensor) -> Tensor:
+    """Return a copy of a tensor on the CPU on a device, without waiting for it."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def to_device(
+    device: torch.device, parameters: ViewParameters, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Float[Tensor, "B columns"], Float[Tensor, "2 3 1 1"]]:
+    """Return the parameters' table, and mean and standard deviation, on a device: everything in one copy."""
+    packed = copy_to(
+        device, torch.from_numpy(np.concatenate([parameters.table().ravel(), mean, std]).astype(np.float32))
+    )
+    return packed[:-6].view(-1, p.COLUMNS), packed[-6:].view(2, 3, 1, 1)
+
+
+def make_views(
+    images: UInt8[Tensor, "B H W 3"],
+    rows: Float[Tensor, "B columns"],
+    statistics: Float[Tensor, "2 3 1 1"],
+    size: int,
+    stages: Stages,
+) -> Float[Tensor, "B 3 S S"]:
+    """Return one view of each image. Everything is on the device, and its shape known beforehand: one graph."""
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        return _finish(_crop_tensor(images, rows, size), rows, statistics, stages)
+
+
+def _finish(
+    view: Float[Tensor, "B 3 S S"],
+    rows: Float[Tensor, "B columns"],
+    statistics: Float[Tensor, "2 3 1 1"],
+    stages: Stages,
+) -> Float[Tensor, "B 3 S S"]:
+    """Do to the crops what comes after cropping; stages: those that any of them needs."""
 
     def column(number: int) -> Float[Tensor, "B 1 1 1"]:
         return rows[:, number, None, None, None]
 
-    with torch.autocast(device.type, enabled=False):
-        view = _crop_tensor(images, rows, size) if isinstance(images, Tensor) else _crop_arrays(images, rows, size)
-        # Whether any sample needs a stage is known here without asking the device: the parameters came from the host.
-        if _any_jitter(parameters):
-            view = jitter(view, rows)
-        if parameters.gray.any():
-            view = torch.where(column(p.GRAY) > 0, luma(view), view)
-        if parameters.sigma.any():
-            view = blur(view, rows[:, p.SIGMA], radius=int(np.ceil(3 * parameters.sigma.max())))
-        if parameters.solarize.any():
-            view = torch.where(column(p.SOLARIZE) > 0, solarize(view), view)
-        normalised: Tensor = (view - mean_) / std_
-        return normalised
-
-
-def _any_jitter(parameters: ViewParameters) -> bool:
-    factors = (parameters.brightness, parameters.contrast, parameters.saturation)
-    return bool(parameters.hue.any()) or any((factor != 1).any() for factor in factors)
+    if stages.jitter:
+        view = jitter(view, rows)
+    if stages.gray:
+        view = torch.where(column(p.GRAY) > 0, luma(view), view)
+    if stages.radius:
+        view = blur(view, rows[:, p.SIGMA], stages.radius)
+    if stages.solarize:
+        view = torch.where(column(p.SOLARIZE) > 0, solarize(view), view)
+    normalised: Tensor = (view - statistics[0]) / statistics[1]
+    return normalised
 
 
 def _crop_tensor(
@@ -77,10 +125,12 @@ def _crop_arrays(
     """The same for arrays of any sizes, one after the other; only the crop of an image is read."""
     views = []
     for image, row in zip(images, rows, strict=True):
-        top, left, height, width = (int(row[number]) for number in (p.TOP, p.LEFT, p.HEIGHT, p.WIDTH))
-        crop = torch.tensor(image[top : top + height, left : left + width])[None]
+        top, left, height, width = row[[p.TOP, p.LEFT, p.HEIGHT, p.WIDTH]].tolist()
+        first_row, first_column = int(top), int(left)
+        crop = torch.tensor(image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)])[None]
         whole = row[None].clone()
-        whole[:, [p.TOP, p.LEFT]] = 0
+        whole[:, p.TOP] -= first_row
+        whole[:, p.LEFT] -= first_column
         views.append(_crop_tensor(crop, whole, size))
     return torch.cat(views)
 
@@ -88,10 +138,10 @@ def _crop_arrays(
 def resize_weights(
     start: Float[Tensor, " B"], length: Float[Tensor, " B"], extent: int, size: int, flip: Tensor | None = None
 ) -> Float[Tensor, "B size extent"]:
-    """Return the weights of antialiased bilinear resizing of pixels [start, start + length) to size pixels.
+    """Return the weights of antialiased bilinear resizing of the stretch [start, start + length) to size pixels.
 
     Like Pillow: a triangle as wide as two source pixels or two target pixels, whichever is more, cut at the crop's
-    borders and normalised.
+    borders and normalised. A pixel of which the stretch covers a part counts as a whole one.
     """
     place = torch.arange(size, dtype=torch.float32, device=start.device).expand(len(start), size)
     if flip is not None:
@@ -99,7 +149,7 @@ def resize_weights(
     scale = length[:, None] / size
     centre = (place + 0.5) * scale
     source = torch.arange(extent, dtype=torch.float32, device=start.device) + 0.5 - start[:, None]
-    inside = (source > 0) & (source < length[:, None])
+    inside = (source > -0.5) & (source < length[:, None] + 0.5)
     distance = (source[:, None, :] - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]
     weights = (1 - distance).clamp(min=0) * inside[:, None, :]
     return weights.div_(weights.sum(dim=2, keepdim=True))

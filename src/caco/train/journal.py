@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from caco.data.loader import Batch
+from caco.data.ahead import Batch
 from caco.errors import CacoError
 
 

@@ -1,0 +1,77 @@
+"""Batches made ahead of the training step: in a thread, and on a GPU on a stream of its own.
+
+The step waits for a batch only where none is ready, and neither thread ever waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One step's input."""
+
+    indices: np.ndarray
+    """int64 [B]: which images of the source."""
+    views: list[Tensor]
+    """One float32 [B, 3, S, S] for each view, normalised, channels_last, on the device."""
+
+
+def ahead(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> Iterator[Batch]:
+    """Yield what `batches` yields, computed in a background thread up to `depth` ahead; errors come through.
+
+    On a GPU everything that `batches` does there is queued on a stream beside the caller's, which is made to wait (on the
+    GPU, not here) for each batch that it gets.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))  # for what `batches` reads, such as a resident set
+    ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: tuple[Batch, torch.cuda.Event | None] | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+                for batch in batches:
+                    put((batch, stream.record_event() if stream is not None else None))
+                    if stopped.is_set():
+                        return
+            put(None)
+        except BaseException as error:  # handed to the consumer, which raises it
+            put(error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, made = item
+            if made is not None:
+                _hand_over(batch, made, torch.cuda.current_stream(device))
+            yield batch
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _hand_over(batch: Batch, made: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+    """Let a stream use a batch that another one makes: after `made`, and without its memory being given away before."""
+    stream.wait_event(made)
+    for view in batch.views:
+        view.record_stream(stream)

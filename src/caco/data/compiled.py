@@ -1,0 +1,55 @@
+"""The views on a GPU by one compiled graph a recipe, in place of some sixty kernels one after the other."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from caco.config import ViewRecipe
+from caco.data.parameters import ViewParameters
+from caco.data.render import Stages, make_views, to_device
+
+
+class CompiledViews:
+    """Makes one recipe's views of images on a device; by plain torch if asked to, and where compiling fails."""
+
+    def __init__(self, recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], *, compiled: bool) -> None:
+        self.recipe, self.mean, self.std = recipe, mean, std
+        self.stages = _possible(recipe)
+        self._compiled: Callable[..., Tensor] | None = None
+        if compiled:
+            self._compiled = torch.compile(make_views, dynamic=False, fullgraph=True)
+
+    def __call__(self, images: UInt8[Tensor, "B H W 3"], parameters: ViewParameters) -> Float[Tensor, "B 3 S S"]:
+        """Return one view of each image, float32 [B, 3, S, S]; nothing waits for the device.
+
+        parameters: of this recipe. The first call compiles, which takes some seconds.
+        """
+        rows, statistics = to_device(images.device, parameters, self.mean, self.std)
+        work = images, rows, statistics, self.recipe.size, self.stages
+        if self._compiled is not None:
+            try:
+                return self._compiled(*work)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as problem:  # no compiler, no Triton, a GPU too old: as many kinds as there are reasons
+                self._compiled = None
+                reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+                logging.getLogger(__name__).warning("the views are not compiled, which is slower: %s", reason)
+        return make_views(*work)
+
+
+def _possible(recipe: ViewRecipe) -> Stages:
+    """Return what any view of a recipe may need: the graph is the same for all its batches."""
+    changes = recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
+    return Stages(
+        jitter=recipe.jitter_probability > 0 and any(changes),
+        gray=recipe.gray_probability > 0,
+        radius=math.ceil(3 * recipe.blur_sigma[1]) if recipe.blur_probability > 0 else 0,
+        solarize=recipe.solarize_probability > 0,
+    )

@@ -1,0 +1,62 @@
+"""A set of small images of one size, decoded once and held as a whole."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from caco.data.broken import BrokenImages
+from caco.data.load import load_or_next, load_shrunk
+from caco.data.parameters import NEVER_SHRUNK
+from caco.data.source import ImageSource
+
+RESIDENT_SHARE = 0.25
+"""Share of the free memory that such a set may take."""
+
+
+def decode_all(source: ImageSource, broken: BrokenImages, workers: int) -> UInt8[Tensor, "N H W 3"] | None:
+    """Return all images, uint8 [N, H, W, 3], if they are of one size, of at most NEVER_SHRUNK pixels, and fit in memory.
+
+    Larger images would be decoded at a size that depends on the view, so a set held whole would give other views; and
+    what fits in memory must not decide what is learned. None for all other sets.
+    """
+    shape: tuple[int, ...] | None = None
+    for index in np.unique(np.linspace(0, len(source) - 1, 32).astype(int)):
+        probe = load_shrunk(source, int(index), broken, lambda height, width: 8)  # its size is all that matters
+        if probe.height * probe.width > NEVER_SHRUNK or shape not in (None, (probe.height, probe.width, 3)):
+            return None
+        shape = probe.height, probe.width, 3
+    assert shape is not None
+    if len(source) * int(np.prod(shape)) > RESIDENT_SHARE * free_memory():
+        return None
+    images = np.empty((len(source), *shape), dtype=np.uint8)
+
+    def fill(first: int) -> bool:
+        for index in range(first, min(first + 256, len(source))):
+            image = load_or_next(source, index, broken)
+            if image.shape != shape:
+                return False
+            images[index] = image
+        return True
+
+    with ThreadPoolExecutor(workers) as pool:
+        for same in pool.map(fill, range(0, len(source), 256)):
+            if not same:
+                pool.shutdown(cancel_futures=True)
+                return None
+    return torch.from_numpy(images)
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that are free or easily freed (Linux), else half of all there is."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
