@@ -67,7 +67,10 @@ class _CooperativeAdversarial(torch.autograd.Function):
             of_encoder.add(logits, rows)
         positive_logits = holders.sum(positive_logits)
         of_encoder.join(holders)
-        of_slots.join(holders)
+        if slot_temperature == temperature:
+            of_slots = of_encoder
+        else:
+            of_slots.join(holders)
         hit = positive_logits >= of_encoder.largest
         log_probability = positive_logits - of_encoder.log_normaliser
         query_loss = -(weights * log_probability).sum(dim=1)
@@ -77,10 +80,8 @@ class _CooperativeAdversarial(torch.autograd.Function):
         positive_slots = slots.unit_rows(local.flatten()).view(*local.shape, -1)
         push = (torch.where(here, weights, 0)[:, :, None] * positive_slots).sum(dim=1)
         pull = weights.sum(dim=1, keepdim=True) * of_encoder.mean_slot
-        grad_queries = (pull - holders.sum(push)) / temperature
+        grad_queries = holders.sum(pull - push) / temperature
 
-        if slot_temperature == temperature:
-            of_slots = of_encoder
         slot_logits = positive_logits * (temperature / slot_temperature)
         probability_of_slots = torch.exp(slot_logits - of_slots.log_normaliser)
         ctx.save_for_backward(

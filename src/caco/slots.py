@@ -91,13 +91,13 @@ class RunningSoftmax:
         self.largest = largest
 
     def join(self, holders: Holders) -> None:
-        """Bring together what all holders have seen."""
+        """Bring together what all holders have seen; the mean slot stays this holder's part of a sum over all."""
         if holders.size == 1:
             return
         largest = holders.maximum(self.largest)
         shrink = (self.largest - largest).exp_()
-        self.total, self.slot_sum = holders.sum(self.total * shrink), holders.sum(self.slot_sum * shrink)
-        self.largest = largest
+        self.total, self.largest = holders.sum(self.total * shrink), largest
+        self.slot_sum.mul_(shrink)
 
     @property
     def log_normaliser(self) -> Float[Tensor, "N 1"]:
@@ -119,7 +119,7 @@ class LogSumExp(torch.autograd.Function):
             rows = slots.unit_rows(block)
             softmax.add((queries / temperature) @ rows.T, rows)
         softmax.join(holders)
-        ctx.save_for_backward(holders.own(softmax.mean_slot) / temperature)
+        ctx.save_for_backward(holders.own(holders.sum(softmax.mean_slot)) / temperature)
         return holders.own(softmax.log_normaliser)[:, 0]
 
     @staticmethod
