@@ -220,7 +220,7 @@ class Bank(nn.Module):
             best = keys.new_full((len(keys),), -torch.inf)
             place = torch.zeros_like(best, dtype=torch.int64)
             for block in slots.blocks(len(keys)):
-                cosine, column = (keys @ slots.unit_rows(block).T).max(dim=1)
+                cosine, column = compare(keys, slots.unit_rows(block), keys.dtype).max(dim=1)
                 place = torch.where(cosine > best, column + block.start, place)
                 best = torch.maximum(best, cosine)
             return self.holders.own(self._nearest_of_all(best, place))
