@@ -45,7 +45,7 @@ def jpeg(pixels: np.ndarray, **options: object) -> bytes:
 @pytest.mark.parametrize("views", [Views(size=32), Views(size=128), Views(size=224, small=6, small_size=96)])
 def test_factor_is_the_largest_at_which_every_crop_fills_its_view(views: Views) -> None:
     recipes = views.recipes()
-    sizes = np.random.default_rng(0).integers(9 * views.size // 2, 18 * views.size, (60, 2))
+    sizes = np.random.default_rng(0).integers(max(400, 9 * views.size // 2), max(1200, 18 * views.size), (60, 2))
     chosen = set()
     for index, (height, width) in enumerate(sizes.tolist()):
         if height * width <= NEVER_SHRUNK:
@@ -127,7 +127,7 @@ def photos(tmp_path: Path) -> Path:
     exif[0x0112] = 6
     for number in range(9):
         options = {"exif": exif} if number % 3 == 0 else {}
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(300 + 40 * number, 413 + 11 * number, number), **options))
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(500 + 40 * number, 613 + 11 * number, number), **options))
     Image.fromarray(photo(300, 400)).save(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_bytes(jpeg(photo(500, 700))[:9000])
     (tmp_path / "c.jpg").write_bytes(jpeg(photo(90, 120)))
@@ -159,7 +159,7 @@ def test_the_loader_asks_for_it_and_nothing_else_changes(photos: Path) -> None:
     for number, view in enumerate(batch.views):
         assert torch.equal(torch.cat([part.views[number] for part in parts]), view)
 
-    smaller = 0
+    smaller, differences = 0, []
     for row, index in enumerate(batch.indices.tolist()):
         source = views.source
         try:
@@ -171,8 +171,10 @@ def test_the_loader_asks_for_it_and_nothing_else_changes(photos: Path) -> None:
         for number, recipe in enumerate(views.recipes):
             drawn = draw_parameters(recipe, *whole.shape[:2], indices=[index], view=number, **key)
             full = render_views([whole], drawn, recipe, IMAGENET_MEAN, IMAGENET_STD)[0]
-            assert (full - batch.views[number][row]).abs().mean() < 0.04  # of standard deviations: two steps of 8 bits
+            differences.append(float((full - batch.views[number][row]).abs().mean()))
     assert smaller > 5
+    assert np.mean(differences) < 0.025  # of a standard deviation; another picture or crop is off by some 1
+    assert max(differences) < 0.08
 
 
 def test_what_was_decoded_and_from_what(photos: Path) -> None:
@@ -183,8 +185,8 @@ def test_what_was_decoded_and_from_what(photos: Path) -> None:
         loaded = load_shrunk(source, names.index(name), broken, lambda height, width: 4)
         return loaded.pixels.shape, loaded.height, loaded.width, loaded.factor
 
-    assert load("1.jpg") == ((85, 106, 3), 340, 424, 4)
-    assert load("3.jpg") == ((112, 105, 3), 446, 420, 4)  # turned upright
+    assert load("1.jpg") == ((135, 156, 3), 540, 624, 4)
+    assert load("3.jpg") == ((162, 155, 3), 646, 620, 4)  # turned upright
     assert load("a.png") == ((300, 400, 3), 300, 400, 1)
     assert load("b.jpg") == ((23, 30, 3), 90, 120, 4)  # the one after it
     assert len(broken) == 1
@@ -195,11 +197,11 @@ def test_what_was_decoded_and_from_what(photos: Path) -> None:
 def test_sets_whose_images_may_be_shrunk_are_not_held(tmp_path: Path) -> None:
     """Else the free memory of the machine would decide which pixels a run sees."""
     for number in range(3):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(300, 300, number)))
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(513, 513, number)))
     broken = BrokenImages(3, 1.0)
     assert decode_all(open_source(tmp_path), broken, 1) is None
     for number in range(3):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(256, 256, number)))
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(512, 512, number)))
     held = decode_all(open_source(tmp_path), broken, 1)
     assert held is not None
     assert np.array_equal(held[2].numpy(), open_source(tmp_path).load(2))
