@@ -22,6 +22,7 @@ from caco.data.resident import decode_all
 from caco.data.source import open_source
 
 PLAIN = (0.0,) * 3, (1.0,) * 3
+CPU = torch.device("cpu")
 ENGINES = ("torch", "numba")
 CROP_ONLY = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": 0, "solarize_probability": 0}
 
@@ -143,7 +144,7 @@ def loader(folder: Path, **place: int) -> TrainingViews:
         IMAGENET_STD,
         batch_size=12,
         seed=0,
-        device=torch.device("cpu"),
+        device=CPU,
         broken=BrokenImages(len(source), 1.0),
         **{"workers": 2, **place},
     )
@@ -199,9 +200,9 @@ def test_sets_whose_images_may_be_shrunk_are_not_held(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(513, 513, number)))
     broken = BrokenImages(3, 1.0)
-    assert decode_all(open_source(tmp_path), broken, 1) is None
+    assert decode_all(open_source(tmp_path), broken, 1, CPU) is None
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(512, 512, number)))
-    held = decode_all(open_source(tmp_path), broken, 1)
+    held = decode_all(open_source(tmp_path), broken, 1, CPU)
     assert held is not None
     assert np.array_equal(held[2].numpy(), open_source(tmp_path).load(2))

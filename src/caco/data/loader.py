@@ -70,7 +70,7 @@ class TrainingViews:
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = len(source) // batch_size
         self._workers = workers
-        self._resident = decode_all(source, broken, workers)
+        self._resident = decode_all(source, broken, workers, device)
         self._on_device: list[CompiledViews] = []
         if self._resident is not None and device.type != "cpu":
             self._resident = self._resident.to(device)
@@ -108,8 +108,7 @@ class TrainingViews:
         """Return views made on the device that holds the images."""
         images = resident.index_select(0, copy_to(self.device, torch.from_numpy(indices)))
         drawn = self._draw(indices, resident.shape[1], resident.shape[2], epoch)
-        views = [view(images, parameters) for view, parameters in zip(self._on_device, drawn, strict=True)]
-        return [view.contiguous(memory_format=torch.channels_last) for view in views]
+        return [view(images, parameters) for view, parameters in zip(self._on_device, drawn, strict=True)]
 
     def _in_threads(
         self, pool: ThreadPoolExecutor, count: int, chunk: int, work: Callable[[slice, list[Tensor]], None]
