@@ -153,7 +153,7 @@ def embed(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def embed_with(name: str, precision: Any, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Extract with one backbone at one precision."""
-    size, count = 224, (16 if options.quick else 256) * (16 if device.type == "cuda" else 1)
+    size, count = 224, (16 if options.quick else 64) * (16 if device.type == "cuda" else 1)
     torch.manual_seed(0)
     backbone, bare = (create_backbone(name, size).to(device).eval() for _ in range(2))
     source = pictures(options.data, count)
