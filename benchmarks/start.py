@@ -2,10 +2,11 @@
 
     python benchmarks/start.py [--quick] [--out FILE.json]
 
-Each line is the median over fresh processes that take turns: `python -c pass` and `import torch` (what no program on
-torch can go below), `import caco`, `caco --help`, `caco pretrain --help`, a misspelt option, and from the command to the first
-record of `caco pretrain` on drawn pictures with a tiny model (resnet10_narrow, 16 px, batch 16, no warm start), whose
-process is then stopped. The first run of each, which fills the file cache and compiles, is not counted.
+Each line is the median over fresh processes that take turns: `python -c pass`, `import torch` and `import torch, timm`
+(what no program on them can go below), `import caco`, `caco --help`, `caco pretrain --help`, a misspelt option, and from
+the command to the first record of `caco pretrain` on drawn pictures with a tiny model (resnet10_narrow, 16 px, batch 16,
+no warm start), whose process is then stopped. The first run of each, which fills the file cache and compiles, is not
+counted.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def main() -> None:
         contestants = {
             "python, nothing": command([*python, "pass"]),
             "import torch": command([*python, "import torch"]),
+            "import torch, timm": command([*python, "import torch, timm"]),
             "import caco": command([*python, "import caco"]),
             "import caco, use caco.Bank": command([*python, "import caco; caco.Bank"]),
             "caco --help": command([*CACO, "--help"]),
