@@ -7,8 +7,8 @@ knn      `knn_accuracy` on made features against a plain search (normalise once,
 linear   an epoch of `train_heads`, ten learning rates at once, against an epoch of one rate with nn.Linear, autograd and
          torch.optim.SGD.
 extract  `extract` (decode, resize, normalise, forward, collect) of 224 px pictures against the bare forward pass of the
-         same backbone on batches that are ready, at the same precision and with the same threads; for both, the best of
-         the batch sizes 16, 64 and 256 counts for the bare pass. --data: real pictures; without it, made ones in memory.
+         same backbone on batches that are ready, at the same precision and with the same threads, in batches of two
+         sizes. --data: real pictures; without it, made ones in memory.
 
 In each part the contestants take turns in one process; times are medians over the rounds.
 """
@@ -185,7 +185,10 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
         return run
 
     contestants: dict[str, Callable[[], object]] = {"caco extract": ours}
-    contestants |= {f"bare forward, batches of {batch}": forward(batch) for batch in (16, 64, 256)}
+    contestants |= {
+        f"bare forward, batches of {batch}": forward(batch)
+        for batch in ((64, 256) if device.type == "cuda" else (16, 64))
+    }
     times = take_turns(contestants, rounds, device=device)
     print(f"\nExtraction, {name}, {size} px, {precision}, {count} pictures ({options.data or 'made, in memory'})\n")
     fastest = min(seconds.median for name, seconds in times.items() if name != "caco extract")
