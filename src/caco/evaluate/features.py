@@ -26,7 +26,7 @@ BATCHES_ON_DEVICE = 32  # features are fetched from the device this many batches
 
 PIXELS_A_THREAD, IMAGES_A_THREAD = 4 * 224**2, 16
 """On a CPU so much, at most, goes through a backbone at a time: then a layer finds its input still in the cache.
-Measured by benchmarks/evaluate.py: twice as fast as 256 pictures of 224 px at a time."""
+Speed: `python benchmarks/evaluate.py --parts extract`."""
 
 
 @dataclass(frozen=True, eq=False)
