@@ -36,11 +36,13 @@ CHILDREN_SECONDS = 1.0
 """The kernel walks all pages of a child to tell its part of shared ones: not often, or it would disturb."""
 
 
-def arguments(documentation: str) -> argparse.ArgumentParser:
-    """Return a parser with the options every benchmark has: --quick, --out, --device."""
+def arguments(
+    documentation: str, out: tuple[str, str] = ("FILE.json", "write all numbers to this file")
+) -> argparse.ArgumentParser:
+    """Return a parser with the options every benchmark has: --quick, --out (its value and help), --device."""
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: does it work?")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all numbers to this file")
+    parser.add_argument("--out", type=Path, metavar=out[0], help=out[1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     return parser
 

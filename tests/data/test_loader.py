@@ -41,9 +41,8 @@ class Pictures:
         return self.images[index]
 
 
-def views_of(source, *, batch_size=BATCH, seed=3, workers=2, share=1.0, path=None, **place):
+def views_of(source, *, batch_size=BATCH, seed=3, workers=2, share=1.0, path=None, device="cpu", **place):
     broken = BrokenImages(len(source), share, path)
-    device = torch.device("cpu")
     return TrainingViews(
         source,
         VIEWS.recipes(),
@@ -52,7 +51,7 @@ def views_of(source, *, batch_size=BATCH, seed=3, workers=2, share=1.0, path=Non
         batch_size=batch_size,
         seed=seed,
         workers=workers,
-        device=device,
+        device=torch.device(device),
         broken=broken,
         **place,
     )
@@ -277,4 +276,30 @@ def test_one_batch_of_all():
 
 
 def test_free_memory_is_believable():
-    assert 2**20 < resident.free_memory() < 2**50
+    assert 2**20 < resident.free_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("equal", [True, False], ids=["resident", "streamed"])
+def test_on_a_gpu_nothing_waits_for_it_and_the_views_are_those_of_the_cpu(equal):
+    source, device = Pictures(200, equal), torch.device("cuda")
+    on_cpu = list(views_of(source).batches(1))
+    views = views_of(source, device=device)
+    list(views.batches(0, 0, 2))  # the first batches allocate memory
+    taken = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in views.batches(1):
+            assert all(view.device.type == "cuda" for view in batch.views)
+            assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+            taken.append([view.clone() for view in batch.views])  # on the caller's stream, as the training step
+            busy = torch.randn(2048, 2048, device=device)
+            for _ in range(20):
+                busy = busy @ busy / 50
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(taken) == len(on_cpu)
+    for ours, theirs in zip(taken, on_cpu, strict=True):
+        for one, other in zip(ours, theirs.views, strict=True):
+            assert torch.allclose(one.cpu(), other, atol=1e-3)

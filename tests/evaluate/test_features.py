@@ -13,7 +13,8 @@ from torch import nn
 from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.data.decode import BrokenImage
 from caco.errors import CacoError
-from caco.evaluate.features import ahead, evaluation_mode, extract, in_batches, pixel_features
+from caco.evaluate import features
+from caco.evaluate.features import ahead, backbone_features, evaluation_mode, extract, in_batches, pixel_features
 
 OPTIONS = {"size": 32, "resize": 36, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": "cpu", "workers": 2}
 
@@ -125,6 +126,17 @@ def test_more_batches_than_are_kept_on_the_device(backbone, monkeypatch):
     torch.testing.assert_close(parts.vectors, whole.vectors, rtol=1e-5, atol=1e-6)
 
 
+def test_a_few_images_at_a_time_give_the_same(backbone, monkeypatch):
+    images = torch.randn(23, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    for pixels, at_a_time in ((4 * 32 * 32, 8), (10**9, 32), (0, 2)):
+        monkeypatch.setattr("caco.evaluate.features.PIXELS_A_THREAD", pixels)
+        assert features._at_a_time(images) == at_a_time
+        with evaluation_mode(backbone), torch.no_grad():
+            whole, parts = backbone(images), backbone_features(backbone, images, "fp32")
+        assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
 def test_raw_pixels():
     source = Pictures()
     pixels = pixel_features(source, size=32, resize=36, workers=2)
@@ -140,7 +152,7 @@ def test_errors_say_what_is_wrong(backbone):
         extract(backbone, Pictures(3, broken=(0, 1, 2)), **OPTIONS)
     with pytest.raises(CacoError, match="none of the 0 images"):
         pixel_features(Pictures(0, broken=()), size=32, resize=36, workers=1)
-    with pytest.raises(CacoError, match=r"not \[22, 3, 32, 32\]"):
+    with pytest.raises(CacoError, match=r"not \[\d+, 3, 32, 32\]"):
         extract(nn.Identity(), Pictures(), **OPTIONS)
     spoiled = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
     nn.init.constant_(spoiled[1].bias, torch.nan)

@@ -86,10 +86,12 @@ def test_ties_take_the_earlier_neighbour_and_the_lower_class(monkeypatch, refere
     assert ranking(torch.tensor([[1.0, 2.0, 2.0, 0.0, 0.0]])).tolist() == [[1, 2, 0, 3, 4]]
 
 
-def test_largest_equals_a_stable_sort_with_many_ties():
-    values = torch.randint(0, 4, (50, 33), generator=torch.Generator().manual_seed(0)).double()
-    values[torch.arange(50), torch.arange(50) % 33] = -torch.inf  # what leave-one-out forbids
-    for count in (1, 5, 33):
+@pytest.mark.parametrize("levels", [1, 2, 4, 40])
+@pytest.mark.parametrize("width", [33, 512, 700])
+def test_largest_equals_a_stable_sort_with_many_ties(levels, width):
+    values = torch.randint(0, levels, (50, width), generator=torch.Generator().manual_seed(0)).double()
+    values[torch.arange(50), torch.arange(50) % width] = -torch.inf  # what leave-one-out forbids
+    for count in (1, 5, 20, 33):
         top, columns = knn._largest(values, count)
         order = values.argsort(dim=1, descending=True, stable=True)[:, :count]
         assert torch.equal(columns, order)

@@ -26,7 +26,7 @@ class CompiledViews:
             self._compiled = torch.compile(make_views, dynamic=False, fullgraph=True)
 
     def __call__(self, images: UInt8[Tensor, "B H W 3"], parameters: ViewParameters) -> Float[Tensor, "B 3 S S"]:
-        """Return one view of each image, float32 [B, 3, S, S]; nothing waits for the device.
+        """Return one view of each image, float32 [B, 3, S, S], channels_last; nothing waits for the device.
 
         parameters: of this recipe. The first call compiles, which takes some seconds.
         """

@@ -74,7 +74,7 @@ class TrainingViews:
         self.rank, self.world_size, self.layout = rank, world_size, layout
         self.steps_per_epoch = len(source) // batch_size
         self._workers = workers
-        self._resident = decode_all(source, broken, workers)
+        self._resident = decode_all(source, broken, workers, device)
         self._on_device: list[CompiledViews] = []
         if self._resident is not None and device.type != "cpu":
             self._resident = self._resident.to(device)

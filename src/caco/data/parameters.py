@@ -25,8 +25,8 @@ TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER = 0, 1, 2, 3, 4, 5
 BRIGHTNESS_FACTOR, CONTRAST_FACTOR, SATURATION_FACTOR, HUE_SHIFT, GRAY, SIGMA, SOLARIZE = 9, 10, 11, 12, 13, 14, 15
 COLUMNS = 16
 
-NEVER_SHRUNK = 256 * 256
-"""Pictures of at most this many pixels are used as they are stored: to decode them smaller would save next to nothing."""
+NEVER_SHRUNK = 512 * 512
+"""Pictures of at most this many pixels are used as they are stored: to decode them smaller saves no more than it costs."""
 
 CROP_TRIES = 10
 # Draw numbers: the first ones name the draws below, then four for each try of the crop.

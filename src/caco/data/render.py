@@ -80,9 +80,10 @@ def make_views(
     size: int,
     stages: Stages,
 ) -> Float[Tensor, "B 3 S S"]:
-    """Return one view of each image. Everything is on the device, and its shape known beforehand: one graph."""
+    """Return one view of each image, channels_last. All is on the device, and of a shape known beforehand: one graph."""
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        return _finish(_crop_tensor(images, rows, size), rows, statistics, stages)
+        views = _finish(_crop_tensor(images, rows, size), rows, statistics, stages)
+        return views.contiguous(memory_format=torch.channels_last)
 
 
 def _finish(

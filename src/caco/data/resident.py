@@ -19,11 +19,13 @@ RESIDENT_SHARE = 0.25
 """Share of the free memory that such a set may take."""
 
 
-def decode_all(source: ImageSource, broken: BrokenImages, workers: int) -> UInt8[Tensor, "N H W 3"] | None:
-    """Return all images, uint8 [N, H, W, 3], if they are of one size, of at most NEVER_SHRUNK pixels, and fit in memory.
+def decode_all(
+    source: ImageSource, broken: BrokenImages, workers: int, device: torch.device
+) -> UInt8[Tensor, "N H W 3"] | None:
+    """Return all images, uint8 [N, H, W, 3], in main memory, if they are of one size and fit there and on the device.
 
-    Larger images would be decoded at a size that depends on the view, so a set held whole would give other views; and
-    what fits in memory must not decide what is learned. None for all other sets.
+    None for all other sets, and for images of more than NEVER_SHRUNK pixels. Those are decoded at a size that depends on
+    the view, so a set held whole would give other views; and what fits in memory must not decide what is learned.
     """
     shape: tuple[int, ...] | None = None
     for index in np.unique(np.linspace(0, len(source) - 1, 32).astype(int)):
@@ -32,7 +34,7 @@ def decode_all(source: ImageSource, broken: BrokenImages, workers: int) -> UInt8
             return None
         shape = probe.height, probe.width, 3
     assert shape is not None
-    if len(source) * int(np.prod(shape)) > RESIDENT_SHARE * free_memory():
+    if len(source) * int(np.prod(shape)) > RESIDENT_SHARE * free_memory(device):
         return None
     images = np.empty((len(source), *shape), dtype=np.uint8)
 
@@ -52,8 +54,14 @@ def decode_all(source: ImageSource, broken: BrokenImages, workers: int) -> UInt8
     return torch.from_numpy(images)
 
 
-def free_memory() -> int:
-    """Return the bytes of memory that are free or easily freed (Linux), else half of all there is."""
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free both in main memory and on the device."""
+    host = _free_main_memory()
+    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+
+
+def _free_main_memory() -> int:
+    """Return the bytes of main memory that are free or easily freed (Linux), else half of all there is."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

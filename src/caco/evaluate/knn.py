@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from caco.errors import CacoError, UsageError
 
-QUERY_CHUNK = 1024
-REFERENCE_CHUNK = 16_384
+QUERY_CHUNK = 4096  # large, because the reference is made unit rows anew for each chunk of queries
+REFERENCE_CHUNK = 8192
 LEAST_TEMPERATURE = 0.0125  # exp(1/T) must stay within float32
 
 
@@ -156,17 +156,21 @@ def _votes_by_chunk(
         yield [nothing.scatter_add(1, voted[:, :count], weights[:, :count]) for count in neighbours]
 
 
+@torch.no_grad()
 def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | None) -> tuple[Tensor, Tensor]:
     """Return the cosines and indices [m, count] of the nearest reference rows, nearest first.
 
     first_row: the reference row that is query 0 itself (then query 1 is the next, …) and must not be found; None: none.
     """
     best: tuple[Tensor, Tensor] | None = None
+    memory = queries.new_empty(len(queries) * min(REFERENCE_CHUNK, len(reference)))
     for start in range(0, len(reference), REFERENCE_CHUNK):
-        cosines = queries @ _unit_rows(reference[start : start + REFERENCE_CHUNK]).T
+        part = _unit_rows(reference[start : start + REFERENCE_CHUNK])
+        cosines = memory[: len(queries) * len(part)].view(len(queries), len(part))
+        torch.mm(queries, part.T, out=cosines)
         if first_row is not None:
             cosines.diagonal(first_row - start).fill_(-torch.inf)  # empty where the query is in another chunk
-        values, columns = _largest(cosines, min(count, cosines.shape[1]))
+        values, columns = _largest(cosines, min(count, len(part)))
         found = (values, columns + start)
         if best is not None:
             # Earlier rows stand first, so a stable sort keeps them first among equals.
@@ -182,10 +186,11 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values of each row and their columns; of equal values the lower columns, in order.
 
     `topk` alone takes any of equal values, which differs between devices and chunk sizes; the rare rows where such a
-    tie decides who is in are taken a second time, without the surplus.
+    tie decides who is in (the next value is the last one's equal) are taken a second time, without the surplus.
     """
-    top, columns = values.topk(count, dim=1)
-    tied = ((values >= top[:, -1:]).sum(dim=1) > count).nonzero().squeeze(1)
+    top, columns = values.topk(min(count + 1, values.shape[1]), dim=1)
+    tied = (top[:, count - 1 : count] == top[:, count:]).nonzero()[:, 0]
+    top, columns = top[:, :count], columns[:, :count].contiguous()
     if len(tied):
         rows, least = values[tied], top[tied, -1:]
         equal, better = rows == least, rows > least

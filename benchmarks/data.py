@@ -1,0 +1,348 @@
+"""The data path of one core: decoding, augmentation, both together, large photos, and listing of folders.
+
+    python benchmarks/data.py [--quick] [--files N] [--out FILE.json]
+
+Every contestant makes the two published views, from the same pictures, drawing its own parameters. Rates are of the
+processor time of one thread (GPU: of the clock, with nothing left to do), the median over rounds in which the
+contestants take turns, so that a busy machine disturbs all alike. The first, compiling call is not counted. Contestants
+that are not installed are left out (simplejpeg and numba: `pip install 'caco[fast]'`; kornia).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
+from torchvision.transforms import v2
+
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, Views
+from caco.data import decode
+from caco.data.augment import draw_parameters, render_views
+from caco.data.compiled import CompiledViews
+from caco.data.decode import decode_rgb
+from caco.data.folder import folder_source
+from caco.data.parameters import largest_shrink
+
+torch.set_num_threads(1)
+PILLOW = "torchvision on Pillow"
+Run = Callable[[int], object]
+Recipes = tuple[ViewRecipe, ...]
+Pictures = Sequence[NDArray[np.uint8]]
+
+
+def photos(count: int, height: int, width: int) -> list[NDArray[np.uint8]]:
+    """Smooth colours with grain: as JPEG some 100 kB at 500 x 375, 3 MB at 4000 x 3000, as photographs have."""
+    strength = 19 if height * width < 1_000_000 else 8
+    random = np.random.default_rng(0)
+    images = []
+    for _ in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
+        grain = random.normal(0, strength, (min(height, 512), min(width, 512), 3))
+        tiles = np.tile(grain, (-(-height // len(grain)), -(-width // grain.shape[1]), 1))[:height, :width]
+        images.append(np.clip(np.asarray(coarse) + tiles, 0, 255).astype(np.uint8))
+    return images
+
+
+def jpegs(images: Pictures) -> list[bytes]:
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def contest(
+    title: str, unit: str, contestants: dict[str, tuple[int, Run]], rounds: int, peer: str
+) -> dict[str, object]:
+    """Return and print the units per second of each contestant, (units of a call, call), and its ratio to `peer`."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, (units, run) in contestants.items():
+            on_gpu = name.endswith("on the GPU")
+            clock = time.perf_counter if on_gpu else time.thread_time
+            start = clock()
+            run(turn)
+            if on_gpu:
+                torch.cuda.synchronize()
+            if turn:  # the first is a warm-up
+                rates[name].append(units / (clock() - start))
+    base = float(np.median(rates[peer]))
+    print(f"\n{title}: {unit}/s of one core (least - most), and times {peer}")
+    result: dict[str, object] = {}
+    for name, values in rates.items():
+        middle = float(np.median(values))
+        print(f"  {name:30s}{middle:12,.0f}  {f'({min(values):,.0f} - {max(values):,.0f})':22s}{middle / base:7.2f} x")
+        result[name] = {"per_second": middle, "least": min(values), "most": max(values), "ratio": middle / base}
+    return result
+
+
+# --- contestants: decoding --------------------------------------------------------------------------------------------
+
+
+def by_pillow(file: bytes, shrink: int = 1) -> NDArray[np.uint8]:
+    image = Image.open(io.BytesIO(file))
+    if shrink > 1:
+        image.draft("RGB", (image.width // shrink, image.height // shrink))
+    return np.array(image.convert("RGB"))
+
+
+def by_torchvision(file: bytes) -> torch.Tensor:
+    return torchvision.io.decode_jpeg(torch.frombuffer(bytearray(file), dtype=torch.uint8))
+
+
+def decoders() -> dict[str, Callable[[bytes], object]]:
+    named: dict[str, Callable[[bytes], object]] = {
+        "Pillow": by_pillow,
+        "Pillow, draft 1/2": partial(by_pillow, shrink=2),
+        "torchvision.io": by_torchvision,
+        "caco": partial(decode_rgb, key="picture"),
+        "caco, shrink 2": partial(decode_rgb, key="picture", shrink=2),
+    }
+    if decode.simplejpeg is not None:
+        named["simplejpeg"] = decode.simplejpeg.decode_jpeg
+    return named
+
+
+def measure_decoding(count: int, rounds: int) -> dict[str, object]:
+    files = jpegs(photos(count, 375, 500))
+
+    def each(work: Callable[[bytes], object], turn: int) -> None:
+        for file in files:
+            work(file)
+
+    size = f"{np.mean([len(file) for file in files]) / 1000:.0f} kB"
+    named = {name: (count, partial(each, work)) for name, work in decoders().items()}
+    result = contest(f"decode a JPEG of 500x375, {size}", "images", named, rounds, "Pillow")
+    threads = {}
+    for workers in (1, 2):
+        with ThreadPoolExecutor(workers) as pool:
+            start = time.perf_counter()
+            list(pool.map(named["caco"][1], range(8)))
+            threads[workers] = 8 * count / (time.perf_counter() - start)
+    print(f"  caco by the clock: one thread {threads[1]:,.0f} images/s, two threads {threads[2]:,.0f}")
+    return {**result, "by_threads": threads}
+
+
+# --- contestants: views of decoded pictures ---------------------------------------------------------------------------
+
+
+def caco_views(engine: str, images: Pictures, recipes: Recipes) -> Run:
+    small = len({image.shape for image in images}) == 1 and images[0].shape[0] <= 64
+    batch = torch.from_numpy(np.stack(images)) if small else list(images)
+    heights, widths = np.array([image.shape[:2] for image in images]).T
+    indices = np.arange(len(images))
+
+    def run(epoch: int) -> None:
+        for view, recipe in enumerate(recipes):
+            parameters = draw_parameters(recipe, heights, widths, seed=0, epoch=epoch, indices=indices, view=view)
+            render_views(batch, parameters, recipe, IMAGENET_MEAN, IMAGENET_STD, engine=engine)
+
+    return run
+
+
+def caco_on_gpu(images: Pictures, recipes: Recipes) -> Run:
+    batch = torch.from_numpy(np.stack(images)).cuda()
+    height, width = images[0].shape[:2]
+    renders = [CompiledViews(recipe, IMAGENET_MEAN, IMAGENET_STD, compiled=True) for recipe in recipes]
+
+    def run(epoch: int) -> None:
+        for view, (recipe, render) in enumerate(zip(recipes, renders, strict=True)):
+            indices = np.arange(len(images))
+            render(batch, draw_parameters(recipe, height, width, seed=0, epoch=epoch, indices=indices, view=view))
+
+    return run
+
+
+def pillow_view(recipe: ViewRecipe) -> transforms.Compose:
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(*recipe.blur_sigma))))
+
+    colours = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(recipe.size, scale=recipe.area),
+            transforms.RandomApply([transforms.ColorJitter(*colours)], recipe.jitter_probability),
+            transforms.RandomGrayscale(recipe.gray_probability),
+            transforms.RandomApply([blur], recipe.blur_probability),
+            transforms.RandomApply([lambda image: ImageOps.solarize(image, 128)], recipe.solarize_probability),
+            transforms.RandomHorizontalFlip(recipe.flip_probability),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def tensor_view(recipe: ViewRecipe) -> v2.Compose:
+    colours = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(recipe.size, scale=recipe.area, antialias=True),
+            v2.RandomApply([v2.ColorJitter(*colours)], recipe.jitter_probability),
+            v2.RandomGrayscale(recipe.gray_probability),
+            v2.RandomApply([v2.GaussianBlur(13, recipe.blur_sigma)], recipe.blur_probability),
+            v2.RandomSolarize(128, recipe.solarize_probability),
+            v2.RandomHorizontalFlip(recipe.flip_probability),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def one_by_one(
+    build: Callable[[ViewRecipe], Callable[..., torch.Tensor]], pictures: list[object], recipes: Recipes
+) -> Run:
+    pipelines = [build(recipe) for recipe in recipes]
+
+    def run(epoch: int) -> None:
+        for view in pipelines:
+            torch.stack([view(picture) for picture in pictures])
+
+    return run
+
+
+def kornia_views(images: Pictures, recipes: Recipes, device: str) -> Run:
+    from kornia import augmentation as k
+
+    def pipeline(recipe: ViewRecipe) -> torch.nn.Module:
+        colours = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        return k.AugmentationSequential(
+            k.RandomResizedCrop((recipe.size, recipe.size), scale=recipe.area),
+            k.ColorJitter(*colours, p=recipe.jitter_probability),
+            k.RandomGrayscale(p=recipe.gray_probability),
+            k.RandomGaussianBlur((13, 13), recipe.blur_sigma, p=recipe.blur_probability),
+            k.RandomSolarize(0.0, 0.0, p=recipe.solarize_probability),
+            k.RandomHorizontalFlip(p=recipe.flip_probability),
+            k.Normalize(torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)),
+        )
+
+    pipelines = [pipeline(recipe) for recipe in recipes]
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
+
+    def run(epoch: int) -> None:
+        for view in pipelines:
+            view(batch.float() / 255)
+
+    return run
+
+
+def measure_views(size: int, shape: tuple[int, int], count: int, slow: int, rounds: int) -> dict[str, object]:
+    """count: pictures a call; slow: of those that take long."""
+    recipes, images = Views(size=size).recipes(), photos(count, *shape)
+    tensors = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images[:slow]]
+    contestants: dict[str, tuple[int, Run]] = {}
+    if find_spec("numba"):
+        contestants["caco, numba"] = count, caco_views("numba", images, recipes)
+    contestants["caco, torch"] = slow, caco_views("torch", images[:slow], recipes)
+    contestants[PILLOW] = slow, one_by_one(pillow_view, [Image.fromarray(image) for image in images[:slow]], recipes)
+    contestants["torchvision v2 on tensors"] = slow, one_by_one(tensor_view, list(tensors), recipes)
+    if find_spec("kornia"):
+        contestants["kornia"] = slow, kornia_views(images[:slow], recipes, "cpu")
+    if torch.cuda.is_available():
+        contestants["caco on the GPU"] = count, caco_on_gpu(images, recipes)
+        if find_spec("kornia"):
+            contestants["kornia on the GPU"] = count, kornia_views(images, recipes, "cuda")
+    doubled = {name: (len(recipes) * units, run) for name, (units, run) in contestants.items()}
+    title = f"augment {shape[1]}x{shape[0]} to {size} px"
+    return contest(title, "views", doubled, rounds, PILLOW)
+
+
+# --- from a file to two views, and listing ----------------------------------------------------------------------------
+
+
+def measure_files(size: int, shape: tuple[int, int], count: int, rounds: int) -> dict[str, object]:
+    """Decode and make two views: with shrink as training does, without it, and as torchvision's users do."""
+    recipes, files = Views(size=size).recipes(), jpegs(photos(count, *shape))
+
+    def caco(shrinks: bool, epoch: int) -> None:
+        for index, file in enumerate(files):
+            factor = largest_shrink(recipes, *shape, seed=0, epoch=epoch, index=index) if shrinks else 1
+            pixels = decode_rgb(file, "picture", factor)
+            for view, recipe in enumerate(recipes):
+                drawn = draw_parameters(recipe, *shape, seed=0, epoch=epoch, indices=[index], view=view)
+                render_views([pixels], drawn.shrunk(np.array([factor])), recipe, IMAGENET_MEAN, IMAGENET_STD)
+
+    pipelines = [pillow_view(recipe) for recipe in recipes]
+
+    def peer(epoch: int) -> None:
+        for file in files:
+            picture = Image.open(io.BytesIO(file)).convert("RGB")
+            for view in pipelines:
+                view(picture)
+
+    contestants: dict[str, tuple[int, Run]] = {
+        "caco": (count, partial(caco, True)),
+        "caco, decoded at full size": (count, partial(caco, False)),
+        PILLOW: (count, peer),
+    }
+    return contest(f"decode {shape[1]}x{shape[0]} and make two {size} px views", "images", contestants, rounds, PILLOW)
+
+
+def measure_listing(files: int) -> dict[str, object]:
+    """List a folder of empty files in folders of 1,000, then again from the index that the first listing wrote."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as place:
+        for folder in range(files // 1000):
+            os.makedirs(f"{place}/images/{folder:04d}")
+            for number in range(1000):
+                os.close(os.open(f"{place}/images/{folder:04d}/{number:06d}.jpg", os.O_CREAT))
+        for _ in range(2):
+            start = time.perf_counter()
+            source = folder_source(Path(place, "images"), "images", Path(place, "index.npz"))
+            seconds.append((time.perf_counter() - start) * 1e5 / files)
+            assert len(source) == files
+    print(f"\nlist {files:,} files: {seconds[0]:.2f} s per 100,000; again, from the index: {seconds[1]:.2f} s")
+    return {"files": files, "first": seconds[0], "again": seconds[1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    parser.add_argument("--quick", action="store_true", help="few images and rounds: does it work? (some 20 s)")
+    parser.add_argument("--files", type=int, help="files of the folder to list, in thousands of one folder each")
+    options = parser.parse_args()
+    quick = options.quick
+    rounds = 3 if quick else 15
+    start = time.perf_counter()
+    if find_spec("numba"):
+        import caco.data.kernel  # noqa: F401  (compiles, or loads what was compiled before)
+    result: dict[str, object] = {
+        "kernel_ready_seconds": time.perf_counter() - start,
+        "machine": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+        "decode": measure_decoding(4 if quick else 16, rounds),
+        "augment": {
+            "32 px": measure_views(32, (32, 32), 256, 16 if quick else 64, rounds),
+            "64 px": measure_views(64, (64, 64), 128, 8 if quick else 32, rounds),
+            "224 px": measure_views(224, (375, 500), 8 if quick else 32, 2 if quick else 8, rounds),
+        },
+        "file to views": {
+            "224 px from 500x375": measure_files(224, (375, 500), 4 if quick else 16, rounds),
+            "128 px from 4000x3000": measure_files(128, (3000, 4000), 1 if quick else 2, 2 if quick else 7),
+        },
+        "listing": measure_listing(options.files or (10_000 if quick else 100_000)),
+    }
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

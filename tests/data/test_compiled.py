@@ -1,0 +1,69 @@
+"""The views on a GPU: one graph, and plain torch where it cannot be compiled."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from caco.config import Views
+from caco.data.augment import draw_parameters, render_views
+from caco.data.compiled import CompiledViews
+
+STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+def test_the_views_are_one_graph_with_the_same_pixels() -> None:
+    """Traced and run without a compiler, which would take half a minute here; in a process without shape checks."""
+    program = """
+import numpy, torch
+from caco.config import Views
+from caco.data.augment import draw_parameters
+from caco.data.compiled import CompiledViews
+from caco.data.render import make_views, to_device
+
+images = torch.from_numpy(numpy.random.default_rng(0).integers(0, 256, (8, 20, 18, 3), dtype=numpy.uint8))
+graph = torch.compile(make_views, backend="aot_eager", dynamic=False, fullgraph=True)
+recipe = Views(size=16).recipes()[1]
+stages = CompiledViews(recipe, (0.0,) * 3, (1.0,) * 3, compiled=False).stages
+for epoch in range(2):
+    drawn = draw_parameters(recipe, 20, 18, seed=0, epoch=epoch, indices=numpy.arange(8), view=1)
+    work = images, *to_device(images.device, drawn, (0.0,) * 3, (1.0,) * 3), 16, stages
+    assert torch.allclose(graph(*work), make_views(*work), atol=1e-5)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_stages_that_no_view_of_a_batch_needs_change_nothing(view: int) -> None:
+    recipe = Views(size=16).recipes()[view]
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8))
+    render = CompiledViews(recipe, *STATISTICS, compiled=False)
+    for epoch in range(3):
+        drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=epoch, indices=np.arange(40), view=view)
+        for rows in (slice(0, 1), slice(1, 3), slice(0, 40)):
+            ours = render(images[rows], drawn.rows(rows))
+            theirs = render_views(images[rows], drawn.rows(rows), recipe, *STATISTICS, engine="torch")
+            assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_what_cannot_be_compiled_is_done_in_plain_torch_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Views(size=16).recipes()[0]
+    images = torch.zeros(2, 20, 20, 3, dtype=torch.uint8)
+    drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
+    render = CompiledViews(recipe, *STATISTICS, compiled=True)
+
+    def fail(*work: object) -> torch.Tensor:
+        raise RuntimeError("no compiler here\nand a long explanation")
+
+    render._compiled = fail
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert torch.equal(render(images, drawn), render_views(images, drawn, recipe, *STATISTICS, engine="torch"))
+    (record,) = caplog.records
+    assert record.getMessage() == "the views are not compiled, which is slower: RuntimeError: no compiler here"
