@@ -92,12 +92,15 @@ def caco_steps(images: np.ndarray, work: Work, precision: torch.dtype) -> Iterat
     from caco.data.loader import TrainingViews
     from caco.distributed.world import World
     from caco.recipes import find_recipe
+    from caco.train.heap import keep_heap
     from caco.train.pretrain import create_state, worker_count
     from caco.train.step import Schedules, train_step
 
     config = replace(find_recipe("cifar"), batch_size=work.batch, bank_size=work.bank)
     assert config.views.size == SIZE and config.encoder.embedding == EMBEDDING
     world = World(torch.device(work.device))
+    if world.device.type == "cpu":
+        keep_heap()
     torch.manual_seed(0)
     state = create_state(config, create_backbone("resnet18", SIZE), world)
     state.model.train()
