@@ -175,9 +175,9 @@ class EngineOptions:
     """How the encoder is computed. Same mathematics; only rounding, speed and memory differ."""
 
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
-    """Order of pixels and channels in memory; auto: the faster one, tried at the start of a long run."""
+    """Order of pixels and channels in memory; auto: channels_last, unless a trial at the start of a long run says other."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: tried at the start of a run of over half an hour, kept if it pays."""
+    """torch.compile; auto: tried at the start of a run of over two hours, kept if it pays."""
     checkpointing: bool = False
     """Compute each block's activations again in backward: far less memory, about a third more time."""
     keep_heap: bool = True
@@ -257,7 +257,7 @@ class Pretrain:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, ..."""
     precision: Precision = "auto"
-    """Arithmetic of the encoder: fp32, bf16; auto: the faster one, tried at the start of a run of over a minute."""
+    """Arithmetic of the encoder; auto: bf16 on GPUs that have it; on a CPU fp32, or bf16 if a long run is 1.5 times faster."""
     workers: Union[int, Auto] = "auto"
     """Threads that decode and augment; auto: one per core. The views do not depend on it."""
     seed: int = 0

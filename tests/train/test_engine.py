@@ -30,11 +30,11 @@ def test_a_short_run_takes_the_defaults_and_touches_nothing():
 
 def test_a_long_run_takes_what_was_fastest_here():
     config = replace(CONFIG, engine=EngineOptions(compile="off"))
-    chosen, why = choose_engine(config, create_backbone("test_resnet", 32), CPU, passes=10**7, batch=8)
+    chosen, why = choose_engine(config, create_backbone("test_resnet", 32), CPU, passes=10**9, batch=8)
     assert chosen.precision in ("fp32", "bf16") and chosen.engine.layout in ("channels_last", "contiguous")
     for trial in candidates(config, CPU):
         assert f"{trial.precision} {trial.layout} " in why
-    again, why = choose_engine(chosen, nn.Identity(), CPU, passes=10**7, batch=8)
+    again, why = choose_engine(chosen, nn.Identity(), CPU, passes=10**9, batch=8)
     assert again == chosen and why == ""  # a resumed run measures nothing
 
 
