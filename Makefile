@@ -23,10 +23,10 @@ check: install  ## linter, formatter, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCHMARKS := $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := step peers bank bank_traffic data evaluate start growth
 
-bench: install  ## all benchmarks, small sizes
-	for file in $(BENCHMARKS); do $(BIN)/python $$file --quick || exit 1; done
+bench: install  ## benchmarks at small sizes (GPU: benchmarks/gpu.py; two machines: benchmarks/two_machines.py)
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 docs: install  ## the command line reference in docs/, written from the code
 	$(BIN)/python docs/write_reference.py
