@@ -117,9 +117,35 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         ("pretrain --data {tmp} --out {tmp}/r --bank.temperature 0", "must be above 0"),
         ("pretrain --data {tmp} --out {tmp}/r --monitor.log-steps 0", "must be at least 1"),
         ("pretrain --data {tmp} --out {tmp}/r --monitor.held-out 1", "above 0 and below 1"),
-        ("knn --neighbours 0", "must be at least 1"),
-        ("knn --temperature 0", "must be above 0"),
-        ("knn --held-out 1.5", "above 0 and below 1"),
+        ("knn x --neighbours 0", "must be at least 1"),
+        ("knn x --temperature 0", "must be above 0"),
+        ("knn x --held-out 1.5", "above 0 and below 1"),
+        ("pretrain --data {tmp} --out {tmp}/r --bank.lr -1", "--bank.lr -1.0: must be at least 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --bank.final-lr -1", "--bank.final-lr -1.0: must be at least 0"),
+        (
+            "pretrain --data {tmp} --out {tmp}/r --optimizer.final-lr -1",
+            "--optimizer.final-lr -1.0: must be at least 0",
+        ),
+        ("pretrain --data {tmp} --out {tmp}/r --views.hue 0.6", "--views.hue 0.6: must be at most 0.5"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.hue -0.1", "--views.hue -0.1: must be at least 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.contrast -1", "must be at least 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.brightness -1", "must be at least 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.saturation -1", "must be at least 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.blur-sigma 0 1", "--views.blur-sigma 0.0: must be above 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --views.area 0 1", "--views.area 0.0: must be above 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --monitor.knn-epochs -1", "must be at least 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --monitor.knn-first-epochs -1", "must be at least 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --seed 99999999999999999999", "must be at most 9223372036854775807"),
+        ("pretrain --data {tmp} --out {tmp}/r --distributed.processes 0", "must be at least 1"),
+        ("pretrain --data {tmp} --out {tmp}/r --distributed.machine 1", "the last of 1 has the number 0"),
+        ("pretrain --data {tmp} --out {tmp}/r --monitor.tensorboard False", "a no is --no- and its name"),
+        ("report x --images 1", "--images 1: must be at least 2"),
+        ("knn", "name a run folder or a backbone file first, for example: caco knn"),
+        ("linear --neighbours 3", "unknown option --neighbours"),
+        ("export --format timm", "for example: caco export runs/first --out"),
+        ("knn x --weights y --data z", "name one encoder, not two"),
+        ("knn --weights timm:resnet18 --data z", "only caco pretrain downloads"),
+        ("embed --weights x", "--data is missing"),
         ("knn x --batch-size -3", "must be at least 1"),
         ("linear x --epochs 0", "must be at least 1"),
         ("linear x --protocol refrence", "Did you mean reference"),
@@ -148,7 +174,10 @@ def test_unset_variables(capsys):
         ("pretrain --data texture --out {tmp}/r", "Did you mean textures"),
         ("pretrain --data textures:128", "--out is missing"),
         ("pretrain --data textures:128 --out {tmp}/r --backbone resnet19", "Did you mean resnet"),
-        ("pretrain --data textures:128 --out {tmp}/r --device cdua", "--device cdua: not here"),
+        (
+            "pretrain --data textures:128 --out {tmp}/r --device cdua",
+            "--device cdua: no such kind of device. Did you mean cuda?",
+        ),
         ("pretrain --data textures:128 --out {tmp}/r --weights {tmp}/none.pt", "there is no file {tmp}/none.pt"),
         ("pretrain --data textures:128 --out {tmp}/taken", "{tmp}/taken exists and is not a run of caco"),
         ("pretrain --data textures:128 --out {tmp}/taken/a.txt", "exists and is not a run of caco"),
@@ -199,10 +228,15 @@ def test_errors_of_names_and_files(line, words, capsys, tmp_path):
 def test_what_the_system_refuses_is_one_line_too(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     line = ["knn", "pixels", "--data", "textures:40", "--size", "8", "--out", str(tmp_path / "file" / "x.json")]
-    assert main(line) == 1
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert str(tmp_path / "file") in error
+    error = told(capsys, *line)
+    assert f"--out: {tmp_path}/file/x.json cannot be written: Not a directory" in error
+
+
+def test_a_stray_name_that_is_there_was_a_pattern(capsys, tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    error = told(capsys, "pretrain", "--data", *map(str, tmp_path.iterdir()))
+    assert "what is '" in error and "Quote a pattern ('photos/*.jpg'), or name the folder" in error
 
 
 def test_a_line_break_in_a_name_does_not_break_the_line(capsys, tmp_path):

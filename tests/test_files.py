@@ -2,10 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from caco.files import replace_file, replace_json
+from caco.errors import CacoError, UsageError
+from caco.files import check_writable, refused, replace_file, replace_json
 
 
 def names(folder):
@@ -66,3 +68,30 @@ def test_json(tmp_path):
     with pytest.raises(TypeError):
         replace_json(tmp_path / "a.json", {"c": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, None, "é"]}
+
+
+def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
+    """A real one: /dev/full refuses every byte, as a full disk does."""
+    with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"content")
+    said = refused(caught.value, tmp_path / "a.json")
+    assert said == f"{tmp_path}/a.json cannot be written: No space left on device; free some space there"
+    assert "free some space" in refused(caught.value)
+
+
+def test_what_cannot_be_written_is_told_with_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(CacoError, match=f"{tmp_path}/file/a.json cannot be written: "):
+        replace_file(Path("file/a.json"), b"")
+
+
+def test_writable_or_not_is_known_before_the_work(tmp_path):
+    check_writable("--out", tmp_path / "new" / "folder" / "a.json")
+    assert names(tmp_path) == []  # tried without leaving anything
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.json", Path("/proc/nobody/a.json")):  # not even root may write there
+        with pytest.raises(UsageError, match=f"--out: {path} cannot be written: "):
+            check_writable("--out", path)
+    with pytest.raises(UsageError, match="Is a directory"):
+        check_writable("--out", tmp_path)

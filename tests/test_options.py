@@ -147,6 +147,7 @@ def test_values_from_python_are_fitted(tmp_path):
     fitted = checked(Outer, given)
     assert fitted == {**given, "name": str(tmp_path), "neighbours": (3, 4), "inner.area": (0.0, 1.0)}
     assert isinstance(fitted["rate"], float)
+    assert checked(Outer, {"neighbours": 5}) == {"neighbours": (5,)}
     json.dumps(fitted)
 
 
@@ -159,7 +160,7 @@ def test_values_from_python_are_fitted(tmp_path):
         ("inner.area", 0.5, "must be 2 x float"),
         ("inner.area", (0.1, 0.2, 0.3), "must be 2 x float"),
         ("neighbours", (), "neighbours"),
-        ("neighbours", 5, "neighbours"),
+        ("neighbours", "five", "neighbours='five': must be int"),
         ("kind", "slwo", "must be fast|slow. Did you mean slow"),
         ("steps", "many", "must be int"),
         ("quick_look", 1, "must be True or False"),

@@ -1,5 +1,7 @@
 """The published recipes hold the published numbers, and every recipe can be listed, printed and used."""
 
+import shlex
+
 import pytest
 
 from caco.checks import check
@@ -98,20 +100,13 @@ def test_every_recipe_is_sound_and_printed_whole(name):
     assert recipe.recipe == name
     check(override(recipe, {"data": "photos", "out": "run"}))
     text = whole(name)
-    lines = [line for line in text.splitlines() if line.startswith("--")]
+    pasted = shlex.split(text[text.index("\n--") :].replace("\\\n", " "))
     left_out = {"data", "val", "out", "weights", "recipe", "device", "resume", "overwrite", "download"}
-    options = {option for option in flatten(recipe) if option not in left_out}
-    assert {line.split(" ")[0] for line in lines} == {f"--{option.replace('_', '-')}" for option in options}
-    # What is printed can be typed, and gives the recipe again.
-    words = []
-    for line in lines:
-        option, _, value = line.partition(" ")
-        if value in ("True", "False"):
-            words.append(option if value == "True" else f"--no-{option[2:]}")
-        elif value:
-            words += [option, *value.split(" ")]
-    assert parse(Pretrain, words, "caco pretrain", lambda given: Pretrain(recipe=name)) == recipe
-    assert f"{name} " in listing() + " "
+    options = {option for option, value in flatten(recipe).items() if option not in left_out and value != ""}
+    flags = {word.removeprefix("--no-").removeprefix("--") for word in pasted if word.startswith("--")}
+    assert flags == {option.replace("_", "-") for option in options}
+    start = override(Pretrain(recipe=name), {"engine.keep_heap": False, "encoder.centred": True})
+    assert parse(Pretrain, pasted, "caco pretrain", lambda given: start) == recipe
 
 
 def test_listing_has_a_line_for_each():

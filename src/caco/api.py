@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from caco import commands
+from caco.checks import check_judged
 from caco.cli import pretrain_start
 from caco.config import Embed, Export, Knn, Linear, Pretrain, Report
-from caco.data.source import ImageSource
+from caco.data.datasets import own_source
 from caco.errors import UsageError, did_you_mean
 from caco.options import checked, flatten, override
 from caco.weights import load_backbone as _load_backbone
@@ -19,17 +20,17 @@ from caco.weights import load_into, read_weights
 T = TypeVar("T")
 
 
-def pretrain(
-    data: str | Path | ImageSource, out: str | Path, *, backbone: str | nn.Module | None = None, **options: Any
-) -> Path | None:
+def pretrain(data: Any, out: str | Path, *, backbone: str | nn.Module | None = None, **options: Any) -> Path | None:
     """Pre-train an encoder on images and return the path of the finished backbone (`caco pretrain`).
 
-    data: what --data takes, or an image source of your own (caco.data.source.ImageSource). backbone: a timm name, or a
-    module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W]. Returns None but in the main process.
+    data: what --data takes, a sequence of such files, an array uint8 [N, H, W, 3], a torch Dataset of pictures
+    (caco.data.datasets.DatasetSource), or an image source of your own (caco.data.source.ImageSource). backbone: a timm
+    name, or a module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W]. Options that are None count as not
+    given. Returns None but in the main process.
     Example: `pretrain("photos/", "runs/first", recipe="cifar", bank_size=8192, views={"size": 64})`.
     Raises caco.errors.UsageError for wrong options, CacoError when the run cannot go on.
     """
-    images = None if isinstance(data, (str, Path)) else data
+    images = None if isinstance(data, (str, Path)) else own_source(data)
     given = _given(Pretrain(), {"data": data if images is None else images.name, "out": out, **options})
     if isinstance(backbone, nn.Module):
         given["backbone"] = "own"
@@ -41,24 +42,24 @@ def pretrain(
     return commands.pretrain(override(start, given), own, images)
 
 
-def knn(run: str | Path, **options: Any) -> dict[str, Any] | None:
+def knn(run: str | Path = "", **options: Any) -> dict[str, Any] | None:
     """Judge an encoder by nearest neighbours and return the result, accuracies in percent (`caco knn`)."""
-    return commands.knn(_config(Knn(), run, options))
+    return commands.knn(check_judged(_config(Knn(), run, options)))
 
 
-def linear(run: str | Path, **options: Any) -> dict[str, Any] | None:
+def linear(run: str | Path = "", **options: Any) -> dict[str, Any] | None:
     """Judge an encoder by a linear classifier and return the result, accuracies in percent (`caco linear`)."""
-    return commands.linear(_config(Linear(), run, options))
+    return commands.linear(check_judged(_config(Linear(), run, options)))
 
 
-def embed(run: str | Path, **options: Any) -> Path | None:
+def embed(run: str | Path = "", **options: Any) -> Path | None:
     """Write one feature vector for each image and return the file's path (`caco embed`)."""
-    return commands.embed(_config(Embed(), run, options))
+    return commands.embed(check_judged(_config(Embed(), run, options)))
 
 
-def export(run: str | Path, **options: Any) -> Path:
+def export(run: str | Path = "", **options: Any) -> Path:
     """Write an encoder in another library's format and return the file's path (`caco export`)."""
-    return commands.export(_config(Export(), run, options))
+    return commands.export(check_judged(_config(Export(), run, options)))
 
 
 def report(run: str | Path, **options: Any) -> Path:
@@ -66,11 +67,14 @@ def report(run: str | Path, **options: Any) -> Path:
     return commands.report(_config(Report(), run, options))
 
 
-def load_backbone(path: str | Path) -> nn.Module:
-    """Return the backbone of a run folder or file, in eval mode: [B, 3, S, S] → [B, num_features]."""
+def load_backbone(path: str | Path, backbone: str = "") -> nn.Module:
+    """Return the backbone of a run folder or file, in eval mode: [B, 3, S, S] → [B, num_features].
+
+    backbone: a timm name, for a file that does not say it.
+    """
     from caco.evaluate.encoder import find_weights
 
-    return _load_backbone(find_weights(Path(path)))[0]
+    return _load_backbone(find_weights(Path(path)), backbone)[0]
 
 
 def load_weights(module: nn.Module, path: str | Path) -> nn.Module:
@@ -90,10 +94,17 @@ def _given(defaults: object, options: dict[str, Any], prefix: str = "") -> dict[
     known = flatten(defaults)
     given: dict[str, Any] = {}
     for name, value in options.items():
+        if value is None:
+            continue
         if isinstance(value, dict):
             given.update(_given(defaults, value, f"{prefix}{name}."))
         elif prefix + name in known:
             given[prefix + name] = value
+        elif any(option.startswith(f"{prefix}{name}.") for option in known):
+            first = next(option for option in known if option.startswith(f"{prefix}{name}."))
+            raise UsageError(
+                f'{name}={value!r}: is a group of options, such as {name}={{"{first.rpartition(".")[2]}": …}}'
+            )
         else:
             raise UsageError(f"unknown option {prefix + name}.{did_you_mean(prefix + name, known)}")
     return given

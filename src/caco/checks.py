@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from caco.config import Pretrain
+from caco.config import Evaluation, Export, Pretrain
 from caco.errors import UsageError
 from caco.options import flatten
+
+E = TypeVar("E", bound=Evaluation | Export)
+
+NO_DATA = "--data is missing: name a folder of images (or textures, for built-in pictures)"
 
 _LEAST: dict[str, float] = {
     "batch_size": 1,
     "accumulate": 1,
+    "distributed.processes": 1,
     "distributed.machines": 1,
     "distributed.machine": 0,
     "distributed.timeout": 1,
@@ -21,23 +27,35 @@ _LEAST: dict[str, float] = {
     "seed": 0,
     "workers": 0,
     "size": 0,
+    "images": 2,
     "neighbours": 1,
     "probe_batch_size": 0,
     "weight_decay": 0,
+    "views.brightness": 0,
+    "views.contrast": 0,
+    "views.saturation": 0,
     "views.size": 1,
     "views.small": 0,
+    "views.hue": 0,
     "views.small_size": 1,
     "views.evaluation_resize": 1,
+    "bank.lr": 0,
+    "bank.final_lr": 0,
     "bank.warm_start_steps": 0,
     "encoder.embedding": 1,
     "encoder.projector": 1,
+    "optimizer.final_lr": 0,
     "optimizer.warmup_epochs": 0,
     "optimizer.weight_decay": 0,
     "monitor.log_steps": 1,
+    "monitor.knn_epochs": 0,
+    "monitor.knn_first_epochs": 0,
     "monitor.knn_neighbours": 1,
     "monitor.checkpoint_minutes": 0,
     "monitor.keep_checkpoints": 1,
 }
+_MOST: dict[str, float] = {"seed": 2**63 - 1, "views.hue": 0.5}
+"""Seeds are 64-bit numbers in torch; half a turn of the hue is as far as it goes."""
 _ABOVE_ZERO = (
     "lr",
     "temperature",
@@ -45,7 +63,9 @@ _ABOVE_ZERO = (
     "bank.slot_temperature",
     "bank.warm_start_temperature",
     "views.std",
-    "views.ratio",
+    "views.area",
+    "views.small_area",
+    "views.blur_sigma",
 )
 _SHARES = (
     *("views.jitter", "views.gray", "views.blur", "views.solarize", "views.flip", "views.area", "views.small_area"),
@@ -66,7 +86,7 @@ _ORDERED = ("views.area", "views.small_area", "views.blur_sigma")
 def check(config: Pretrain) -> None:
     """Raise UsageError for what is wrong with the configuration of a run."""
     if not config.data:
-        raise UsageError("--data is missing: name a folder of images (or textures, for built-in pictures)")
+        raise UsageError(NO_DATA)
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     check_numbers(config)
@@ -74,6 +94,12 @@ def check(config: Pretrain) -> None:
         raise UsageError("--batch-size 1: batch norm needs at least 2 images")
     if config.epochs != "auto" and config.start_epoch >= config.epochs:
         raise UsageError(f"--start-epoch {config.start_epoch}: nothing is left of {config.epochs} epochs")
+    machines = config.distributed
+    if machines.machine >= machines.machines:
+        raise UsageError(
+            f"--distributed.machine {machines.machine}: the last of {machines.machines} has the number "
+            f"{machines.machines - 1}"
+        )
     views = config.views
     if views.large < 2:
         raise UsageError(f"--views.large {views.large}: the method needs two large views")
@@ -82,6 +108,25 @@ def check(config: Pretrain) -> None:
             f"--views.evaluation-resize {views.evaluation_resize} is less than --views.size {views.size}: the centre "
             f"crop would not fit; use for example --views.evaluation-resize {round(views.size * 8 / 7)}"
         )
+
+
+def check_judged(options: E) -> E:
+    """Return the options of a command that uses an encoder, --weights in the place of RUN|FILE. Raises UsageError."""
+    command = type(options).__name__.lower()
+    if options.run and options.weights:
+        raise UsageError(f"{options.run} and --weights {options.weights}: name one encoder, not two")
+    run = options.run or options.weights
+    if not run:
+        example = "--out backbone.safetensors" if command == "export" else "--data photos/"
+        raise UsageError(
+            f"name a run folder or a backbone file first, for example: caco {command} runs/first {example}"
+        )
+    if run.startswith("timm:"):
+        raise UsageError(f"--weights {run}: only caco pretrain downloads; name a file")
+    check_numbers(options)
+    if isinstance(options, Evaluation) and not options.data:
+        raise UsageError(NO_DATA)
+    return replace(options, run=run, weights="")
 
 
 def check_numbers(config: Any) -> None:
@@ -102,6 +147,8 @@ def _problem(name: str, number: float) -> str:
         return "a finite number"
     if name in _LEAST and number < _LEAST[name]:
         return f"at least {_LEAST[name]}"
+    if name in _MOST and number > _MOST[name]:
+        return f"at most {_MOST[name]}"
     if name in _ABOVE_ZERO and number <= 0:
         return "above 0"
     if name in _SHARES and not 0 <= number <= 1:

@@ -11,11 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from caco.checks import check, check_numbers
-from caco.config import Demo, Embed, Export, Knn, Linear, Pretrain, Report
+from caco.checks import check, check_judged, check_numbers
+from caco.config import Demo, Embed, Evaluation, Export, Knn, Linear, Pretrain, Report
 from caco.errors import CacoError, UsageError, did_you_mean
+from caco.files import refused
 from caco.options import parse
 from caco.recipes import find_recipe, listing, whole
+
+RESOLVED = ("epochs", "precision", "engine.layout", "engine.compile")
+"""Options that a run writes into its config.json with a value in place of "auto"."""
 
 OVERVIEW = """\
 usage: caco COMMAND [options]
@@ -56,7 +60,7 @@ def exit_status(work: Callable[[], int | None], program: str) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:  # a full disk, a folder that may not be written to, ...
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {refused(error)}", file=sys.stderr)
         return CacoError.exit_status
 
 
@@ -85,11 +89,17 @@ def _pretrain(arguments: list[str]) -> None:
 
 
 def pretrain_start(given: dict[str, Any]) -> Pretrain:
-    """Return the values of all options not given: those of the run to resume, or of the recipe."""
+    """Return the values of all options not given: those of the run to resume, or of the recipe.
+
+    An "auto" that the run to resume has long decided is taken out of `given`: it means what was decided.
+    """
     folder = Path(given.get("out", ""))
     if given.get("resume") and given.get("out"):
         from caco.train.run_folder import read_config
 
+        for name in RESOLVED:
+            if given.get(name) == "auto":
+                del given[name]
         return read_config(folder)
     return find_recipe(given.get("recipe", Pretrain.recipe))
 
@@ -97,7 +107,10 @@ def pretrain_start(given: dict[str, Any]) -> Pretrain:
 def _command(kind: type, name: str) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
         config = parse(kind, arguments, f"caco {name}", lambda given: kind())
-        check_numbers(config)
+        if isinstance(config, (Evaluation, Export)):
+            config = check_judged(config)
+        else:
+            check_numbers(config)
         module = importlib.import_module("caco.demo" if name == "demo" else "caco.commands")
         getattr(module, name)(config)
 

@@ -14,13 +14,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from caco.checks import check, check_numbers
+from caco.checks import check
 from caco.config import Embed, Evaluation, Export, Knn, Linear, Pretrain, Report
 from caco.data.labels import Relabelled, Subset
 from caco.data.source import ImageSource, open_source
 from caco.deliver.embed import check_features_path, write_features
 from caco.deliver.export import check_export_path
 from caco.deliver.export import export as export_encoder
+from caco.deliver.next_steps import next_steps
 from caco.deliver.report import write_report
 from caco.distributed.launch import launch
 from caco.distributed.world import World, choose_device, choose_precision
@@ -31,21 +32,23 @@ from caco.evaluate.features import Features, labels_of
 from caco.evaluate.knn import held_out_split, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, LinearResult, linear_probe
 from caco.evaluate.reference_probe import train_reference_probe
-from caco.files import replace_file, replace_json
+from caco.files import check_writable, replace_file, replace_json
 from caco.train import pretrain as pretraining
 
 
 def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: ImageSource | None = None) -> Path | None:
     """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
     check(options)
+    if Path(options.out).is_dir() and options.out:
+        check_writable("--out", Path(options.out) / "config.json")
+    if options.val and open_source(options.val, split="val", download=options.download).labels is None:
+        raise UsageError(
+            f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "
+            "leave --val out"
+        )
     path = launch(pretraining.run, options.distributed, options.device, options, backbone, images)
-    if path is None:
-        return None
-    data = f"--data {options.data}" + (f" --val {options.val}" if options.val else "")
-    print(f"The backbone is {path}. Next:")
-    for command in (f"knn {options.out} {data}", f"linear {options.out} {data}"):
-        print(f"  caco {command}")
-    print(f"  caco embed {options.out} --data {options.data} --out features.npz")
+    if path is not None:
+        print(f"The backbone is {path}. Next:\n{next_steps(options, backbone is not None, images)}")
     return path
 
 
@@ -86,7 +89,7 @@ def _knn(world: World, options: Knn) -> dict[str, Any] | None:
     ]
     report = {**_described(options, reference, queries), **rows[0], "temperature": options.temperature, "all": rows}
     for row in rows:
-        print(f"kNN ({row['neighbours']} neighbours) {_accuracy_line(row)}, {_counts_line(report)}")
+        print(f"kNN ({row['neighbours']} neighbours) {_accuracy_line(row, len(train.classes))}, {_counts_line(report)}")
     return _deliver(report, options.out)
 
 
@@ -98,6 +101,8 @@ def linear(options: Linear) -> dict[str, Any] | None:
     _check_result_path(options.out)
     if options.head and Path(options.head).suffix != ".safetensors":
         raise UsageError(f"--head {options.head}: the classifier is written as .safetensors")
+    if options.head:
+        check_writable("--head", Path(options.head))
     return launch(_linear, options.distributed, options.device, options)
 
 
@@ -139,7 +144,8 @@ def _linear(world: World, options: Linear) -> dict[str, Any] | None:
         },
         "rates_tried": [{name: _number(value) for name, value in vars(trial).items()} for trial in result.trials],
     }
-    print(f"linear {_accuracy_line(report)}, {_counts_line(report)}, learning rate {result.learning_rate:g}")
+    accuracy = _accuracy_line(report, len(train.classes))
+    print(f"linear {accuracy}, {_counts_line(report)}, learning rate {result.learning_rate:g}")
     if options.head:
         head = {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()}
         replace_file(Path(options.head), safetensors.torch.save(head, {"classes": json.dumps(train.classes)}))
@@ -148,13 +154,12 @@ def _linear(world: World, options: Linear) -> dict[str, Any] | None:
 
 def embed(options: Embed) -> Path | None:
     """Write the features of every image to --out and return its path (None but in the main process)."""
-    check_numbers(options)
     check_features_path(options.out)
     return launch(_embed, options.distributed, options.device, options)
 
 
 def _embed(world: World, options: Embed) -> Path | None:
-    path = check_features_path(options.out)
+    path = Path(options.out)
     source = _open(options, options.data, "train")
     features = _encoder(world, options).features(source)
     if not world.is_main:
@@ -183,7 +188,6 @@ def _prepare(
     world: World, options: Evaluation, val_data: str, held_out: float
 ) -> tuple[UsableEncoder, ImageSource, ImageSource]:
     """Return the encoder, labelled training images and labelled test images in the same classes."""
-    check_numbers(options)
     train = _open(options, options.data, "train")
     if train.labels is None:
         raise UsageError(f"--data {options.data} has no labels (class folders, or a label column); judging needs them")
@@ -195,8 +199,6 @@ def _prepare(
 
 
 def _open(options: Evaluation, data: str, split: str) -> ImageSource:
-    if not data:
-        raise UsageError("--data is missing: name a folder of images (or textures, for built-in pictures)")
     return open_source(data, split=split, download=options.download)
 
 
@@ -250,9 +252,10 @@ def _interval(correct: torch.Tensor, seed: int) -> list[float]:
     return [100 * bound for bound in bootstrap_interval(correct, seed=seed)]
 
 
-def _accuracy_line(row: dict[str, Any]) -> str:
+def _accuracy_line(row: dict[str, Any], classes: int) -> str:
     low, high = row["top1_interval"]
-    return f"top-1 {row['top1']:.2f} % (95 % interval {low:.2f}-{high:.2f}), top-5 {row['top5']:.2f} %"
+    top5 = f", top-5 {row['top5']:.2f} %" if classes > 5 else ""  # of five classes, one of five is always right
+    return f"top-1 {row['top1']:.2f} % (95 % interval {low:.2f}-{high:.2f}){top5}"
 
 
 def _counts_line(report: dict[str, Any]) -> str:
@@ -262,6 +265,8 @@ def _counts_line(report: dict[str, Any]) -> str:
 def _check_result_path(path: str) -> None:
     if path and Path(path).suffix != ".json":
         raise UsageError(f"--out {path}: the result is written as .json")
+    if path:
+        check_writable("--out", Path(path))
 
 
 def _deliver(report: dict[str, Any], path: str) -> dict[str, Any]:
@@ -283,10 +288,6 @@ def _say_broken(source: ImageSource, features: Features) -> None:
 def export(options: Export) -> Path:
     """Write the encoder in another format; say how to load it, and return the file's path."""
     path = check_export_path(options.out, options.format)
-    if not options.run:
-        raise UsageError(
-            "name a run folder or file first, for example: caco export runs/first --out backbone.safetensors"
-        )
     how = export_encoder(Path(options.run), options.format, path)
     print(f"{path} is written; load it with {how}")
     return path
@@ -296,6 +297,7 @@ def report(options: Report) -> Path:
     """Write the page of a run into its folder, print and return its path."""
     if not options.run:
         raise UsageError("name a run folder first, for example: caco report runs/first")
+    check_writable("RUN", Path(options.run) / "report.html")
     device, workers = choose_device(options.device), pretraining.worker_count("auto")
     path = write_report(Path(options.run), images=options.images, device=device, workers=workers)
     print(f"The page is {path}")

@@ -283,6 +283,8 @@ class Evaluation:
 
     run: str = field(default="", metadata={"positional": "RUN|FILE"})
     """A run folder, a backbone or checkpoint file, random (untrained --backbone), or pixels (no encoder)."""
+    weights: str = ""
+    """The same by the name that pretrain has for it: a file (caco, published CaCo, timm, torchvision)."""
     data: str = ""
     """Images: a folder, Parquet or tar files (globs allowed), a torchvision set by name, or textures."""
     out: str = ""
@@ -358,6 +360,8 @@ class Export:
 
     run: str = field(default="", metadata={"positional": "RUN|FILE"})
     """A run folder, a backbone or checkpoint file."""
+    weights: str = ""
+    """The same by the name that pretrain has for it: a file (caco, published CaCo)."""
     format: Literal["timm", "torchvision", "reference"] = "timm"
     """timm, torchvision: a state dict of the backbone; reference: the published checkpoint, with bank and projector."""
     out: str = ""

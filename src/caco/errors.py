@@ -26,5 +26,5 @@ class Interrupted(CacoError):
 
 def did_you_mean(name: str, choices: Iterable[str], most: int = 3) -> str:
     """Return ``" Did you mean a, b?"`` with the nearest choices, or an empty string."""
-    near = difflib.get_close_matches(name, list(choices), n=most, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(choices), n=most, cutoff=0.6)
     return f" Did you mean {', '.join(near)}?" if near else ""

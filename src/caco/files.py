@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from caco.errors import CacoError, UsageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""No space left on the disk, or of one's share of it."""
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Write content to path so that a crash at any moment leaves the old file or the new one, never a part.
 
-    A temporary file in the same folder is written, synced to disk and renamed; then the folder is synced.
+    A temporary file in the same folder is written, synced to disk and renamed; then the folder is synced. Raises
+    CacoError when the system refuses: a full disk, a folder that may not be written to, ...
     """
+    try:
+        _replace(path, content)
+    except OSError as error:
+        raise CacoError(refused(error, path)) from error
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,3 +48,32 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 def replace_json(path: Path, content: Any) -> None:
     """Write indented JSON with `replace_file`."""
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise UsageError when a file cannot be written at `path`; tried in the nearest folder that is there already.
+
+    option: what named it ("--out"). Folders on the way are made when the file is written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option}: {refused(error, path)}") from error
+
+
+def refused(error: OSError, path: Path | None = None) -> str:
+    """Return in words what the system refused, with the whole path, and what to do.
+
+    path: the file that was to be written, where the error may not know it.
+    """
+    name = path or error.filename
+    if name is None:
+        where = "a file cannot be written" if error.errno in FULL else "the system refuses"
+    else:
+        where = f"{os.path.abspath(name)} {'cannot be written' if path or error.errno in FULL else 'cannot be used'}"
+    advice = "; free some space there" if error.errno in FULL else ""
+    return f"{where}: {error.strerror or error}{advice}"

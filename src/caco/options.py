@@ -17,7 +17,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar, Union
 
 from caco.errors import UsageError, did_you_mean
@@ -35,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(kind: type[T], arguments: Sequence[str], prog: str, start: Callable[[dict[str, Any]], T]) -> T:
     """Parse arguments into a `kind`: `start(given)` returns the values for all options that were not given.
 
-    given maps option names ("lr", "views.size") to values. Raises UsageError; exits after `--help`.
+    given maps option names ("lr", "views.size") to values; what `start` takes out of it counts as not given. Raises
+    UsageError; exits after `--help`.
     """
     parser = _Parser(
         prog=prog,
@@ -51,10 +52,20 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, start: Callable[[d
         known = [option for action in parser._actions for option in action.option_strings]
         name = unknown[0].partition("=")[0]
         is_option = name.startswith("-")
-        what = f"unknown option {name}.{did_you_mean(name, known)}" if is_option else f"what is {name!r} for?"
+        what = f"unknown option {name}.{did_you_mean(name, known)}" if is_option else _stray(name)
         raise UsageError(f"{what} (all options: {prog} --help)")
     given = vars(namespace)
     return override(start(given), given)
+
+
+def _stray(word: str) -> str:
+    """Return the question about a word that belongs to no option, and what was probably meant."""
+    question = f"what is {word!r} for?"
+    if word.lower() in ("true", "false"):
+        return f"{question} A yes is the option alone, a no is --no- and its name"
+    if os.path.exists(word):  # the shell has made many names of `photos/*.jpg`
+        return f"{question} Quote a pattern ('photos/*.jpg'), or name the folder; each name follows its option"
+    return question
 
 
 def override(values: T, given: dict[str, Any]) -> T:
@@ -87,6 +98,22 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + field.name] = value
     return flat
+
+
+def words(values: Any, before: Any = None) -> Iterator[tuple[str, ...]]:
+    """Yield each option of a dataclass as it is typed: its flag and its value, to be quoted for a shell.
+
+    before: leave out what is the same there. Positional options and empty texts are left out.
+    """
+    same = {} if before is None else flatten(before)
+    for name, value in flatten(values).items():
+        if value == "" or (name in same and same[name] == value):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield (f"--{flag}" if value else f"--no-{flag}",)
+        else:
+            yield (f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,)))
 
 
 def from_dictionary(kind: type[T], values: dict[str, Any]) -> T:
@@ -131,6 +158,8 @@ def _hint(kind: type, name: str) -> Any:
 
 def _fitted(name: str, hint: Any, value: Any) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and Ellipsis in inner and isinstance(value, numbers.Number):
+        value = (value,)
     if origin is tuple and isinstance(value, (tuple, list)):
         hints = [inner[0]] * len(value) if Ellipsis in inner else inner
         if len(hints) == len(value) > 0:
@@ -153,7 +182,8 @@ def _fitted(name: str, hint: Any, value: Any) -> Any:
     wanted = {bool: "True or False", str: "text or a path"}.get(hint) or _argument(hint)["metavar"]
     count = f"{len(inner)} x " if origin is tuple and Ellipsis not in inner else ""
     near = did_you_mean(value, inner) if origin is typing.Literal and isinstance(value, str) else ""
-    raise UsageError(f"{name}={value!r}: must be {count}{wanted}.{near}")
+    shown = repr(value) if isinstance(value, (str, int, float, tuple, list, type(None))) else type(value).__name__
+    raise UsageError(f"{name}={shown}: must be {count}{wanted}.{near}")
 
 
 def _argument(hint: Any) -> dict[str, Any]:

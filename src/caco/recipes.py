@@ -6,12 +6,13 @@ Recipes hold what belongs to a kind of data: view size and blur, bank size and r
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 
 from caco.config import BankOptions, EncoderOptions, EngineOptions, MonitorOptions, OptimizerOptions, Pretrain, Views
 from caco.errors import UsageError, did_you_mean
-from caco.options import flatten
+from caco.options import words
 
 
 def _published_monitor(epochs: int) -> MonitorOptions:
@@ -185,13 +186,10 @@ def listing() -> str:
 
 
 def whole(name: str) -> str:
-    """Return all there is to know of a recipe: source, hardware, accuracy, and every option's value."""
+    """Return all there is to know of a recipe: source, hardware, accuracy, and every option as it is typed."""
     recipe = find_recipe(name)
-    not_set_here = ("data", "val", "out", "weights", "recipe", "device", "resume", "overwrite", "download")
-    options = {key: value for key, value in flatten(recipe).items() if key not in not_set_here}
-    lines = [f"--{key.replace('_', '-')} {_shown(value)}" for key, value in options.items()]
-    return f"{name}\n\n{inspect.getdoc(RECIPES[name])}\n\n" + "\n".join(lines)
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    lines = [shlex.join(option) for option in words(replace(recipe, recipe="", device=""))]
+    unset = {f"--no-{switch}" for switch in ("resume", "overwrite", "download")}
+    options = " \\\n".join(line for line in lines if line not in unset)
+    about = inspect.getdoc(RECIPES[name])
+    return f"{name}\n\n{about}\n\nEvery option, to go behind caco pretrain --data FOLDER --out RUN:\n\n{options}"

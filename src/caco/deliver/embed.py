@@ -9,7 +9,7 @@ import numpy as np
 
 from caco.errors import UsageError
 from caco.evaluate.features import Features
-from caco.files import replace_file
+from caco.files import check_writable, replace_file
 
 ENDINGS = (".npz", ".parquet")
 
@@ -22,6 +22,7 @@ def check_features_path(path: str) -> Path:
         raise UsageError(f"--out {path}: features are written as .npz or .parquet")
     if Path(path).suffix == ".parquet":
         _pyarrow()
+    check_writable("--out", Path(path))
     return Path(path)
 
 

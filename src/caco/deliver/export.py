@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from caco.backbone import torchvision_model
 from caco.errors import CacoError, UsageError
 from caco.evaluate.encoder import find_weights
-from caco.files import replace_file
+from caco.files import check_writable, replace_file
 from caco.reference.checkpoint import Snapshot, read_snapshot, write_published
 from caco.train.checkpoint import CheckpointFolder
 from caco.weights import BackboneCard, load_backbone, save_backbone
@@ -27,6 +28,7 @@ def check_export_path(path: str, kind: str) -> Path:
         raise UsageError(f"--out {path}: the format {kind} is written as {', '.join(TENSOR_FILES)}")
     if kind == "reference" and path.endswith(".safetensors"):
         raise UsageError(f"--out {path}: the published checkpoint is a torch file, for example checkpoint.pth.tar")
+    check_writable("--out", Path(path))
     return Path(path)
 
 
@@ -39,6 +41,8 @@ def export(run: Path, kind: str, out: Path) -> str:
     if kind == "reference":
         snapshot = latest_snapshot(run)
         write_published(out, snapshot)
+        if snapshot.arch == "own":
+            return 'torch.load(…)["state_dict"]: the module is your own, which the published programs do not know'
         known = "" if _is_torchvision_resnet(snapshot) else "; its own programs know only torchvision's ResNets"
         return f"python linear.py -a {snapshot.arch} --pretrained {out}{known}"
     module, card = load_backbone(find_weights(run))
@@ -52,6 +56,9 @@ def export(run: Path, kind: str, out: Path) -> str:
         replace_file(out, buffer.getbuffer())
     if kind == "torchvision":
         return f'torchvision.models.get_model("{card.backbone}") and load_state_dict(…, strict=False): all but its fc'
+    if not timm.is_model(card.backbone):
+        named = "" if out.suffix == ".safetensors" else f', backbone="{card.backbone}"'
+        return f'caco.load_backbone("{out}"{named}): timm has no {card.backbone}'
     stem = " after replacing its stem (conv1: 3x3, stride 1; no maxpool)" if card.stem == "small" else ""
     return f'timm.create_model("{card.backbone}", num_classes=0) and load_state_dict(…){stem}'
 
@@ -94,9 +101,9 @@ def _check_torchvision(module: nn.Module, card: BackboneCard) -> None:
     wanted, have = ({k: v.shape for k, v in _all_but_counters(m).items()} for m in (theirs, module))
     if wanted != have:
         different = sorted(name for name in {*wanted, *have} if wanted.get(name) != have.get(name))
+        others = f" and {len(different) - 1} others" if len(different) > 1 else ""
         raise UsageError(
-            f"this {card.backbone} is not torchvision's ({different[0]} and {len(different) - 1} others differ); "
-            "use --format timm"
+            f"this {card.backbone} is not torchvision's (not the same: {different[0]}{others}); use --format timm"
         )
 
 

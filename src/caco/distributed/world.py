@@ -18,7 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from caco.distributed.heartbeat import LOST_AFTER, Heartbeat
 from caco.distributed.network import interface_towards, own_address_towards
-from caco.errors import UsageError
+from caco.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 
@@ -232,9 +232,16 @@ def choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:
+        kinds = ("auto", "cpu", "cuda", "cuda:1", "mps", "xpu")
+        near = did_you_mean(name, kinds, most=1) or f" There are: {', '.join(kinds)}."
+        raise UsageError(f"--device {name}: no such kind of device.{near}") from None
+    try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: not here ({str(error).splitlines()[0][:100]}); try auto or cpu") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        number = torch.cuda.device_count()
+        here = ["cpu", *(f"cuda:{gpu}" for gpu in range(number)), *(["mps"] * torch.backends.mps.is_available())]
+        raise UsageError(f"--device {name}: not on this machine, which has {', '.join(here)}; try auto") from error
     return device
 
 

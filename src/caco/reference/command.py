@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 from caco.config import DistributedOptions, Linear, Pretrain
 from caco.errors import UsageError
-from caco.options import flatten
+from caco.options import words
 from caco.recipes import find_recipe
 
 PUBLISHED_RECIPES = (
@@ -47,16 +46,6 @@ def machines(world_size: int, rank: int, url: str, processes: int | None) -> Dis
     return DistributedOptions(processes=options.processes, machines=world_size, machine=max(rank, 0), address=address)
 
 
-def _options(config: Any, start: Any) -> list[str]:
-    before = flatten(start)
-    words = []
-    for name, value in flatten(config).items():
-        if name == "recipe" or value == before[name]:
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            parts = value if isinstance(value, tuple) else (value,)
-            words += [f"--{flag}", *(shlex.quote(str(part)) for part in parts)]
-    return words
+def _options(config: Pretrain | Linear, start: Pretrain | Linear) -> list[str]:
+    """Return what differs, quoted; the recipe is said by its name."""
+    return [shlex.join(option) for option in words(config, start) if option[0] != "--recipe"]

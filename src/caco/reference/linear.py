@@ -94,6 +94,7 @@ def translate(flags: Flags, gpus: int, cores: int) -> Linear:
         device="auto" if gpu is None else f"cuda:{gpu}",
         workers=max(1, min(flags.workers // max(flags.world_size, 1), cores) // (processes or max(gpus, 1))),
         seed=flags.seed,
+        precision="fp32",  # the published arithmetic
         protocol="reference",
         epochs=flags.epochs,
         lr=flags.lr,

@@ -88,6 +88,12 @@ def _main(arguments: list[str]) -> None:
     config = go_on(start_from_file(translate(flags, torch.cuda.device_count(), os.cpu_count() or 1)))
     check(config)
     print(pretrain_command(config), flush=True)
+    if config.bank_size != 65536:
+        print(
+            f"(--bank.lr and --bank.final-lr are per 65,536 slots; with {config.bank_size:,} the bank's rates are "
+            f"{flags.memory_lr:g} and {flags.memory_lr_final:g}, as --memory_lr and --memory_lr_final say)",
+            flush=True,
+        )
     if commands.pretrain(config) is not None:
         path = write_reference(Path(config.out), int(config.epochs))
         print(f"In the published format: {path}. Next:\n  python linear.py -a {config.backbone} --pretrained {path}")
@@ -114,6 +120,8 @@ def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:
         "device": "auto" if gpu is None else f"cuda:{gpu}",
         "workers": max(1, min(flags.workers // max(flags.world_size, 1), cores) // here),
         "seed": flags.seed,
+        "precision": "fp32",  # the published arithmetic: neither autocast nor a compiler
+        "engine.compile": "off",
         **(_multi_crop(flags) if flags.multi_crop else {"views.size": flags.size}),
         "encoder.embedding": flags.moco_dim,
         "encoder.projector": flags.mlp_dim,

@@ -1,0 +1,82 @@
+"""Images that are Python objects: arrays, lists of files, and Datasets of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from caco.data.decode import BrokenImage, Pixels, Shrink
+from caco.data.encoded import Labels, labels_by_number
+from caco.data.source import ImageSource, open_source
+from caco.errors import UsageError
+
+
+def own_source(data: Any) -> ImageSource:
+    """Return what a Python caller names by other means than a text, as an image source. Raises UsageError."""
+    if isinstance(data, (ImageSource, np.ndarray)):
+        return open_source(data)
+    if isinstance(data, Sequence) and all(isinstance(item, (str, Path)) for item in data):
+        return open_source(list(data))
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return DatasetSource(data)
+    raise UsageError(
+        f"data is a {type(data).__name__}; it must be a path, a list of files, an array uint8 [N, H, W, 3], a Dataset "
+        "with a length and numbered pictures, or an ImageSource"
+    )
+
+
+class DatasetSource:
+    """An `ImageSource` of a map-style Dataset (`__len__`, `__getitem__`); keys are "image 17".
+
+    An item is a picture, or a tuple that begins with one: a PIL image, or an array uint8 [H, W, 3] or [H, W]. Labels are
+    the Dataset's `targets` or `labels`, whole numbers from 0 on, and their names its `classes`, as in torchvision; a
+    Dataset without is unlabelled. It is read from many threads.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        """Raises UsageError for a Dataset that is empty, gives something else, or has labels of another number."""
+        self.name = type(dataset).__name__
+        self._dataset = dataset
+        if len(dataset) == 0:
+            raise UsageError(f"{self.name} holds no images")
+        self.labels, self.classes = self._labels()
+        self.load(0)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def key(self, index: int) -> str:
+        """Return "image 17", counted from 0."""
+        return f"image {index}"
+
+    def load(self, index: int, shrink: Shrink | None = None) -> Pixels:
+        """Return an image, uint8 [H, W, 3], not to be written to; shrink is ignored.
+
+        Raises BrokenImage when the Dataset cannot read it, UsageError for what is no picture.
+        """
+        try:
+            item = self._dataset[index]
+        except OSError as problem:  # Pillow's errors are of this kind, too
+            raise BrokenImage(self.key(index), f"cannot be read: {problem}") from problem
+        picture = item[0] if isinstance(item, (tuple, list)) and item else item
+        if isinstance(picture, Image.Image):
+            picture = np.asarray(picture.convert("RGB"))
+        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,)):
+            raise UsageError(
+                f"{self.name} gives a {type(picture).__name__}; caco needs PIL images or arrays uint8 [H, W, 3]: leave "
+                "out the Dataset's own transform"
+            )
+        return np.repeat(picture[:, :, None], 3, axis=2) if picture.ndim == 2 else np.ascontiguousarray(picture)
+
+    def _labels(self) -> tuple[Labels, tuple[str, ...]]:
+        given = getattr(self._dataset, "targets", getattr(self._dataset, "labels", None))
+        if given is None:
+            return None, ()
+        numbers = np.asarray(given)
+        if numbers.shape != (len(self._dataset),) or numbers.dtype.kind not in "iu":
+            raise UsageError(f"{self.name}: its labels must be {len(self._dataset)} whole numbers, one for each image")
+        return labels_by_number(numbers.astype(np.int64), tuple(map(str, getattr(self._dataset, "classes", ()))))

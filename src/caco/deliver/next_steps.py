@@ -1,0 +1,44 @@
+"""What can be done with a finished run, as commands to paste."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from pathlib import Path
+
+from caco.config import Pretrain
+from caco.data.source import ImageSource, open_source
+from caco.errors import CacoError
+
+
+def next_steps(options: Pretrain, own_backbone: bool = False, images: ImageSource | None = None) -> str:
+    """Return the commands that follow on a finished run, a line each: only such as work with its images.
+
+    own_backbone: the run trained a module of the user's own. images: the user's own source, in place of --data. Both
+    can be used from Python only.
+    """
+    run, data, val = options.out, options.data, options.val
+    if own_backbone:
+        return f"  caco.load_weights(module, {run!r})   in Python: the module is your own"
+    if images is not None:
+        return f"  caco.load_backbone({run!r})   in Python: the images are your own"
+    embed = _line("embed", run, "--data", data, "--out", "features.npz")
+    if _is_labelled(options):
+        judged = ["--data", data, *(["--val", val] if val else [])]
+    elif val:
+        judged = ["--data", val]
+    else:
+        hint = "To judge it, name labelled images, a folder for each class: caco knn RUN --data FOLDER"
+        return "\n".join([embed, _line("report", run), hint])
+    return "\n".join([_line("knn", run, *judged), _line("linear", run, *judged), embed])
+
+
+def _is_labelled(options: Pretrain) -> bool:
+    """Return whether --data has labels, by the listing that the run has kept."""
+    with contextlib.suppress(CacoError):  # moved away meanwhile: the run is finished all the same
+        return open_source(options.data, index_cache=Path(options.out) / "index.npz").labels is not None
+    return False
+
+
+def _line(*arguments: str) -> str:
+    return f"  {shlex.join(['caco', *arguments])}"
