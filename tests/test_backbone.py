@@ -1,5 +1,7 @@
 """Backbones by name and of one's own, their stems, and how they start."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -144,6 +146,17 @@ def test_own_modules_are_adopted():
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(pooled.eval()(images), maps(images).mean(dim=(2, 3)))
+    assert list(pooled.state_dict()) == list(maps.state_dict())
+
+
+def test_pooled_modules_go_by_their_own_names_inside_others():
+    """In an encoder's state dict, in a copy of it, and back again."""
+    encoder = Encoder(adopt_backbone(Maps(), 16), projector(7, 20, 5))
+    state = encoder.state_dict()
+    assert "backbone.layers.0.weight" in state and not any("maps" in name for name in state)
+    other = copy.deepcopy(Encoder(adopt_backbone(Maps(), 16), projector(7, 20, 5)))
+    other.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import time
 import zipfile
 
 import numpy as np
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from caco.backbone import create_backbone
+from caco.backbone import adopt_backbone, create_backbone
 from caco.errors import CacoError, UsageError
 from caco.weights import (
     BackboneCard,
@@ -353,9 +354,58 @@ def test_saving_is_atomic(tmp_path, backbone, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_own_modules_of_maps_keep_their_names(tmp_path, images):
+    """Pooled for training, written under the module's own names, and read back into it, bare or pooled."""
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    pooled = adopt_backbone(own, SIZE)
+    save_backbone(tmp_path / "own.safetensors", pooled, BackboneCard("own", size=SIZE, resize=SIZE))
+    assert set(safetensors.torch.load_file(tmp_path / "own.safetensors")) == set(own.state_dict())
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    module, card = load_backbone(tmp_path / "own.safetensors", own=other)
+    assert (card.backbone, card.size) == ("own", SIZE)
+    assert_same_features(module, pooled.eval(), images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())  # a copy was filled
+    load_into(other, read_weights(tmp_path / "own.safetensors")[0], "own")
+    assert_same_features(other, own.eval(), images)
+
+
+def test_the_narrow_resnet_of_a_published_file(tmp_path):
+    """Its own first kernel is 3 x 3, which is not the small stem of another ResNet."""
+    torch.manual_seed(0)
+    backbone = create_backbone("resnet10_narrow", SIZE).eval()
+    state = {f"module.encoder_q.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    torch.save({"arch": "resnet10_narrow", "state_dict": state}, tmp_path / "published.pth.tar")
+    module, card = load_backbone(tmp_path / "published.pth.tar")
+    assert (card.backbone, card.stem) == ("resnet10_narrow", "standard")
+    assert_same_features(module, backbone, torch.randn(2, 3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize(("name", "near"), [("resnet81", "resnet18"), ("resnet18.a1_in2k", "resnet18.a1_in1k")])
+def test_weights_that_timm_does_not_have(monkeypatch, name, near):
+    """Told before the network is used."""
+    monkeypatch.setattr("caco.weights._answers", lambda address: pytest.fail("the network was used"))
+    with pytest.raises(UsageError, match=rf"timm has no weights of that name\. Did you mean .*{near}"):
+        download_weights(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch, tmp_path, capfd):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(CacoError, match=r"not downloaded \(the hub cannot be reached, and gave none before\)$"):
+        download_weights("resnet18")
+    assert time.monotonic() - began < 8 and "Retry" not in capfd.readouterr().err
+    assert not constants.HF_HUB_OFFLINE
+
+
 def test_a_download_that_fails_is_one_line(monkeypatch):
     """The network is the hub's client's affair; whatever it raises is told in one line. (No network in tests.)"""
     import timm
+
+    monkeypatch.setattr("caco.weights._answers", lambda address: True)
 
     def unreachable(name, **keywords):
         assert keywords == {"pretrained": True, "num_classes": 0}

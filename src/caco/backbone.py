@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from caco.errors import UsageError, did_you_mean
 
@@ -24,6 +26,33 @@ class Encoder(nn.Module):
 
     def forward(self, view: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
         return self.projector(self.backbone(view))  # type: ignore[no-any-return]
+
+
+class Pooled(nn.Module):
+    """A module that gives maps [B, F, H, W], with their mean over space: [B, F]. Its state dict is the module's own."""
+
+    num_features: int
+
+    def __init__(self, maps: nn.Module) -> None:
+        super().__init__()
+        self.maps = maps
+        self.register_state_dict_post_hook(_without_maps)
+        self.register_load_state_dict_pre_hook(_with_maps)
+
+    def forward(self, view: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.maps(view), 1).flatten(1)
+
+
+def _without_maps(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Take "maps." out of the names of a state dict that is being made."""
+    for name in [name for name in state if name.startswith(f"{prefix}maps.")]:
+        state[prefix + name.removeprefix(f"{prefix}maps.")] = state.pop(name)
+
+
+def _with_maps(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Put it back into those of one that is being loaded."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}maps.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 def projector(features: int, hidden: int, embedding: int, centred: bool = False) -> nn.Sequential:
@@ -57,12 +86,33 @@ def create_backbone(name: str, size: int, stem: str = "auto") -> nn.Module:
     size ≤ 64. ResNets start as torchvision's (and the published code's) do: residual branches not zeroed.
     Raises UsageError for an unknown name, with the nearest ones, or a stem the model cannot have.
     """
+    backbone = _named(name, size)
+    if stem == "small" or (stem == "auto" and size <= SMALL_VIEW and _has_plain_stem(backbone)):
+        _make_stem_small(name, backbone)
+    return adopt_backbone(backbone, size)
+
+
+def is_model(name: str) -> bool:
+    """Return whether `create_backbone` knows a name."""
+    from torchvision import models
+
+    return bool(timm_and_ours().is_model(name)) or name in models.list_models(module=models)
+
+
+def timm_and_ours() -> Any:
+    """Return timm, which knows our own models by their names, too."""
     import timm
 
     import caco.narrow_resnet  # noqa: F401 (registers a name)
 
+    return timm
+
+
+def _named(name: str, size: int) -> nn.Module:
+    """Return a model as its library makes it. Raises UsageError for an unknown name, with the nearest ones."""
+    timm = timm_and_ours()
     if timm.is_model(name):
-        backbone = _first_accepted(
+        return _first_accepted(
             name,
             [
                 {"zero_init_last": False},
@@ -71,23 +121,11 @@ def create_backbone(name: str, size: int, stem: str = "auto") -> nn.Module:
                 {},
             ],
         )
-    else:
-        found = torchvision_model(name)
-        if found is None:
-            near = did_you_mean(name, timm.list_models()) or " All names: timm.list_models()."
-            raise UsageError(f"--backbone: timm has no model {name!r}.{near}")
-        backbone = found
-    if stem == "small" or (stem == "auto" and size <= SMALL_VIEW and _has_plain_stem(backbone)):
-        _make_stem_small(name, backbone)
-    return adopt_backbone(backbone, size)
-
-
-def is_model(name: str) -> bool:
-    """Return whether `create_backbone` knows a name."""
-    import timm
-    from torchvision import models
-
-    return bool(timm.is_model(name)) or name in models.list_models(module=models)
+    found = torchvision_model(name)
+    if found is None:
+        near = did_you_mean(name, timm.list_models()) or " All names: timm.list_models()."
+        raise UsageError(f"--backbone: timm has no model {name!r}.{near}")
+    return found
 
 
 def torchvision_model(name: str) -> nn.Module | None:
@@ -117,6 +155,25 @@ def stem_of(backbone: nn.Module) -> str:
     return "small" if small else "standard"
 
 
+def stem_in(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return which stem, "small" or "standard", a model of that name has whose weights are these.
+
+    A first kernel of 3 x 3 is the small stem only where the model's own is another. Raises UsageError for an unknown
+    name.
+    """
+    if first_kernel(tensors) != 3:
+        return "standard"
+    with torch.device("meta"):  # shapes only
+        model = _named(name, 224)
+    return "small" if _has_plain_stem(model) and first_kernel(model.state_dict()) != 3 else "standard"
+
+
+def first_kernel(tensors: Mapping[str, Tensor]) -> int:
+    """Return the side of a ResNet's first kernel; 0 where there is no such convolution."""
+    first = tensors.get("conv1.weight")
+    return int(first.shape[-1]) if first is not None and first.ndim == 4 else 0
+
+
 def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
     """Return a module as a backbone: pooled features, and `num_features` as measured (timm's own misses heads).
 
@@ -129,7 +186,7 @@ def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
             f"the backbone must map [B, 3, {size}, {size}] to features [B, F] or [B, F, H, W], not {shape}"
         )
     if output.ndim == 4:
-        module = nn.Sequential(module, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+        module = Pooled(module)
     module.num_features = output.shape[1]  # type: ignore[assignment]
     return module
 

@@ -6,11 +6,16 @@ code is refused.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import http.client
 import json
 import pickle
+import urllib.error
+import urllib.request
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +25,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from caco.backbone import create_backbone, is_model
-from caco.config import IMAGENET_MEAN, IMAGENET_STD
-from caco.errors import CacoError, UsageError
+from caco.backbone import adopt_backbone, create_backbone, is_model, stem_in, timm_and_ours
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, usual_resize
+from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import replace_file
 from caco.options import checked
 from caco.reference.pickled import HARMLESS
@@ -67,17 +72,26 @@ def save_backbone(path: Path, backbone: nn.Module, card: BackboneCard) -> None:
     replace_file(path, safetensors.torch.save(tensors, metadata=header))
 
 
-def load_backbone(path: Path, backbone: str = "", size: int = 0) -> tuple[nn.Module, BackboneCard]:
+def load_backbone(
+    path: Path, backbone: str = "", size: int = 0, own: nn.Module | None = None
+) -> tuple[nn.Module, BackboneCard]:
     """Return the backbone in a file, in eval mode, and its card.
 
     A file of ours says what it holds; for any other, `backbone` names the timm model (and `size` its views, 224 px if
-    not said). Raises UsageError when the file cannot be read or does not fit.
+    not said). own: the user's own module, instead of one by name; the weights go into a copy of it. Raises UsageError
+    when the file cannot be read or does not fit.
     """
     tensors, card = read_weights(path)
+    if own is not None:
+        side = size or 224
+        card = card or BackboneCard(backbone="own", size=side, resize=usual_resize(side))
+        module = adopt_backbone(copy.deepcopy(own), card.size)
+        load_into(module, tensors, str(path))
+        return module.eval(), card
     if card is None:
         if not backbone:
             raise UsageError(f"{path} does not say which model it holds; name it with --backbone")
-        stem = "small" if _first_kernel(tensors) == 3 else "standard"
+        stem = stem_in(backbone, tensors)
         card = BackboneCard(backbone=backbone, stem=stem, size=size or 224, resize=round((size or 224) * 256 / 224))
     if backbone and backbone != card.backbone:
         raise UsageError(f"{path} holds a {card.backbone}, not a {backbone}")
@@ -132,7 +146,7 @@ def known_card(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bac
     arch = content.get("arch")
     if not isinstance(arch, str) or not is_model(arch):
         return None
-    return BackboneCard(backbone=arch, stem="small" if _first_kernel(tensors) == 3 else "standard")
+    return BackboneCard(backbone=arch, stem=stem_in(arch, tensors))
 
 
 def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,19 +195,47 @@ def _card(values: dict[str, Any], path: Path) -> BackboneCard:
         raise UsageError(f"{path}: its description of itself is one that this version does not understand") from error
 
 
-def _first_kernel(tensors: Mapping[str, Tensor]) -> int:
-    first = tensors.get("conv1.weight")
-    return int(first.shape[-1]) if first is not None and first.ndim == 4 else 0
-
-
 def download_weights(name: str) -> dict[str, Tensor]:
     """Return the named weights from timm's hub ("resnet50.a1_in1k"): the only place where the network is used.
 
-    Raises CacoError when it cannot be reached or does not have them.
+    Raises UsageError, before it is used, for a name that timm has no weights for, CacoError when the hub cannot be
+    reached and has not been before.
     """
-    import timm
-
+    timm = timm_and_ours()
+    if not timm.models.is_model_pretrained(name):
+        names = {known for full in timm.list_models(pretrained=True) for known in (full, full.partition(".")[0])}
+        near = did_you_mean(name, sorted(names)) or " All names: timm.list_models(pretrained=True)."
+        raise UsageError(f"--weights timm:{name}: timm has no weights of that name.{near}")
     try:
-        return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+        with _hub() as reached:
+            return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
     except Exception as error:  # the hub's client raises many kinds
-        raise CacoError(f"--weights timm:{name}: not downloaded ({str(error).splitlines()[0][:120]})") from error
+        reason = str(error).splitlines()[0][:120] if reached else "the hub cannot be reached, and gave none before"
+        raise CacoError(f"--weights timm:{name}: not downloaded ({reason})") from error
+
+
+@contextlib.contextmanager
+def _hub() -> Iterator[bool]:
+    """Yield whether timm's hub answers. While entered, one that does not is not asked again and again: only what it gave
+    before is looked for."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    reached = not before and _answers(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = not reached
+    try:
+        yield reached
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str, seconds: float = 10.0) -> bool:
+    """Return whether a server answers at all, through a proxy if one is set."""
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.urlopen(request, timeout=seconds).close()
+    except urllib.error.HTTPError:  # it does, whatever it says
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    return True

@@ -123,6 +123,30 @@ def test_killed_at_random_moments_many_times(photos, uninterrupted, tmp_path):
     assert_equal_runs(uninterrupted, out)
 
 
+@pytest.mark.parametrize("moment", ["config.json", "metrics.jsonl"])
+def test_killed_before_the_first_checkpoint(photos, uninterrupted, tmp_path, moment):
+    """`kill -9` as soon as the run's folder has its settings, or its first record: the same run begins anew."""
+    out = tmp_path / "early"
+    process = subprocess.Popen(
+        command(photos, out, "--monitor.checkpoint-minutes", "1000", "--monitor.knn-epochs", "5"),
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((out / moment).exists() and (out / moment).stat().st_size):
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not list((out / "checkpoints").glob("*.pt")), "killed too late"
+    again = [sys.executable, "-m", "caco", "pretrain", "--out", str(out), "--resume"]
+    refused = run([*again, "--lr", "0.7"])
+    assert refused.returncode == 2 and "--resume cannot change --lr 0.7" in refused.stderr
+    done = run([*again, "--monitor.checkpoint-minutes", "0", "--monitor.knn-epochs", "2"])
+    assert done.returncode == 0, done.stderr
+    assert "had saved no checkpoint yet: it begins anew" in done.stderr
+    assert_equal_runs(uninterrupted, out)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, number):
     out = tmp_path / "stopped"

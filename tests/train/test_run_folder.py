@@ -10,6 +10,7 @@ from caco.errors import UsageError
 from caco.options import flatten, override
 from caco.train.run_folder import (
     FREE_TO_CHANGE,
+    check_run_folder,
     check_same_mathematics,
     open_run_folder,
     read_config,
@@ -28,6 +29,8 @@ def run(tmp_path):
     folder.mkdir()
     write_config(folder, config(folder))
     (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-00000010.pt").write_bytes(b"")
     return folder
 
 
@@ -60,7 +63,25 @@ def test_overwrite_of_nothing_is_a_new_run(tmp_path):
 
 def test_resume_keeps_everything(run):
     open_run_folder(config(run, resume=True))
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
+
+
+def test_a_run_without_a_checkpoint_begins_anew(run, capsys):
+    (run / "checkpoints" / "step-00000010.pt").unlink()
+    decided = check_run_folder(config(run, resume=True))
+    assert (decided.resume, decided.overwrite) == (False, True)
+    assert "had saved no checkpoint yet: it begins anew" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").exists()  # decided, not done
+    with pytest.raises(UsageError, match=r"cannot change --lr 0\.5"):
+        check_run_folder(config(run, resume=True, lr=0.5))
+
+
+@pytest.mark.parametrize("kept", ["checkpoints/best.pt", "export/backbone.safetensors"])
+def test_what_a_run_has_saved_is_never_lost_to_a_resume(run, kept):
+    (run / "checkpoints" / "step-00000010.pt").unlink()
+    (run / kept).parent.mkdir(exist_ok=True)
+    (run / kept).write_bytes(b"x")
+    assert check_run_folder(config(run, resume=True)).resume
 
 
 def test_resume_never_starts_from_scratch(tmp_path):
@@ -128,6 +149,8 @@ OTHER_WORDS = {
     "encoder.stem": "small",
     "encoder.key_momentum_schedule": "constant",
     "optimizer.name": "sgd",
+    "engine.layout": "contiguous",
+    "engine.compile": "on",
 }
 
 
@@ -149,7 +172,7 @@ def test_what_a_resume_may_change(name):
     """Every option there is: either it has no part in the mathematics, or changing it is refused by name."""
     saved = override(Pretrain(), {"epochs": 50})
     wanted = override(saved, {name: another(name, flatten(saved)[name])})
-    if name in FREE_TO_CHANGE or name.startswith(("monitor.", "distributed.")):
+    if name in FREE_TO_CHANGE or name.startswith(("engine.", "monitor.", "distributed.")):
         check_same_mathematics(saved, wanted)
     else:
         with pytest.raises(UsageError, match=rf"--resume cannot change --{name.replace('_', '-')} "):

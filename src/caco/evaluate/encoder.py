@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from caco.backbone import create_backbone
+from caco.backbone import adopt_backbone, create_backbone
 from caco.config import Evaluation, usual_resize
 from caco.data.source import ImageSource
 from caco.distributed.world import World
@@ -56,8 +57,11 @@ class UsableEncoder:
         return gather_features(make, len(source), self.world)
 
 
-def load_encoder(options: Evaluation) -> tuple[nn.Module | None, BackboneCard]:
-    """Return the backbone that `options.run` names (None: raw pixels) and its card. Raises UsageError."""
+def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.Module | None, BackboneCard]:
+    """Return the backbone that `options.run` names (None: raw pixels) and its card. Raises UsageError.
+
+    own: the user's own module, instead of one by name; it stays as it is.
+    """
     run, size = options.run, options.size
     if not run:
         raise UsageError("name a run folder or a backbone file first, for example: caco knn runs/first --data photos/")
@@ -65,11 +69,13 @@ def load_encoder(options: Evaluation) -> tuple[nn.Module | None, BackboneCard]:
         card = BackboneCard(backbone=options.backbone or "none", size=size or 224, resize=usual_resize(size or 224))
         if run == "pixels":
             return None, card
+        if own is not None:
+            return adopt_backbone(copy.deepcopy(own), card.size).eval(), card
         if not options.backbone:
             raise UsageError("random needs to know the model: --backbone resnet18")
         torch.manual_seed(options.seed)
         return create_backbone(options.backbone, card.size).eval(), card
-    module, card = load_backbone(find_weights(Path(run)), options.backbone, size)
+    module, card = load_backbone(find_weights(Path(run)), options.backbone, size, own)
     return module, replace(card, size=size, resize=usual_resize(size)) if size else card
 
 

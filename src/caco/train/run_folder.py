@@ -30,13 +30,12 @@ FREE_GROUPS = ("engine.", "monitor.", "distributed.")
 def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
     """Raise UsageError when the run's folder may not be used as asked. Changes nothing.
 
+    A run to be resumed that has saved nothing yet begins anew, which comes to the same: all follows from its settings.
     restarted: by torchrun after a process was lost, or by SLURM after a requeue; the command is the same, so it is
-    decided here that the same run goes on (from its last checkpoint, or anew if it had none yet). Returns the
-    configuration with that decision.
+    decided here that the same run goes on. Returns the configuration with these decisions.
     """
     if restarted and _holds_run(Path(config.out)):
-        begun = any((Path(config.out) / "checkpoints").glob("step-*.pt"))
-        config = replace(config, resume=begun, overwrite=not begun)
+        config = replace(config, resume=True, overwrite=False)
     if not config.out:
         raise UsageError("--out is missing: name a folder for the run, for example --out runs/first")
     folder = Path(config.out)
@@ -49,6 +48,11 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
         raise UsageError(f"--out {folder} exists and is not a run of caco; choose another folder")
     if holds_run and not config.resume and not config.overwrite:
         raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
+    if config.resume and not _has_saved(folder):
+        if not restarted:
+            check_same_mathematics(read_config(folder), config)
+        print(f"the run in {folder} had saved no checkpoint yet: it begins anew, the same", file=sys.stderr)
+        return replace(config, resume=False, overwrite=True)
     return config
 
 
@@ -75,6 +79,11 @@ def _holds_run(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and {"recipe", "bank_size", "backbone"} <= content.keys()
+
+
+def _has_saved(folder: Path) -> bool:
+    """Return whether a run has anything to go on from, or to lose: a checkpoint, readable or not, or its result."""
+    return any((folder / "checkpoints").glob("*.pt")) or any((folder / "export").glob("*"))
 
 
 def read_config(folder: Path) -> Pretrain:
