@@ -15,6 +15,18 @@ from caco.errors import UsageError, did_you_mean
 from caco.options import words
 
 
+_QUICK_BANK = BankOptions(
+    lr=15.0,
+    final_lr=15.0,
+    temperature=0.1,
+    slot_temperature=0.1,
+    warm_start_steps=200,
+    warm_start_temperature=0.1,
+    warm_start_key_momentum=0.9,
+)
+"""A bank that keeps up with its encoder in runs of some hundred steps (docs/demo-tuning.md)."""
+
+
 def _published_monitor(epochs: int) -> MonitorOptions:
     return MonitorOptions(knn_epochs=epochs, knn_first_epochs=20, knn_share=0.2)
 
@@ -108,15 +120,7 @@ def small_photos() -> Pretrain:
         bank_size=1024,
         views=Views(size=128, blur=(0.5, 0.1)),
         encoder=EncoderOptions(embedding=128, projector=1024, centred=True, key_momentum=0.98),
-        bank=BankOptions(
-            lr=15.0,
-            final_lr=15.0,
-            temperature=0.1,
-            slot_temperature=0.1,
-            warm_start_steps=200,
-            warm_start_temperature=0.1,
-            warm_start_key_momentum=0.9,
-        ),
+        bank=_QUICK_BANK,
         optimizer=OptimizerOptions(name="sgd", final_lr=0.0006, warmup_epochs=2, weight_decay=1e-4),
         monitor=MonitorOptions(knn_epochs=10),
     )
@@ -150,15 +154,7 @@ def demo() -> Pretrain:
             solarize=(0.0, 0.2),
         ),
         encoder=EncoderOptions(embedding=64, projector=256, stem="standard", centred=True, key_momentum=0.98),
-        bank=BankOptions(
-            lr=15.0,
-            final_lr=15.0,
-            temperature=0.1,
-            slot_temperature=0.1,
-            warm_start_steps=200,
-            warm_start_temperature=0.1,
-            warm_start_key_momentum=0.9,
-        ),
+        bank=_QUICK_BANK,
         optimizer=OptimizerOptions(name="sgd", final_lr=0.006, warmup_epochs=0, weight_decay=1e-4),
         engine=EngineOptions(layout="channels_last", compile="off"),
         monitor=MonitorOptions(knn_epochs=8, log_steps=20),
