@@ -14,7 +14,6 @@ from caco.config import BankOptions, EncoderOptions, EngineOptions, MonitorOptio
 from caco.errors import UsageError, did_you_mean
 from caco.options import words
 
-
 _QUICK_BANK = BankOptions(
     lr=15.0,
     final_lr=15.0,
@@ -108,8 +107,8 @@ def small_photos() -> Pretrain:
     """Hundreds to some thousands of own photos, one GPU or none: ResNet-18, 128 px, batch 128.
 
     Source: ours (docs/results.md): in 900 steps on 1,962 photos plain SGD and a small, quick bank gained 5 points of kNN where
-    the published LARS with a bank of 4,096 gained none. Hardware: two CPU cores manage some 10 images/s; one GPU, hours
-    become minutes.
+    the published LARS with a bank of 4,096 gained none. Hardware: one GPU, or a CPU and patience (a run says how
+    long it will take).
     """
     return Pretrain(
         recipe="small-photos",
