@@ -1,6 +1,7 @@
 """knn, linear and embed, from a folder of pictures to the file with the result."""
 
 import json
+import shlex
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -80,6 +81,7 @@ def test_knn_of_a_run(run, photos, val, tmp_path, capsys):
     assert [row["neighbours"] for row in report["all"]] == [5, 1]
     assert (report["neighbours"], report["top1"]) == (5, report["all"][0]["top1"])  # the first is the headline
     assert captured.out.count("95 % interval") == 2
+    assert "top-5" not in captured.out  # of three classes it is always 100 %
     assert f"top-1 {report['top1']:.2f} %" in captured.out
     assert "12 images judged by 30" in captured.out
     assert report["broken"] == []
@@ -271,6 +273,52 @@ def test_pretrain_prints_the_next_commands(photos, tmp_path, capsys):
     assert [line[1] for line in lines] == ["knn", "linear", "embed"]
     assert lines[0] == ["caco", "knn", str(tmp_path / "run"), "--data", str(photos), "--val", str(photos)]
     assert main(lines[0][1:]) == 0  # what is printed works
+
+
+def printed_commands(capsys) -> list[list[str]]:
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("caco ")]
+
+
+def test_the_next_commands_work_without_labels_too(photos, tmp_path, capsys, monkeypatch):
+    """No judging of what has no labels; names with spaces and patterns are quoted."""
+    flat = make_photos(tmp_path / "my photos", 12, ("only",))
+    monkeypatch.chdir(tmp_path)
+    caco.pretrain(f"{flat}/only/*.jpg", tmp_path / "a run", **TINY)
+    commands = printed_commands(capsys)
+    assert [words[0] for words in commands] == ["embed", "report"]
+    assert commands[0][1:4] == [str(tmp_path / "a run"), "--data", f"{flat}/only/*.jpg"]
+    for words in commands:
+        assert main(words) == 0
+    caco.pretrain(flat, tmp_path / "b", val=photos, **TINY)
+    capsys.readouterr()
+    caco.pretrain(flat, tmp_path / "b", val=photos, resume=True)
+    commands = printed_commands(capsys)
+    assert commands[0] == ["knn", str(tmp_path / "b"), "--data", str(photos)]
+    assert main(commands[0]) == 0
+
+
+def test_val_without_labels_is_refused_at_once(photos, tmp_path):
+    flat = make_photos(tmp_path / "flat", 4, ("only",))
+    with pytest.raises(UsageError, match="--val .*flat has no labels.*leave --val out"):
+        caco.pretrain(photos, tmp_path / "run", val=flat, **TINY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_is_another_name_of_the_encoder(run, photos, val, tmp_path):
+    caco.export(weights=run, format="reference", out=tmp_path / "pub.pth.tar")
+    options = {"data": photos, "val": val, "size": 16}
+    by_name = caco.knn(weights=tmp_path / "pub.pth.tar", **options)
+    assert by_name == caco.knn(tmp_path / "pub.pth.tar", **options)
+    weights = ["--weights", str(tmp_path / "pub.pth.tar")]
+    for command, *more in (
+        ["linear", "--data", str(photos), "--epochs", "2"],
+        ["embed", "--data", str(val), "--out", str(tmp_path / "f.npz")],
+        ["export", "--format", "timm", "--out", str(tmp_path / "b.safetensors")],
+    ):
+        assert main([command, *weights, *more]) == 0
+    with pytest.raises(UsageError, match="name one encoder, not two"):
+        caco.knn(run, weights=run, data=photos)
 
 
 def snapshot(folder):

@@ -25,7 +25,7 @@ from caco.deliver.next_steps import next_steps
 from caco.deliver.report import write_report
 from caco.distributed.launch import launch
 from caco.distributed.world import World, choose_device, choose_precision
-from caco.errors import UsageError
+from caco.errors import CacoError, UsageError
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder, load_encoder
 from caco.evaluate.features import Features, labels_of
@@ -39,9 +39,9 @@ from caco.train import pretrain as pretraining
 def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: ImageSource | None = None) -> Path | None:
     """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
     check(options)
-    if Path(options.out).is_dir() and options.out:
+    if options.out and Path(options.out).is_dir():
         check_writable("--out", Path(options.out) / "config.json")
-    if options.val and open_source(options.val, split="val", download=options.download).labels is None:
+    if options.val and not _may_be_labelled(options):
         raise UsageError(
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "
             "leave --val out"
@@ -50,6 +50,14 @@ def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: Image
     if path is not None:
         print(f"The backbone is {path}. Next:\n{next_steps(options, backbone is not None, images)}")
     return path
+
+
+def _may_be_labelled(options: Pretrain) -> bool:
+    """Return whether --val has labels, or cannot be opened: then the run tells why, after what it tells first."""
+    try:
+        return open_source(options.val, split="val", download=options.download).labels is not None
+    except CacoError:
+        return True
 
 
 def knn(options: Knn) -> dict[str, Any] | None:

@@ -223,7 +223,7 @@ def test_what_a_file_cannot_give_is_said(run, tmp_path, capsys):
 def test_a_small_stem_is_not_torchvisions(tmp_path):
     module = create_backbone("resnet18", 32, "small")
     save_backbone(tmp_path / "b.safetensors", module, BackboneCard("resnet18", stem="small", size=32, resize=32))
-    with pytest.raises(UsageError, match=r"is not torchvision's \(conv1.weight"):
+    with pytest.raises(UsageError, match=r"is not torchvision's \(not the same: conv1.weight\)"):
         caco.export(tmp_path / "b.safetensors", format="torchvision", out=tmp_path / "a.pth")
     file = caco.export(tmp_path / "b.safetensors", format="timm", out=tmp_path / "a.pth")
     assert torch.load(file, weights_only=True)["conv1.weight"].shape == (64, 3, 3, 3)
@@ -241,3 +241,28 @@ def test_the_command_says_how_to_load_it(run, tmp_path, capsys):
     assert main(["export", str(run), "--format", "timm", "--out", str(out)]) == 0
     assert f'{out} is written; load it with timm.create_model("resnet18", num_classes=0)' in capsys.readouterr().out
     assert safetensors.torch.load_file(out)["conv1.weight"].shape == (64, 3, 7, 7)
+
+
+def test_a_model_of_our_own_is_loaded_by_us(tmp_path, capsys):
+    """timm has no such name; the line that is printed works."""
+    module = create_backbone("resnet10_narrow", 32)
+    save_backbone(tmp_path / "a.safetensors", module, BackboneCard("resnet10_narrow", size=32, resize=32))
+    caco.export(tmp_path / "a.safetensors", out=tmp_path / "b.safetensors")
+    said = capsys.readouterr().out
+    assert "timm.create_model" not in said
+    call = said.partition("load it with ")[2].partition(": timm has no")[0]
+    again = eval(call, {"caco": caco})
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
+    with pytest.raises(UsageError, match="timm has no resnet10_narrow; write it as .safetensors"):
+        caco.export(tmp_path / "a.safetensors", out=tmp_path / "b.pth")
+
+
+def test_an_own_module_is_not_an_arch(tmp_path, capsys):
+    own = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    views, encoder = {"size": 8, "evaluation_resize": 8}, {"projector": 8, "embedding": 4}
+    small = {"epochs": 1, "batch_size": 8, "bank_size": 8, "views": views, "encoder": encoder, "device": "cpu"}
+    caco.pretrain("textures:16", tmp_path / "run", backbone=own, bank={"warm_start_steps": 0}, **small)
+    assert "caco.load_weights(module, " in capsys.readouterr().out
+    caco.export(tmp_path / "run", format="reference", out=tmp_path / "a.pth.tar")
+    said = capsys.readouterr().out
+    assert "-a own" not in said and "the module is your own" in said

@@ -59,7 +59,16 @@ def test_the_readme_commands_are_the_published_recipes(name):
     wanted, got = flatten(find_recipe(recipe)), flatten(config)
     different = {option for option in wanted if wanted[option] != got[option]}
     several = {"distributed.machines", "distributed.machine", "distributed.address"}
-    assert different <= {"data", "val", "out", "workers", *(several if config.distributed.machines > 1 else ())}
+    assert (config.precision, config.engine.compile) == ("fp32", "off")  # the published arithmetic
+    assert different <= {
+        "data",
+        "val",
+        "out",
+        "workers",
+        "precision",
+        "engine.compile",
+        *(several if config.distributed.machines > 1 else ()),
+    }
     assert (config.data, config.val) == ("datasets/imagenet/train", "datasets/imagenet/val")
     assert config.distributed.machines == (1 if recipe == "imagenet-200-b1024" else 4)
     assert config.distributed.machine == int(name[-1] if "machine" in name else 0)

@@ -51,6 +51,7 @@ def test_each_readme_command_trains(name, tree, tmp_path, capsys):
     folder = run_folder(tmp_path)
     assert printed.startswith(f"caco pretrain --recipe {name.partition(',')[0]} ") and str(folder) in printed
     assert len(losses(folder)) == 2 and all(value > 0 for value in losses(folder))
+    assert "(--bank.lr and --bank.final-lr are per 65,536 slots; with 32 the bank's rates are 3 and 3," in printed
     checkpoint = last_checkpoint(folder)
     assert checkpoint["epoch"] == 2 and checkpoint["arch"] == "test_resnet" and checkpoint["knn_acc"] > 0
     assert checkpoint["Memory_Bank"]["W"].shape == (8, 32)

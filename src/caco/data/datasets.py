@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from caco.data.arrays import ArraySource
 from caco.data.decode import BrokenImage, Pixels, Shrink
 from caco.data.encoded import Labels, labels_by_number
 from caco.data.source import ImageSource, open_source
@@ -17,8 +18,10 @@ from caco.errors import UsageError
 
 def own_source(data: Any) -> ImageSource:
     """Return what a Python caller names by other means than a text, as an image source. Raises UsageError."""
-    if isinstance(data, (ImageSource, np.ndarray)):
-        return open_source(data)
+    if isinstance(data, np.ndarray):
+        return ArraySource(data)
+    if isinstance(data, ImageSource):
+        return data
     if isinstance(data, Sequence) and all(isinstance(item, (str, Path)) for item in data):
         return open_source(list(data))
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):

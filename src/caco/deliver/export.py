@@ -46,8 +46,14 @@ def export(run: Path, kind: str, out: Path) -> str:
         known = "" if _is_torchvision_resnet(snapshot) else "; its own programs know only torchvision's ResNets"
         return f"python linear.py -a {snapshot.arch} --pretrained {out}{known}"
     module, card = load_backbone(find_weights(run))
+    is_timms = _is_timms(card.backbone)
     if kind == "torchvision":
         _check_torchvision(module, card)
+    elif not is_timms and out.suffix != ".safetensors":
+        raise UsageError(
+            f"--out {out}: timm has no {card.backbone}; write it as .safetensors, which says what it holds, or use "
+            "--format torchvision if that has it"
+        )
     if out.suffix == ".safetensors":
         save_backbone(out, module, card)
     else:
@@ -56,9 +62,8 @@ def export(run: Path, kind: str, out: Path) -> str:
         replace_file(out, buffer.getbuffer())
     if kind == "torchvision":
         return f'torchvision.models.get_model("{card.backbone}") and load_state_dict(…, strict=False): all but its fc'
-    if not timm.is_model(card.backbone):
-        named = "" if out.suffix == ".safetensors" else f', backbone="{card.backbone}"'
-        return f'caco.load_backbone("{out}"{named}): timm has no {card.backbone}'
+    if not is_timms:
+        return f'caco.load_backbone("{out}"): timm has no {card.backbone}'
     stem = " after replacing its stem (conv1: 3x3, stride 1; no maxpool)" if card.stem == "small" else ""
     return f'timm.create_model("{card.backbone}", num_classes=0) and load_state_dict(…){stem}'
 
@@ -105,6 +110,11 @@ def _check_torchvision(module: nn.Module, card: BackboneCard) -> None:
         raise UsageError(
             f"this {card.backbone} is not torchvision's (not the same: {different[0]}{others}); use --format timm"
         )
+
+
+def _is_timms(name: str) -> bool:
+    """Return whether timm by itself has a model of that name; we register some of our own with it."""
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm.")
 
 
 def _is_torchvision_resnet(snapshot: Snapshot) -> bool:
