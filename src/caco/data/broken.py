@@ -41,7 +41,7 @@ class BrokenImages:
             self.write()
             where = f"; the list is in {self.path}" if self.path else f", among them {key}: {reason}"
             raise CacoError(
-                f"at least {count:,} of {self.total:,} images are broken, more than the share of {self.largest_share:g} "
+                f"{count:,} of {self.total:,} images are broken, more than the share of {self.largest_share:g} "
                 f"that --monitor.broken-share allows{where}"
             )
 

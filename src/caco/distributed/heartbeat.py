@@ -51,8 +51,7 @@ class Heartbeat:
     def __init__(self, place: Place, timeout: float) -> None:
         """Place: with the address and port of the store, which process 0 holds."""
         self.place = place
-        # On one machine whoever started the processes sees when one ends; silence alone may just be a busy machine.
-        self.lost_after = timeout if place.one_machine else min(LOST_AFTER, timeout)
+        self.lost_after = min(LOST_AFTER, timeout)
         self._stopped = threading.Event()
         # A connection of its own: the process group's may be blocked in a collective.
         store = TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=self.lost_after))

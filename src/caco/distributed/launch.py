@@ -44,11 +44,7 @@ def launch(function: Callable[..., T], options: DistributedOptions, device: str,
         return function(World(choose_device(device)), *arguments)
     address, port = _meeting_point(options)
     first = options.machine * processes
-    one_machine = options.machines == 1
-    places = [
-        Place(first + number, options.machines * processes, number, address, port, one_machine)
-        for number in range(processes)
-    ]
+    places = [Place(first + number, options.machines * processes, number, address, port) for number in range(processes)]
     return _spawn(places, options.timeout, function, device, arguments)
 
 

@@ -52,10 +52,6 @@ class Journal:
     def say(self, text: str) -> None:
         """Say something on the console (above a progress bar) and in train.log."""
         tqdm.write(text, file=sys.stderr)
-        self.note(text)
-
-    def note(self, text: str) -> None:
-        """Write a line into train.log only."""
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._log.flush()
 
@@ -87,9 +83,6 @@ class SilentJournal(Journal):
     def say(self, text: str) -> None:
         """Say nothing."""
 
-    def note(self, text: str) -> None:
-        """Write nothing."""
-
     def sync(self) -> int:
         """Return 0: there is no file."""
         return 0
@@ -102,14 +95,13 @@ class ProgressBar:
     """A bar on a terminal; on anything else a line now and then."""
 
     SECONDS_BETWEEN_LINES = 30.0
-    FORMAT = "{percentage:3.0f}%|{bar:20}| {n}/{total}, {remaining} left{postfix}"
 
     def __init__(self, journal: Journal, steps: int, done: int) -> None:
         self._journal, self._steps = journal, steps
         self._began, self._first = time.monotonic(), done
-        self._last_line = -self.SECONDS_BETWEEN_LINES  # the first numbers are told at once
-        hidden = isinstance(journal, SilentJournal) or not _has_columns()
-        self._bar = tqdm(total=steps, initial=done, disable=hidden, leave=False, bar_format=self.FORMAT)
+        self._last_line = self._began
+        hidden = isinstance(journal, SilentJournal) or not sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=done, unit="step", disable=hidden, leave=False)
 
     def advance(self) -> None:
         """Count one step."""
@@ -118,8 +110,7 @@ class ProgressBar:
     def show(self, step: int, text: str) -> None:
         """Show the latest numbers."""
         if not self._bar.disable:
-            short = text.replace("positive probability", "positive").replace(" waiting for data", " waiting")
-            self._bar.set_postfix_str(short, refresh=False)
+            self._bar.set_postfix_str(text, refresh=False)
         elif time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             left = (self._last_line - self._began) / max(step - self._first, 1) * (self._steps - step)
@@ -156,14 +147,6 @@ class Stopwatch:
         result = self.images / seconds, self.waited / seconds
         self.restart()
         return result
-
-
-def _has_columns() -> bool:
-    """Return whether there is a terminal to draw on (some say they have no columns)."""
-    try:
-        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):
-        return False
 
 
 def _duration(seconds: float) -> str:

@@ -29,10 +29,6 @@ WARM_START_EPOCH = 1_000_000
 """The warm start's passes over the images are numbered from here, so that they share no view with an epoch."""
 
 
-STEPS_TO_ESTIMATE = 20
-"""Steps of a run after which its duration is estimated."""
-
-
 class Trainer:
     """Moves a TrainingState from where it is to the end of its schedule.
 
@@ -65,11 +61,9 @@ class Trainer:
         self.last_saved = time.monotonic()
         self.last_spread = 1.0
         self.told: set[str] = set()
-        self.estimated = False
         metrics_bytes = self._resume() if config.resume else 0
         tensorboard = config.monitor.tensorboard
         self.journal = Journal(folder, metrics_bytes, tensorboard) if world.is_main else SilentJournal()
-        self.bar = ProgressBar(SilentJournal(), 0, 0)
 
     def train(self) -> None:
         """Train to the end; the last checkpoint holds the result."""
@@ -79,15 +73,11 @@ class Trainer:
             self._warm_start()
             self._train_epochs()
         finally:
-            self.bar.close()
             self.journal.close()
 
     def _announce(self) -> None:
         config = self.config
-        if self.state.step >= self.steps:
-            self.journal.say(f"the run is finished: all {self.steps:,} steps are done")
-            return
-        verb = f"going on at step {self.state.step:,} of {self.steps:,}:" if config.resume else "training"
+        verb = f"resumed at step {self.state.step:,} of" if config.resume else "training"
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
         self.journal.say(
             f"{verb} {config.backbone} on {len(self.loader.source):,} images of {config.data}: {self.epochs} epochs, "
@@ -96,11 +86,6 @@ class Trainer:
         )
         if self.engine:
             self.journal.say(f"encoder: {self.engine}")
-        if config.optimizer.warmup_epochs >= self.epochs:
-            self.journal.say(
-                f"the learning rate never reaches --lr: --optimizer.warmup-epochs {config.optimizer.warmup_epochs} of "
-                f"--epochs {self.epochs}"
-            )
 
     def _warm_start(self) -> None:
         """Fill the bank with keys (algorithm: warm start of the bank), then begin with f′ = f."""
@@ -111,7 +96,7 @@ class Trainer:
         network = data_parallel(
             WarmStart(state.model, self.config.bank.warm_start_temperature), self.world, apart=["model.bank.weight"]
         )
-        self.bar = bar = ProgressBar(self.journal, steps, state.warm_start_step)
+        bar = ProgressBar(self.journal, steps, state.warm_start_step)
         for epoch in range(state.warm_start_step // per_epoch, math.ceil(steps / per_epoch)):
             last = min(steps - epoch * per_epoch, per_epoch)
             first = state.warm_start_step - epoch * per_epoch
@@ -133,8 +118,7 @@ class Trainer:
     def _train_epochs(self) -> None:
         state, per_epoch = self.state, self.loader.steps_per_epoch
         network = data_parallel(state.model, self.world, apart=["bank.weight"] if self.config.bank.sharded else [])
-        self.bar = bar = ProgressBar(self.journal, self.steps, state.step)
-        clock, first_step = Stopwatch(), state.step
+        bar, clock = ProgressBar(self.journal, self.steps, state.step), Stopwatch()
         for epoch in range(state.step // per_epoch, self.epochs):
             rates, next_rates = self.schedules.at(epoch), self.schedules.at(epoch + 1)
             for batch in clock.waiting(self.loader.batches(epoch, state.step - epoch * per_epoch)):
@@ -148,26 +132,10 @@ class Trainer:
                     speed, wait = clock.take()
                     self.journal.record_speed(state.step, speed, wait)
                     bar.show(state.step, f"{text}, {speed:.1f} images/s, {wait:.0%} waiting for data")
-                    if state.step - first_step >= STEPS_TO_ESTIMATE:
-                        self._say_if_long(speed)
-                    if last:
-                        self.journal.note(f"epoch {epoch + 1}/{self.epochs}: {text}, {speed:.1f} images/s")
                 best = last and self._end_epoch(epoch)
                 self._save_when_due(state.step, known_to_all=last, best=best)
             clock.restart()
         bar.close()
-
-    def _say_if_long(self, speed: float) -> None:
-        """Say once how long a run will take that takes hours, and what to do about it. speed: images/s."""
-        seconds = (self.steps - self.state.step) * self.config.batch_size / speed
-        if self.estimated or seconds < 3600:
-            return
-        self.estimated = True
-        epochs = max(int(self.epochs * 3600 / seconds), 1)
-        self.journal.say(
-            f"this run takes about {seconds / 3600:.0f} h at this speed; Ctrl-C saves it and --resume goes on. "
-            f"About an hour: --epochs {epochs}"
-        )
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.monitor.log_steps == 0
