@@ -1,10 +1,16 @@
 """What a run writes down: one JSON object a line, cut back on a resume, and console lines that are kept."""
 
+import fcntl
 import json
+import os
+import re
+import struct
+import sys
+import termios
 
 import pytest
 
-from caco.train.journal import Journal, ProgressBar, Stopwatch
+from caco.train.journal import Forecast, Journal, ProgressBar, Stopwatch
 
 
 def lines(path):
@@ -84,15 +90,86 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
 
 def test_without_a_terminal_a_line_now_and_then(tmp_path, capsys, monkeypatch):
     journal = Journal(tmp_path)
-    bar = ProgressBar(journal, steps=100, done=10)
-    bar.advance()
-    bar.show(11, "loss 1.000")
-    assert capsys.readouterr().err == ""  # too soon
-    monkeypatch.setattr(ProgressBar, "SECONDS_BETWEEN_LINES", -1.0)
-    bar.show(12, "loss 0.900")
-    bar.close()
+    with ProgressBar(journal, steps=100, done=10) as bar:
+        bar.advance()
+        assert capsys.readouterr().err == "step 11/100 took 0.0 s\n"
+        bar.show(11, "loss 1.000")
+        assert capsys.readouterr().err == ""  # too soon
+        monkeypatch.setattr(ProgressBar, "SECONDS_BETWEEN_LINES", -1.0)
+        bar.advance()
+        bar.show(12, "loss 0.900")
     journal.close()
     assert capsys.readouterr().err == "step 12/100 loss 0.900, 0:00 left\n"
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Return a function that makes sys.stderr a terminal of some columns; what is written there is what it returns."""
+    opened = []
+
+    def make(columns: int) -> int:
+        main, end = os.openpty()
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        opened.append(os.fdopen(end, "w"))
+        monkeypatch.setattr(sys, "stderr", opened[-1])
+        return main
+
+    yield make
+    for file in opened:
+        file.close()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_on_a_terminal_the_bar_has_its_room_and_is_gone_before_an_error(tmp_path, terminal, columns):
+    main, journal = terminal(columns), Journal(tmp_path)
+
+    def fail() -> None:
+        with ProgressBar(journal, steps=12_000, done=4_000) as bar:
+            for _ in range(2_000):
+                bar.advance()
+            bar.show(6_000, "loss 8.317, 1,038.2 images/s, 100% waiting for data")
+            bar._bar.refresh()
+            raise ValueError("the disk is full")
+
+    with pytest.raises(ValueError, match="the disk is full"):
+        fail()
+    journal.close()
+    lines = os.read(main, 100_000).decode().split("\r")
+    shown = max(lines, key=len)
+    assert re.match(r" 50% \|.{20}\| 6000/12000, [0-9:]+ left, loss 8\.317", shown) and len(shown) <= columns
+    assert columns < 120 or shown.rstrip().endswith("100% waiting for data")
+    assert not lines[-1].strip() and not lines[-2].strip(), "the bar is still there"
+    assert "step 4,001/12,000 took" in (tmp_path / "train.log").read_text()  # in the file only
+
+
+def test_a_terminal_without_columns_gets_lines(tmp_path, terminal):
+    main, journal = terminal(0), Journal(tmp_path)
+    with ProgressBar(journal, steps=3, done=0) as bar:
+        bar.advance()
+    journal.close()
+    assert os.read(main, 1000).decode() == "step 1/3 took 0.0 s\r\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "new", "said"),
+    [
+        (2.4, True, "about 8 h to go at this speed; Ctrl-C saves, --resume goes on; --epochs 100 takes about an hour"),
+        (2.4, False, "about 8 h to go at this speed; Ctrl-C saves, --resume goes on"),
+        (600.0, True, "about 1995 h to go at this speed; Ctrl-C saves, --resume goes on"),
+        (0.2, True, ""),
+    ],
+)
+def test_a_long_run_is_foretold_once(monkeypatch, seconds, new, said):
+    import time
+
+    now = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    forecast, told = Forecast(0, 12_000, 15, new), []
+    for step in range(1, 61):
+        now[0] += seconds if step > 1 else 1e6  # the first step may compile
+        told.append(forecast.note(step, measured=step % 10 == 0))
+    assert [text for text in told if text] == ([said] if said else [])
+    assert told[29] == said
 
 
 def test_time_left_is_told_from_the_steps_of_this_start(tmp_path, capsys, monkeypatch):
@@ -105,7 +182,6 @@ def test_time_left_is_told_from_the_steps_of_this_start(tmp_path, capsys, monkey
     bar = ProgressBar(journal, steps=1000, done=900)
     now[0] += 3600.0
     bar.show(910, "loss")  # 10 steps an hour, 90 to go
-    bar.close()
     journal.close()
     assert capsys.readouterr().err == "step 910/1,000 loss, 9:00:00 left\n"
 

@@ -1,6 +1,8 @@
 """The whole job in this process: what a run leaves behind, and how it goes wrong."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -150,3 +152,51 @@ def test_the_listing_is_kept_with_the_run_and_used_by_a_resume(tmp_path):
     before = index.stat().st_mtime_ns
     caco.pretrain(folder, tmp_path / "run", resume=True)
     assert index.stat().st_mtime_ns == before
+
+
+def test_a_run_starts_from_another_runs_folder(tmp_path, capfd):
+    """From its latest checkpoint, which has the bank, too; without one from its finished backbone."""
+    source, first = ArraySource(pictures()), tmp_path / "first"
+    caco.pretrain(source, first, backbone="test_resnet", **SMALL)
+    capfd.readouterr()
+    caco.pretrain(source, tmp_path / "second", backbone="test_resnet", weights=first, **SMALL)
+    assert "took over backbone, projector, key encoder, bank, momenta" in capfd.readouterr().err
+    with pytest.raises(UsageError, match="lies in the run that --overwrite deletes"):
+        caco.pretrain(source, first, backbone="test_resnet", weights=first / "checkpoints", overwrite=True, **SMALL)
+    shutil.rmtree(first / "checkpoints")
+    caco.pretrain(source, tmp_path / "third", backbone="test_resnet", weights=first, **SMALL)
+    assert "took over" not in capfd.readouterr().err
+    with pytest.raises(UsageError, match="there is no run folder or file"):
+        caco.pretrain(source, tmp_path / "fourth", backbone="test_resnet", weights=tmp_path / "none", **SMALL)
+
+
+def test_weights_with_another_stem_name_the_option(tmp_path):
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "tv.pth")
+    options = {**SMALL, "backbone": "resnet18", "weights": tmp_path / "tv.pth"}
+    with pytest.raises(UsageError, match=r"first convolution of 7 x 7.* 3 x 3.*use --encoder\.stem standard"):
+        caco.pretrain(ArraySource(pictures()), tmp_path / "run", **options)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "words"),
+    [(10, "the learning rate never reaches --lr: it warms up over 10 epochs"), (2, "in the last epoch only"), (1, "")],
+)
+def test_a_warm_up_as_long_as_the_run_is_told(tmp_path, capfd, warmup, words):
+    options = {**SMALL, "optimizer": {"warmup_epochs": warmup}}
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", backbone="test_resnet", **options)
+    said = capfd.readouterr().err
+    assert words in said and ("the learning rate" in said) == bool(words)
+    assert np.isfinite([record["lr"] for record in records(tmp_path / "run", "train")]).all()
+
+
+def test_the_log_tells_the_loss_of_every_epoch_and_a_finished_run_says_so(tmp_path, capfd):
+    source, run = ArraySource(pictures()), tmp_path / "run"
+    caco.pretrain(source, run, backbone="test_resnet", **SMALL)
+    log = (run / "train.log").read_text()
+    assert len(re.findall(r"epoch [12]/2: step [36], loss \d+\.\d+, .* images/s", log)) == 2
+    assert log.endswith("the run is finished\n")
+    capfd.readouterr()
+    metrics = (run / "metrics.jsonl").read_bytes()
+    caco.pretrain(source, run, resume=True)
+    assert capfd.readouterr().err == "the run is finished; nothing to do\n"
+    assert (run / "metrics.jsonl").read_bytes() == metrics

@@ -39,10 +39,10 @@ class BrokenImages:
             count = len(self._reasons)
         if count > self.largest_share * self.total:
             self.write()
-            where = f"; the list is in {self.path}" if self.path else f", among them {key}: {reason}"
+            where = f"those seen so far are in {self.path}" if self.path else f"among them {key}: {reason}"
             raise CacoError(
-                f"{count:,} of {self.total:,} images are broken, more than the share of {self.largest_share:g} "
-                f"that --monitor.broken-share allows{where}"
+                f"at least {count:,} of {self.total:,} images are broken, more than the share of {self.largest_share:g} "
+                f"that --monitor.broken-share allows, so the run stops before it has seen them all; {where}"
             )
 
     def merge(self, world: World) -> None:

@@ -39,6 +39,10 @@ class Heartbeat:
     When another process falls silent, this one says which, and exits at once: it may be waiting inside a collective,
     where no exception can reach it. Checkpoints are whole whenever that happens.
 
+    Silence counts only while this process itself runs on time: where it gets no time to run, others may get none either.
+    Where something else on the same machine sees every process end (`Place.supervised`), silence means no more than a
+    busy machine, and ends nothing.
+
     One thread talks to the store. A second one only looks at the clock, since the first may itself wait for ever: a cable
     that is pulled out gives no error.
     """
@@ -51,10 +55,11 @@ class Heartbeat:
     def __init__(self, place: Place, timeout: float) -> None:
         """Place: with the address and port of the store, which process 0 holds."""
         self.place = place
-        self.lost_after = min(LOST_AFTER, timeout)
+        self.lost_after = float("inf") if place.supervised else min(LOST_AFTER, timeout)
+        patience = timeout if place.supervised else self.lost_after
         self._stopped = threading.Event()
         # A connection of its own: the process group's may be blocked in a collective.
-        store = TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=self.lost_after))
+        store = TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=patience))
         self._store = PrefixStore("heartbeat", store)
         self._talked = time.monotonic()
         self._seen = {rank: (b"", self._talked) for rank in range(place.size) if rank != place.rank}
@@ -90,10 +95,10 @@ class Heartbeat:
         looked = time.monotonic()
         while not self._stopped.wait(BEAT):
             now = time.monotonic()
-            if now - looked > 5 * BEAT:  # this process was itself suspended, and has seen nobody meanwhile
-                self._talked = now
-                self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
-            looked = now
+            late, looked = now - looked - BEAT, now
+            if late > BEAT:  # suspended, or starved on a busy machine: it may have seen nobody meanwhile
+                self._talked = min(self._talked + late, now)
+                self._seen = {rank: (beat, min(when + late, now)) for rank, (beat, when) in self._seen.items()}
             if now - self._talked > self.lost_after:
                 self._give_up(0, f"which holds the meeting point, has not answered for {self.lost_after:.0f} s")
             for rank, (_, when) in list(self._seen.items()):

@@ -44,7 +44,8 @@ def launch(function: Callable[..., T], options: DistributedOptions, device: str,
         return function(World(choose_device(device)), *arguments)
     address, port = _meeting_point(options)
     first = options.machine * processes
-    places = [Place(first + number, options.machines * processes, number, address, port) for number in range(processes)]
+    size, supervised = options.machines * processes, options.machines == 1
+    places = [Place(first + number, size, number, address, port, supervised) for number in range(processes)]
     return _spawn(places, options.timeout, function, device, arguments)
 
 

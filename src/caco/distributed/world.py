@@ -114,6 +114,8 @@ class Place:
     local_rank: int
     address: str
     port: int
+    supervised: bool = False
+    """Whether all processes are on this machine, and whoever started them ends all when one ends."""
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:
@@ -125,6 +127,7 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
             local_rank=int(environment.get("LOCAL_RANK", 0)),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=int(environment.get("MASTER_PORT", 29500)),
+            supervised=environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"],
         )
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
         job = int(environment.get("SLURM_JOB_ID", 0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,12 @@ from tqdm import tqdm
 
 from caco.data.ahead import Batch
 from caco.errors import CacoError
+
+
+class Bar(tqdm):  # type: ignore[misc]
+    """tqdm's bar without a lock between processes, which a process that is killed would leave behind."""
+
+    _lock = threading.RLock()
 
 
 class Journal:
@@ -51,7 +58,11 @@ class Journal:
 
     def say(self, text: str) -> None:
         """Say something on the console (above a progress bar) and in train.log."""
-        tqdm.write(text, file=sys.stderr)
+        Bar.write(text, file=sys.stderr)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Write something to train.log only."""
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._log.flush()
 
@@ -83,6 +94,9 @@ class SilentJournal(Journal):
     def say(self, text: str) -> None:
         """Say nothing."""
 
+    def note(self, text: str) -> None:
+        """Write nothing."""
+
     def sync(self) -> int:
         """Return 0: there is no file."""
         return 0
@@ -92,33 +106,84 @@ class SilentJournal(Journal):
 
 
 class ProgressBar:
-    """A bar on a terminal; on anything else a line now and then."""
+    """A bar on a terminal; on anything else a line after the first step, and then now and then. train.log has the lines.
+
+    Used as a context, so that the bar leaves the terminal before an error is told there.
+    """
 
     SECONDS_BETWEEN_LINES = 30.0
+    FORMAT = "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+    """Under 120 columns with all that is shown; on a narrower terminal the end is cut off, not the bar."""
 
-    def __init__(self, journal: Journal, steps: int, done: int) -> None:
-        self._journal, self._steps = journal, steps
-        self._began, self._first = time.monotonic(), done
+    def __init__(self, journal: Journal, steps: int, done: int, unit: str = "step") -> None:
+        self._journal, self._steps, self._unit = journal, steps, unit
+        self._began, self._first, self._done = time.monotonic(), done, done
         self._last_line = self._began
-        hidden = isinstance(journal, SilentJournal) or not sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=done, unit="step", disable=hidden, leave=False)
+        hidden = isinstance(journal, SilentJournal) or not _has_columns()
+        self._tell = journal.say if hidden else journal.note
+        self._bar = Bar(
+            total=steps, initial=done, bar_format=self.FORMAT, dynamic_ncols=True, disable=hidden, leave=False
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
     def advance(self) -> None:
         """Count one step."""
         self._bar.update()
+        self._done += 1
+        if self._done == self._first + 1:
+            taken = time.monotonic() - self._began
+            self._tell(f"{self._unit} {self._done:,}/{self._steps:,} took {taken:.1f} s")
 
     def show(self, step: int, text: str) -> None:
         """Show the latest numbers."""
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
-        elif time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
+        if time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             left = (self._last_line - self._began) / max(step - self._first, 1) * (self._steps - step)
-            self._journal.say(f"step {step:,}/{self._steps:,} {text}, {_duration(left)} left")
+            self._tell(f"{self._unit} {step:,}/{self._steps:,} {text}, {_duration(left)} left")
 
-    def close(self) -> None:
-        """Take the bar off the terminal."""
-        self._bar.close()
+
+def _has_columns() -> bool:
+    """Return whether errors go to a terminal that has room for a bar; some say that they are 0 columns wide."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
+
+
+class Forecast:
+    """Whether a run will take long: told once, from the speed of some steps after the first."""
+
+    STEPS = 20
+    LONG = 3600.0
+    """Seconds of work left from which it is told."""
+
+    def __init__(self, done: int, steps: int, steps_per_epoch: int, new: bool) -> None:
+        """New: a run's number of epochs can still be chosen; that of a resumed one cannot."""
+        self._first, self._steps, self._per_epoch, self._new = done + 1, steps, steps_per_epoch, new
+        self._began: float | None = None
+        self._told = False
+
+    def note(self, step: int, measured: bool) -> str:
+        """Take note of a step; return what is to be said, or "". measured: the device has done all steps up to here."""
+        if self._began is None:
+            self._began = time.monotonic()
+        if self._told or not measured or step - self._first < self.STEPS:
+            return ""
+        self._told = True
+        seconds = (time.monotonic() - self._began) / (step - self._first)
+        left = seconds * (self._steps - step)
+        if left < self.LONG:
+            return ""
+        an_hour = int(round(3600 / (seconds * self._per_epoch), 3))
+        shorter = f"; --epochs {an_hour} takes about an hour" if self._new and an_hour else ""
+        return f"about {left / 3600:.0f} h to go at this speed; Ctrl-C saves, --resume goes on{shorter}"
 
 
 class Stopwatch:

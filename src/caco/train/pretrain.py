@@ -39,10 +39,10 @@ from caco.train.run_folder import (
     write_config,
     write_environment,
 )
-from caco.train.start import start_from
+from caco.train.start import load_start, start_from
 from caco.train.state import TrainingState
 from caco.train.trainer import Trainer, warm_start_steps
-from caco.weights import BackboneCard, download_weights, load_into, read_weights, save_backbone
+from caco.weights import BackboneCard, save_backbone
 
 
 def run(world: World, config: Pretrain, own: nn.Module | None = None, images: ImageSource | None = None) -> Path:
@@ -161,11 +161,8 @@ def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:
     backbone = create_backbone(config.backbone, size, stem) if own is None else adopt_backbone(own, size)
     if config.views.small:
         try_size(backbone, config.views.small_size)
-    if config.weights.startswith("timm:"):
-        name = config.weights.removeprefix("timm:")
-        load_into(backbone, download_weights(name), f"--weights {config.weights}")
-    elif config.weights:
-        load_into(backbone, read_weights(Path(config.weights))[0], f"--weights {config.weights}")
+    if config.weights and not config.resume:
+        load_start(backbone, config.weights)
     return backbone
 
 

@@ -48,6 +48,8 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
         raise UsageError(f"--out {folder} exists and is not a run of caco; choose another folder")
     if holds_run and not config.resume and not config.overwrite:
         raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
+    if holds_run and config.overwrite and folder.resolve() in Path(config.weights).resolve().parents:
+        raise UsageError(f"--weights {config.weights} lies in the run that --overwrite deletes; choose another --out")
     if config.resume and not _has_saved(folder):
         if not restarted:
             check_same_mathematics(read_config(folder), config)

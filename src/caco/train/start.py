@@ -9,11 +9,40 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from caco.backbone import SMALL_VIEW, first_kernel
 from caco.config import Pretrain
 from caco.distributed.world import World
+from caco.errors import UsageError
+from caco.evaluate.encoder import find_weights
 from caco.optim import LARS
 from caco.reference.checkpoint import Snapshot, read_snapshot
+from caco.train.checkpoint import CheckpointFolder
 from caco.train.state import TrainingState
+from caco.weights import download_weights, load_into, read_weights
+
+
+def start_file(weights: str) -> Path:
+    """Return the file that --weights names: of a run folder its latest checkpoint, which says most, or its backbone."""
+    path = Path(weights)
+    checkpoints = CheckpointFolder(path / "checkpoints", keep=1).paths() if path.is_dir() else []
+    return checkpoints[-1] if checkpoints else find_weights(path)
+
+
+def load_start(backbone: nn.Module, weights: str) -> None:
+    """Load into a new run's backbone what --weights names. Raises UsageError when it does not fit, or is not there."""
+    origin = f"--weights {weights}"
+    if weights.startswith("timm:"):
+        tensors = download_weights(weights.removeprefix("timm:"))
+    else:
+        tensors = read_weights(start_file(weights))[0]
+    theirs, ours = first_kernel(tensors), first_kernel(backbone.state_dict())
+    if theirs and ours and theirs != ours and 3 in (theirs, ours):
+        stem = "small" if theirs == 3 else "standard"
+        raise UsageError(
+            f"{origin} has a first convolution of {theirs} x {theirs}, the backbone one of {ours} x {ours} (views of at "
+            f"most {SMALL_VIEW} px get a small one by default); use --encoder.stem {stem}"
+        )
+    load_into(backbone, tensors, origin)
 
 
 def start_from(
@@ -28,7 +57,7 @@ def start_from(
     state.step = config.start_epoch * steps_per_epoch
     if not config.weights or config.weights.startswith("timm:"):
         return
-    snapshot = read_snapshot(Path(config.weights))
+    snapshot = read_snapshot(start_file(config.weights))
     if snapshot is None:
         return
     taken = take_over(state, snapshot)

@@ -19,7 +19,7 @@ from caco.evaluate.health import verdict
 from caco.model import WarmStart
 from caco.train.checkpoint import CheckpointFolder
 from caco.train.interrupt import InterruptFlag
-from caco.train.journal import Journal, ProgressBar, SilentJournal, Stopwatch
+from caco.train.journal import Forecast, Journal, ProgressBar, SilentJournal, Stopwatch
 from caco.train.monitor import KnnMonitor, knn_is_due
 from caco.train.state import TrainingState
 from caco.train.step import Rates, Schedules, train_step, warm_start_step
@@ -68,24 +68,36 @@ class Trainer:
     def train(self) -> None:
         """Train to the end; the last checkpoint holds the result."""
         try:
+            if self.state.step == self.steps:
+                self.journal.say("the run is finished; nothing to do")
+                return
             self._announce()
             self.state.model.train()
             self._warm_start()
             self._train_epochs()
+            self.journal.note("the run is finished")
         finally:
             self.journal.close()
 
     def _announce(self) -> None:
         config = self.config
-        verb = f"resumed at step {self.state.step:,} of" if config.resume else "training"
+        position = f"step {self.state.step:,}" if self.state.step else f"warm-start step {self.state.warm_start_step:,}"
+        resumed = f"resumed at {position}: " if config.resume else ""
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
         self.journal.say(
-            f"{verb} {config.backbone} on {len(self.loader.source):,} images of {config.data}: {self.epochs} epochs, "
-            f"{self.steps:,} steps of {config.batch_size}, {config.bank_size:,} slots, on {self.world.device} "
-            f"({str(self.precision).removeprefix('torch.')}{processes}), into {self.folder}"
+            f"{resumed}training {config.backbone} on {len(self.loader.source):,} images of {config.data}: "
+            f"{self.epochs} epochs, {self.steps:,} steps of {config.batch_size}, {config.bank_size:,} slots, "
+            f"on {self.world.device} ({str(self.precision).removeprefix('torch.')}{processes}), into {self.folder}"
         )
         if self.engine:
             self.journal.say(f"encoder: {self.engine}")
+        warmup = config.optimizer.warmup_epochs
+        if warmup >= self.epochs:
+            reaches = "reaches --lr in the last epoch only" if warmup == self.epochs else "never reaches --lr"
+            self.journal.say(
+                f"the learning rate {reaches}: it warms up over {warmup} epochs (--optimizer.warmup-epochs), and the run "
+                f"has {self.epochs}"
+            )
 
     def _warm_start(self) -> None:
         """Fill the bank with keys (algorithm: warm start of the bank), then begin with f′ = f."""
@@ -96,46 +108,51 @@ class Trainer:
         network = data_parallel(
             WarmStart(state.model, self.config.bank.warm_start_temperature), self.world, apart=["model.bank.weight"]
         )
-        bar = ProgressBar(self.journal, steps, state.warm_start_step)
-        for epoch in range(state.warm_start_step // per_epoch, math.ceil(steps / per_epoch)):
-            last = min(steps - epoch * per_epoch, per_epoch)
-            first = state.warm_start_step - epoch * per_epoch
-            for batch in self.loader.batches(WARM_START_EPOCH + epoch, first, last):
-                lr, momentum = self.schedules.warm_start_lr, self.config.bank.warm_start_key_momentum
-                loss = warm_start_step(state, network, batch.views, lr, momentum, self.precision, self.world)
-                done = state.warm_start_step
-                if done == steps:
-                    state.model.copy_to_key_encoder()
-                bar.advance()
-                if self._is_logged(done) or done == steps:
-                    self._stop_if_not_finite("warm-start step", self.state.meters.bad_step(self.world))
-                    mean = float(self.world.sum(loss)) / self.world.size
-                    self.journal.record("warm start", done, loss=mean)
-                    bar.show(done, f"warm start, loss {mean:.3f}")
-                self._save_when_due(done, known_to_all=done == steps)
-        bar.close()
+        with ProgressBar(self.journal, steps, state.warm_start_step, "warm-start step") as bar:
+            for epoch in range(state.warm_start_step // per_epoch, math.ceil(steps / per_epoch)):
+                last = min(steps - epoch * per_epoch, per_epoch)
+                first = state.warm_start_step - epoch * per_epoch
+                for batch in self.loader.batches(WARM_START_EPOCH + epoch, first, last):
+                    lr, momentum = self.schedules.warm_start_lr, self.config.bank.warm_start_key_momentum
+                    loss = warm_start_step(state, network, batch.views, lr, momentum, self.precision, self.world)
+                    done = state.warm_start_step
+                    if done == steps:
+                        state.model.copy_to_key_encoder()
+                    bar.advance()
+                    if self._is_logged(done) or done == steps:
+                        self._stop_if_not_finite("warm-start step", self.state.meters.bad_step(self.world))
+                        mean = float(self.world.sum(loss)) / self.world.size
+                        self.journal.record("warm start", done, loss=mean)
+                        bar.show(done, f"loss {mean:.3f}")
+                    self._save_when_due(done, known_to_all=done == steps)
 
     def _train_epochs(self) -> None:
         state, per_epoch = self.state, self.loader.steps_per_epoch
         network = data_parallel(state.model, self.world, apart=["bank.weight"] if self.config.bank.sharded else [])
-        bar, clock = ProgressBar(self.journal, self.steps, state.step), Stopwatch()
-        for epoch in range(state.step // per_epoch, self.epochs):
-            rates, next_rates = self.schedules.at(epoch), self.schedules.at(epoch + 1)
-            for batch in clock.waiting(self.loader.batches(epoch, state.step - epoch * per_epoch)):
-                last = state.step + 1 == (epoch + 1) * per_epoch
-                momentum = (next_rates if last else rates).key_momentum
-                train_step(state, network, batch.views, rates, momentum, self.precision, self.config.accumulate)
-                clock.images += self.config.batch_size
-                bar.advance()
-                if self._is_logged(state.step) or last:
-                    text = self._log(epoch, rates)
-                    speed, wait = clock.take()
-                    self.journal.record_speed(state.step, speed, wait)
-                    bar.show(state.step, f"{text}, {speed:.1f} images/s, {wait:.0%} waiting for data")
-                best = last and self._end_epoch(epoch)
-                self._save_when_due(state.step, known_to_all=last, best=best)
-            clock.restart()
-        bar.close()
+        clock, forecast = Stopwatch(), Forecast(state.step, self.steps, per_epoch, new=not self.config.resume)
+        with ProgressBar(self.journal, self.steps, state.step) as bar:
+            for epoch in range(state.step // per_epoch, self.epochs):
+                rates, next_rates = self.schedules.at(epoch), self.schedules.at(epoch + 1)
+                for batch in clock.waiting(self.loader.batches(epoch, state.step - epoch * per_epoch)):
+                    last = state.step + 1 == (epoch + 1) * per_epoch
+                    momentum = (next_rates if last else rates).key_momentum
+                    train_step(state, network, batch.views, rates, momentum, self.precision, self.config.accumulate)
+                    clock.images += self.config.batch_size
+                    bar.advance()
+                    logged = self._is_logged(state.step) or last
+                    if logged:
+                        text = self._log(epoch, rates)
+                        speed, wait = clock.take()
+                        self.journal.record_speed(state.step, speed, wait)
+                        text += f", {speed:,.1f} images/s, {wait:.0%} waiting for data"
+                        bar.show(state.step, text)
+                    if said := forecast.note(state.step, logged):
+                        self.journal.say(said)
+                    if last:
+                        self.journal.note(f"epoch {epoch + 1}/{self.epochs}: step {state.step:,}, {text}")
+                    best = last and self._end_epoch(epoch)
+                    self._save_when_due(state.step, known_to_all=last, best=best)
+                clock.restart()
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.monitor.log_steps == 0
@@ -147,7 +164,7 @@ class Trainer:
         self.last_spread = measured.feature_spread
         values = {name: value for name, value in vars(measured).items() if name != "first_bad_step"}
         self.journal.record("train", self.state.step, epoch=epoch, **values, **vars(rates))
-        return f"loss {measured.loss:.3f}, positive probability {measured.positive_probability:.3f}"
+        return f"loss {measured.loss:.3f}"
 
     def _end_epoch(self, epoch: int) -> bool:
         """Record the epoch: how the bank is used, the kNN check when due. Return whether it is the best so far."""
