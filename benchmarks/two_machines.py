@@ -111,7 +111,9 @@ def command(out: str, *more: str) -> list[str]:
         *("-m", "caco", "pretrain", "--data", "photos", "--out", out, "--backbone", "test_resnet"),
         *("--views.size", "16", "--epochs", "4", "--batch-size", "16", "--bank-size", "64"),
         # Small rates: with large ones rounding flips the choice of a positive after some steps, and two runs differ.
-        *("--lr", "0.003", "--optimizer.final-lr", "0.003", "--bank.warm-start-steps", "4"),
+        *("--optimizer.name", "lars", "--no-encoder.centred", "--encoder.key-momentum", "0.99", "--lr", "0.003"),
+        *("--optimizer.final-lr", "0.003", "--optimizer.warmup-epochs", "10", "--bank.lr", "3", "--bank.final-lr", "3"),
+        *("--bank.temperature", "0.08", "--bank.slot-temperature", "0.08", "--bank.warm-start-steps", "4"),
         *("--encoder.projector", "16", "--encoder.embedding", "8", "--monitor.log-steps", "2"),
         *("--monitor.knn-epochs", "2", "--monitor.checkpoint-minutes", "0", "--workers", "1", "--device", "cpu", *more),
     ]

@@ -178,7 +178,10 @@ def test_unset_variables(capsys):
             "pretrain --data textures:128 --out {tmp}/r --device cdua",
             "--device cdua: no such kind of device. Did you mean cuda?",
         ),
-        ("pretrain --data textures:128 --out {tmp}/r --weights {tmp}/none.pt", "there is no file {tmp}/none.pt"),
+        (
+            "pretrain --data textures:128 --out {tmp}/r --weights {tmp}/none.pt",
+            "there is no run folder or file {tmp}/none.pt",
+        ),
         ("pretrain --data textures:128 --out {tmp}/taken", "{tmp}/taken exists and is not a run of caco"),
         ("pretrain --data textures:128 --out {tmp}/taken/a.txt", "exists and is not a run of caco"),
         ("pretrain --data textures:128 --out {tmp}/taken/a.txt/r", "a.txt/r cannot be made: Not a directory"),

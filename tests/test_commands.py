@@ -331,7 +331,7 @@ def snapshot(folder):
         ({"val": "nowhere"}, "nowhere: no such file"),
         ({"batch_size": 31}, "30 images, fewer than one batch"),
         ({"backbone": "resnet19"}, "Did you mean"),
-        ({"weights": "nowhere.pt"}, "there is no file"),
+        ({"weights": "nowhere.pt"}, "there is no run folder or file"),
         ({"monitor": {"knn_share": 0.0}}, "share"),
     ],
 )

@@ -348,7 +348,7 @@ def test_saving_is_atomic(tmp_path, backbone, monkeypatch):
     save_backbone(path, backbone, CARD)
     before = path.read_bytes()
     monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CacoError, match="cannot be written: no space left"):
         save_backbone(path, backbone, BackboneCard("test_resnet", step=8))
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -46,7 +46,7 @@ def run(photos, tmp_path_factory):
         views={"size": 32, "evaluation_resize": 32},
         encoder={"embedding": D, "projector": HIDDEN, "stem": "standard"},
         bank={"warm_start_steps": 4},
-        optimizer={"warmup_epochs": 1},
+        optimizer={"name": "lars", "warmup_epochs": 1},
         workers=2,
     )
     return out
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_the_run_is_a_start_too(run, photos, tmp_path, capsys):
             bank_size=K,
             views={"size": 32, "evaluation_resize": 32},
             encoder={"embedding": D, "projector": HIDDEN, "stem": "standard"},
-            optimizer={"warmup_epochs": 0},
+            optimizer={"name": "lars", "warmup_epochs": 0},
         )
         outs.append((out / "export" / "backbone.safetensors").read_bytes())
     assert outs[0] == outs[1]

@@ -67,5 +67,8 @@ def test_who_did_not_run_itself_blames_nobody(pair):
             os.kill(process.pid, signal.SIGSTOP)
         time.sleep(2.8)
         os.kill(both[0].pid, signal.SIGCONT)
+        began = time.monotonic()
         time.sleep(0.1)
+        if time.monotonic() - began > 1:
+            pytest.skip("this machine is too busy to starve a process on purpose")
     assert both[0].poll() is None

@@ -24,7 +24,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # training amplify. Measured: 4e-5. Only with small rates (below): with the recipe's, a batch of 8 flips the choice of a
 # positive after 7 steps, and from there two runs differ. test_equivalence.py has the same in float64, to 1e-13.
 TOLERANCE = 1e-3
-CALM = ("--lr", "0.003", "--optimizer.final-lr", "0.003")
+CALM = (
+    *("--optimizer.name", "lars", "--no-encoder.centred", "--encoder.key-momentum", "0.99", "--lr", "0.003"),
+    *("--optimizer.final-lr", "0.003", "--optimizer.warmup-epochs", "10", "--bank.lr", "3", "--bank.final-lr", "3"),
+    *("--bank.temperature", "0.08", "--bank.slot-temperature", "0.08"),
+    *("--bank.warm-start-temperature", "0.2", "--bank.warm-start-key-momentum", "0.999"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -297,7 +297,7 @@ def test_commands_take_a_published_file(published, tmp_path, capsys):
         bank_size=K,
         views={"size": 32, "evaluation_resize": 32},
         encoder={"embedding": D, "projector": 16, "stem": "standard"},
-        optimizer={"warmup_epochs": 0},
+        optimizer={"name": "lars", "warmup_epochs": 0},
     )
     assert "took over backbone, projector, key encoder, bank, momenta" in capsys.readouterr().err
     assert "warm start" not in (out / "metrics.jsonl").read_text()

@@ -25,6 +25,7 @@ SMALL = {
     "views": {"size": 16},
     "encoder": {"projector": 16, "embedding": 8},
     "bank": {"warm_start_steps": 2},
+    "optimizer": {"name": "lars"},
     "monitor": {"log_steps": 2, "knn_epochs": 1},
 }
 
@@ -103,6 +104,7 @@ def test_embeddings_that_hardly_differ_are_told_in_plain_words_once(tmp_path, ca
         "epochs": 3,
         "batch_size": 64,
         "bank_size": 512,
+        "encoder": {**SMALL["encoder"], "centred": False},
         "optimizer": {"name": "sgd", "warmup_epochs": 0},
     }
     bank = {"warm_start_steps": 0, "lr": 3000.0, "final_lr": 3000.0}
