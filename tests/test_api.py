@@ -129,7 +129,7 @@ def test_paths_may_be_paths_everywhere(tmp_path):
     options = {"backbone": "test_resnet", "weights": first, **TINY}
     second = caco.pretrain("textures:32", tmp_path / "second", **options)
     assert second.exists()
-    with pytest.raises(UsageError, match="there is no file"):
+    with pytest.raises(UsageError, match="there is no run folder or file"):
         caco.pretrain("textures:32", tmp_path / "third", **{**options, "weights": tmp_path / "none.pt"})
 
 
