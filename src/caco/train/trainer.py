@@ -92,7 +92,7 @@ class Trainer:
         if self.engine:
             self.journal.say(f"encoder: {self.engine}")
         warmup = config.optimizer.warmup_epochs
-        if warmup >= self.epochs:
+        if warmup >= self.epochs and warmup > 1:  # of a single epoch the rate is --lr from the start
             reaches = "reaches --lr in the last epoch only" if warmup == self.epochs else "never reaches --lr"
             self.journal.say(
                 f"the learning rate {reaches}: it warms up over {warmup} epochs (--optimizer.warmup-epochs), and the run "
