@@ -66,7 +66,10 @@ def open_run_folder(config: Pretrain) -> Path:
     check_run_folder(config)
     folder = Path(config.out)
     if folder.exists() and not config.resume:
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise UsageError(f"--overwrite: {folder.resolve()} cannot be deleted: {error.strerror}") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
