@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from caco.errors import CacoError, UsageError
+from caco.files import replace_file
 from caco.train.checkpoint import CheckpointFolder, read_checkpoint, remove_leftovers
 
 
@@ -168,3 +169,25 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     remove_leftovers(tmp_path)
     assert not any(path.exists() for path in leftovers)
     assert all(path.exists() for path in kept)
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_killed_while_the_best_is_saved(tmp_path, monkeypatch, written):
+    """Whatever was written, going on from there and saving again gives both files."""
+    folder, files = CheckpointFolder(tmp_path / "checkpoints", keep=2), []
+
+    def dies(path, content):
+        if len(files) == written:
+            raise KeyboardInterrupt
+        files.append(path)
+        replace_file(path, content)
+
+    monkeypatch.setattr("caco.train.checkpoint.replace_file", dies)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save({"step": 3}, 3, best=True)
+    assert not folder.paths()
+    if written:
+        assert folder.latest()[1]["step"] == 3  # from the best, which is the same
+    monkeypatch.undo()
+    folder.save({"step": 3}, 3, best=True)
+    assert {path.name for path in folder.folder.iterdir()} == {"best.pt", "step-00000003.pt"}

@@ -35,9 +35,9 @@ class CheckpointFolder:
         path = self.path(step)
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **state}, buffer)
-        replace_file(path, buffer.getbuffer())
-        if best:
+        if best:  # first: whoever resumes from the numbered one takes it for written
             replace_file(self.folder / "best.pt", buffer.getbuffer())
+        replace_file(path, buffer.getbuffer())
         paths = self.paths()
         newest = paths.index(path) + 1
         # What is numbered higher could not be read, or the run would have been resumed from there.
@@ -55,9 +55,9 @@ class CheckpointFolder:
         return sorted(numbered, key=lambda path: int(path.stem.removeprefix("step-")))
 
     def latest(self) -> tuple[Path, dict[str, Any]]:
-        """Return the newest checkpoint that can be read. Raises CacoError when none can."""
+        """Return the newest checkpoint that can be read, the best one if no other can. Raises CacoError when none can."""
         problems = []
-        for path in reversed(self.paths()):
+        for path in [*reversed(self.paths()), *self.folder.glob("best.pt")]:
             try:
                 return path, read_checkpoint(path)
             except UsageError as error:
