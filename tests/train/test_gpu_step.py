@@ -1,0 +1,38 @@
+"""On a GPU nothing in the loop waits for the device. (Skipped where there is none.)"""
+
+import pytest
+import torch
+
+from caco.backbone import create_backbone
+from caco.config import EncoderOptions, Pretrain, Views
+from caco.distributed.world import World
+from caco.train.pretrain import create_state
+from caco.train.step import Schedules, train_step
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("small", [0, 2])
+def test_a_step_waits_for_nothing(precision, small):
+    device = torch.device("cuda")
+    config = Pretrain(
+        epochs=2,
+        batch_size=16,
+        bank_size=4096,
+        views=Views(size=32, small=small, small_size=16),
+        encoder=EncoderOptions(embedding=32, projector=64),
+    )
+    state = create_state(config, create_backbone("resnet10_narrow", 32), World(device))
+    state.model.train()
+    views = [torch.randn(16, 3, size, size, device=device) for size in (32, 32, *[16] * small)]
+    rates = Schedules.of(config).at(0)
+    train_step(state, state.model, views, rates, 0.99, precision)  # makes buffers and chooses kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            train_step(state, state.model, views, rates, 0.99, precision)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert state.meters.bad_step(World(device)) is None
