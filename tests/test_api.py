@@ -111,6 +111,8 @@ def test_own_modules_are_trained_and_come_back(tmp_path):
     assert safetensors.torch.load_file(path).keys() == trained.keys()
     with torch.no_grad():
         assert bare.eval()(torch.randn(2, 3, 8, 8)).shape == (2, 6, 8, 8)
+    judged = caco.knn(tmp_path / "run", backbone=Own(), data="textures:32", val="textures:16", device="cpu")
+    assert judged["val_images"] == 16 and 0 <= judged["top1"] <= 100
 
 
 def test_own_modules_that_do_not_fit(tmp_path):

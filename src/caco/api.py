@@ -18,6 +18,7 @@ from caco.weights import load_backbone as _load_backbone
 from caco.weights import load_into, read_weights
 
 T = TypeVar("T")
+E = TypeVar("E", Knn, Linear, Embed)
 
 
 def pretrain(data: Any, out: str | Path, *, backbone: str | nn.Module | None = None, **options: Any) -> Path | None:
@@ -42,19 +43,31 @@ def pretrain(data: Any, out: str | Path, *, backbone: str | nn.Module | None = N
     return commands.pretrain(override(start, given), own, images)
 
 
-def knn(run: str | Path = "", **options: Any) -> dict[str, Any] | None:
-    """Judge an encoder by nearest neighbours and return the result, accuracies in percent (`caco knn`)."""
-    return commands.knn(check_judged(_config(Knn(), run, options)))
+def knn(run: str | Path = "", *, backbone: str | nn.Module = "", **options: Any) -> dict[str, Any] | None:
+    """Judge an encoder by nearest neighbours and return the result, accuracies in percent (`caco knn`).
+
+    backbone: a timm name, for a file that does not say it, or the module of your own that the run trained.
+    """
+    return commands.knn(*_judged(Knn(), run, backbone, options))
 
 
-def linear(run: str | Path = "", **options: Any) -> dict[str, Any] | None:
+def linear(run: str | Path = "", *, backbone: str | nn.Module = "", **options: Any) -> dict[str, Any] | None:
     """Judge an encoder by a linear classifier and return the result, accuracies in percent (`caco linear`)."""
-    return commands.linear(check_judged(_config(Linear(), run, options)))
+    return commands.linear(*_judged(Linear(), run, backbone, options))
 
 
-def embed(run: str | Path = "", **options: Any) -> Path | None:
+def embed(run: str | Path = "", *, backbone: str | nn.Module = "", **options: Any) -> Path | None:
     """Write one feature vector for each image and return the file's path (`caco embed`)."""
-    return commands.embed(check_judged(_config(Embed(), run, options)))
+    return commands.embed(*_judged(Embed(), run, backbone, options))
+
+
+def _judged(
+    defaults: E, run: str | Path, backbone: str | nn.Module, options: dict[str, Any]
+) -> tuple[E, nn.Module | None]:
+    """Return the checked configuration of an evaluation, and the user's own module if one was given."""
+    if isinstance(backbone, nn.Module):
+        return check_judged(_config(defaults, run, options)), backbone
+    return check_judged(_config(defaults, run, {**options, "backbone": backbone})), None
 
 
 def export(run: str | Path = "", **options: Any) -> Path:

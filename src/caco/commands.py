@@ -60,17 +60,17 @@ def _may_be_labelled(options: Pretrain) -> bool:
         return True
 
 
-def knn(options: Knn) -> dict[str, Any] | None:
+def knn(options: Knn, own: nn.Module | None = None) -> dict[str, Any] | None:
     """Judge an encoder by nearest neighbours; print, write --out if given, and return the result (percent).
 
     Returns None but in the main process.
     """
     _check_result_path(options.out)
-    return launch(_knn, options.distributed, options.device, options)
+    return launch(_knn, options.distributed, options.device, options, own)
 
 
-def _knn(world: World, options: Knn) -> dict[str, Any] | None:
-    encoder, train, val = _prepare(world, options, options.val, options.held_out)
+def _knn(world: World, options: Knn, own: nn.Module | None) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, own, options.val, options.held_out)
     reference, queries = encoder.features(train), encoder.features(val)
     if not world.is_main:
         return None
@@ -101,7 +101,7 @@ def _knn(world: World, options: Knn) -> dict[str, Any] | None:
     return _deliver(report, options.out)
 
 
-def linear(options: Linear) -> dict[str, Any] | None:
+def linear(options: Linear, own: nn.Module | None = None) -> dict[str, Any] | None:
     """Judge an encoder by a linear classifier; print, write --out if given, and return the result (percent).
 
     Returns None but in the main process.
@@ -111,11 +111,11 @@ def linear(options: Linear) -> dict[str, Any] | None:
         raise UsageError(f"--head {options.head}: the classifier is written as .safetensors")
     if options.head:
         check_writable("--head", Path(options.head))
-    return launch(_linear, options.distributed, options.device, options)
+    return launch(_linear, options.distributed, options.device, options, own)
 
 
-def _linear(world: World, options: Linear) -> dict[str, Any] | None:
-    encoder, train, val = _prepare(world, options, options.val, options.held_out)
+def _linear(world: World, options: Linear, own: nn.Module | None) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, own, options.val, options.held_out)
     if options.protocol == "reference":
         result, report = _reference_linear(options, encoder, train, val)
         if not world.is_main:
@@ -160,16 +160,16 @@ def _linear(world: World, options: Linear) -> dict[str, Any] | None:
     return _deliver(report, options.out)
 
 
-def embed(options: Embed) -> Path | None:
+def embed(options: Embed, own: nn.Module | None = None) -> Path | None:
     """Write the features of every image to --out and return its path (None but in the main process)."""
     check_features_path(options.out)
-    return launch(_embed, options.distributed, options.device, options)
+    return launch(_embed, options.distributed, options.device, options, own)
 
 
-def _embed(world: World, options: Embed) -> Path | None:
+def _embed(world: World, options: Embed, own: nn.Module | None) -> Path | None:
     path = Path(options.out)
     source = _open(options, options.data, "train")
-    features = _encoder(world, options).features(source)
+    features = _encoder(world, options, own).features(source)
     if not world.is_main:
         return None
     _say_broken(source, features)
@@ -180,8 +180,8 @@ def _embed(world: World, options: Embed) -> Path | None:
     return path
 
 
-def _encoder(world: World, options: Evaluation) -> UsableEncoder:
-    backbone, card = load_encoder(options)
+def _encoder(world: World, options: Evaluation, own: nn.Module | None) -> UsableEncoder:
+    backbone, card = load_encoder(options, own)
     return UsableEncoder(
         backbone=backbone,
         card=card,
@@ -193,13 +193,13 @@ def _encoder(world: World, options: Evaluation) -> UsableEncoder:
 
 
 def _prepare(
-    world: World, options: Evaluation, val_data: str, held_out: float
+    world: World, options: Evaluation, own: nn.Module | None, val_data: str, held_out: float
 ) -> tuple[UsableEncoder, ImageSource, ImageSource]:
     """Return the encoder, labelled training images and labelled test images in the same classes."""
     train = _open(options, options.data, "train")
     if train.labels is None:
         raise UsageError(f"--data {options.data} has no labels (class folders, or a label column); judging needs them")
-    encoder = _encoder(world, options)
+    encoder = _encoder(world, options, own)
     if val_data:
         return encoder, train, Relabelled(_open(options, val_data, "val"), train.classes)
     kept, asked = held_out_split(np.asarray(train.labels), held_out, options.seed)

@@ -136,7 +136,7 @@ def test_on_a_terminal_the_bar_has_its_room_and_is_gone_before_an_error(tmp_path
         with ProgressBar(journal, steps=12_000, done=4_000) as bar:
             for _ in range(2_000):
                 bar.advance()
-            bar.show(6_000, "loss 8.317, 1,038.2 images/s, 100% waiting for data")
+            bar.show(6_000, "loss 8.317, positive probability 0.017, 1,038.2 images/s, 100% waiting for data")
             bar._bar.refresh()
             raise ValueError("the disk is full")
 
@@ -146,7 +146,7 @@ def test_on_a_terminal_the_bar_has_its_room_and_is_gone_before_an_error(tmp_path
     lines = read_all(main).split("\r")
     shown = max(lines, key=len)
     assert re.match(r" 50% \|.{20}\| 6000/12000, [0-9:]+ left, loss 8\.317", shown) and len(shown) <= columns
-    assert columns < 120 or shown.rstrip().endswith("100% waiting for data")
+    assert columns < 120 or shown.rstrip().endswith("p(positive) 0.017, 1,038.2 images/s, 100% waiting")
     assert not lines[-1].strip() and not lines[-2].strip(), "the bar is still there"
     assert "step 4,001/12,000 took" in (tmp_path / "train.log").read_text()  # in the file only
 

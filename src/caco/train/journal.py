@@ -142,7 +142,8 @@ class ProgressBar:
     def show(self, step: int, text: str) -> None:
         """Show the latest numbers."""
         if not self._bar.disable:
-            self._bar.set_postfix_str(text, refresh=False)
+            short = text.replace("positive probability", "p(positive)").replace(" waiting for data", " waiting")
+            self._bar.set_postfix_str(short, refresh=False)  # to fit into 120 columns
         if time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             left = (self._last_line - self._began) / max(step - self._first, 1) * (self._steps - step)

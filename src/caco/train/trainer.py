@@ -164,7 +164,7 @@ class Trainer:
         self.last_spread = measured.feature_spread
         values = {name: value for name, value in vars(measured).items() if name != "first_bad_step"}
         self.journal.record("train", self.state.step, epoch=epoch, **values, **vars(rates))
-        return f"loss {measured.loss:.3f}"
+        return f"loss {measured.loss:.3f}, positive probability {measured.positive_probability:.3f}"
 
     def _end_epoch(self, epoch: int) -> bool:
         """Record the epoch: how the bank is used, the kNN check when due. Return whether it is the best so far."""
