@@ -86,38 +86,22 @@ def caco_steps(images: np.ndarray, work: Work, precision: torch.dtype) -> Iterat
     """Take training steps as `caco pretrain` does."""
     from dataclasses import replace
 
-    from caco.backbone import create_backbone
-    from caco.data.arrays import ArraySource
-    from caco.data.broken import BrokenImages
-    from caco.data.loader import TrainingViews
-    from caco.distributed.world import World
-    from caco.recipes import find_recipe
-    from caco.train.heap import keep_heap
-    from caco.train.pretrain import create_state, worker_count
-    from caco.train.step import Schedules, train_step
+    from step import Step
 
-    config = replace(find_recipe("cifar"), batch_size=work.batch, bank_size=work.bank)
-    assert config.views.size == SIZE and config.encoder.embedding == EMBEDDING
-    world = World(torch.device(work.device))
-    if world.device.type == "cpu":
-        keep_heap()
-    torch.manual_seed(0)
-    state = create_state(config, create_backbone("resnet18", SIZE), world)
-    state.model.train()
-    views = TrainingViews(
-        ArraySource(images),
-        config.views.recipes(),
-        config.views.mean,
-        config.views.std,
+    from caco.data.arrays import ArraySource
+    from caco.recipes import find_recipe
+
+    config = replace(
+        find_recipe("cifar"),
         batch_size=work.batch,
-        seed=0,
-        workers=worker_count("auto"),
-        device=world.device,
-        broken=BrokenImages(len(images), 0.0),
+        bank_size=work.bank,
+        device=work.device,
+        precision="bf16" if precision == torch.bfloat16 else "fp32",
     )
-    rates = Schedules.of(config).at(config.optimizer.warmup_epochs)
-    for batch in views.batches(0):
-        train_step(state, state.model, batch.views, rates, rates.key_momentum, precision)
+    assert config.views.size == SIZE and config.encoder.embedding == EMBEDDING
+    step = Step(config, ArraySource(images))
+    while True:
+        step.whole()
         yield
 
 

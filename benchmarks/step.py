@@ -25,7 +25,7 @@ from caco.backbone import create_backbone
 from caco.config import EncoderOptions, EngineOptions, Pretrain, Views
 from caco.data.broken import BrokenImages
 from caco.data.loader import TrainingViews
-from caco.data.source import open_source
+from caco.data.source import ImageSource, open_source
 from caco.distributed.world import World, choose_device
 from caco.model import embed
 from caco.train.engine import PRECISIONS, compile_module
@@ -60,12 +60,11 @@ def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
 class Step:
     """Whole steps, on views that a loader makes ahead, and the same step in stages."""
 
-    def __init__(self, config: Pretrain) -> None:
+    def __init__(self, config: Pretrain, source: ImageSource) -> None:
         device = choose_device(config.device)
         if device.type == "cpu" and config.engine.keep_heap:
             keep_heap()
         torch.manual_seed(0)
-        source = open_source(config.data)
         self.state: TrainingState = create_state(
             config, create_backbone(config.backbone, config.views.size), World(device)
         )
@@ -178,7 +177,7 @@ def bare_passes(backbone: nn.Module, views: Sequence[Tensor], precision: torch.d
 
 def contestant(config: Pretrain, rounds: int, in_stages: bool) -> dict[str, Any]:
     """Run in a fresh process: return the seconds of a whole step, of the limit, and of each stage."""
-    step = Step(config)
+    step = Step(config, open_source(config.data))
     backbone = create_backbone(config.backbone, config.views.size)
     backbone.to(step.loader.device).to(memory_format=torch.channels_last).train()
     if config.engine.compile == "on":
