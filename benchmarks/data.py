@@ -10,7 +10,6 @@ that are not installed are left out (simplejpeg and numba: `pip install 'caco[fa
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from measure import arguments
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
@@ -242,7 +242,9 @@ def kornia_views(images: Pictures, recipes: Recipes, device: str) -> Run:
     return run
 
 
-def measure_views(size: int, shape: tuple[int, int], count: int, slow: int, rounds: int) -> dict[str, object]:
+def measure_views(
+    size: int, shape: tuple[int, int], count: int, slow: int, rounds: int, device: str
+) -> dict[str, object]:
     """count: pictures a call; slow: of those that take long."""
     recipes, images = Views(size=size).recipes(), photos(count, *shape)
     tensors = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images[:slow]]
@@ -254,7 +256,7 @@ def measure_views(size: int, shape: tuple[int, int], count: int, slow: int, roun
     contestants["torchvision v2 on tensors"] = slow, one_by_one(tensor_view, list(tensors), recipes)
     if find_spec("kornia"):
         contestants["kornia"] = slow, kornia_views(images[:slow], recipes, "cpu")
-    if torch.cuda.is_available():
+    if device == "cuda":
         contestants["caco on the GPU"] = count, caco_on_gpu(images, recipes)
         if find_spec("kornia"):
             contestants["kornia on the GPU"] = count, kornia_views(images, recipes, "cuda")
@@ -312,9 +314,7 @@ def measure_listing(files: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
-    parser.add_argument("--quick", action="store_true", help="few images and rounds: does it work? (some 20 s)")
+    parser = arguments(__doc__)
     parser.add_argument("--files", type=int, help="files of the folder to list, in thousands of one folder each")
     options = parser.parse_args()
     quick = options.quick
@@ -330,9 +330,9 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "decode": measure_decoding(4 if quick else 16, rounds),
         "augment": {
-            "32 px": measure_views(32, (32, 32), 256, 16 if quick else 64, rounds),
-            "64 px": measure_views(64, (64, 64), 128, 8 if quick else 32, rounds),
-            "224 px": measure_views(224, (375, 500), 8 if quick else 32, 2 if quick else 8, rounds),
+            "32 px": measure_views(32, (32, 32), 256, 16 if quick else 64, rounds, options.device),
+            "64 px": measure_views(64, (64, 64), 128, 8 if quick else 32, rounds, options.device),
+            "224 px": measure_views(224, (375, 500), 8 if quick else 32, 2 if quick else 8, rounds, options.device),
         },
         "file to views": {
             "224 px from 500x375": measure_files(224, (375, 500), 4 if quick else 16, rounds),

@@ -175,9 +175,24 @@ def bare_passes(backbone: nn.Module, views: Sequence[Tensor], precision: torch.d
         parameter.grad = None
 
 
+def step_memory(step: Step) -> int:
+    """Return the peak memory of a whole step on a GPU, without the limit's, after two that make buffers."""
+    for _ in range(2):
+        step.whole()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step.whole()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
 def contestant(config: Pretrain, rounds: int, in_stages: bool) -> dict[str, Any]:
     """Run in a fresh process: return the seconds of a whole step, of the limit, and of each stage."""
     step = Step(config, open_source(config.data))
+    gpu = step_memory(step) if step.loader.device.type == "cuda" else None
+    if config.engine.checkpointing:  # for its memory: the limit keeps all activations, which may not fit
+        turns = take_turns({"step": step.whole}, rounds, warm_up=0, device=step.loader.device)
+        return {"step": turns["step"].as_json(), "limit": None, "stages": {}, "gpu_bytes": gpu}
     backbone = create_backbone(config.backbone, config.views.size)
     backbone.to(step.loader.device).to(memory_format=torch.channels_last).train()
     if config.engine.compile == "on":
@@ -197,7 +212,6 @@ def contestant(config: Pretrain, rounds: int, in_stages: bool) -> dict[str, Any]
             seconds = take_turns({name: stage}, 1, warm_up=0, device=step.loader.device)[name].all[0]
             if turn:
                 stages[name].append(seconds)
-    gpu = torch.cuda.max_memory_allocated() if step.loader.device.type == "cuda" else None
     return {
         "step": turns["step"].as_json(),
         "limit": turns["limit"].as_json(),
@@ -235,11 +249,11 @@ def main() -> None:
         run = fresh(contestant, configuration(options, precision), rounds, not options.no_stages)
         row, memory = run.result, run.result["gpu_bytes"] or run.family_bytes
         results[precision] = {**row, "others": run.others, "bytes": memory}
-        whole, bare = (options.batch / row[name]["median"] for name in ("step", "limit"))
+        whole = options.batch / row["step"]["median"]
+        bare = options.batch / row["limit"]["median"] if row["limit"] else None
+        of_limit = f"limit {bare:,.1f}, {whole / bare:.1%} of it" if bare else "limit not taken"
         title = f"{options.backbone}, {options.size} px, batch {options.batch}, {options.bank:,} slots, {precision}"
-        print(
-            f"\n{title}: {whole:,.1f} images/s, limit {bare:,.1f}, {whole / bare:.1%} of it; peak {gigabytes(memory)} GB"
-        )
+        print(f"\n{title}: {whole:,.1f} images/s, {of_limit}; peak {gigabytes(memory)} GB")
         print(f"(other programs kept {run.others} cores busy)")
         total = sum(stage["median"] for stage in row["stages"].values())
         rows = [

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caco.after_training import Embed, Export, Knn, Linear, Report
 from caco.cli import OVERVIEW
-from caco.config import Demo, Embed, Export, Knn, Linear, Pretrain, Report
+from caco.config import Demo, Pretrain
 from caco.distributed.heartbeat import EXIT_STATUS
 from caco.errors import CacoError, Interrupted, UsageError
 from caco.options import _argument, _field_help

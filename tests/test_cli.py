@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from caco.after_training import Embed, Knn, Linear
 from caco.cli import COMMANDS, main
-from caco.config import Embed, Knn, Linear, Pretrain
+from caco.config import Pretrain
 from caco.options import flatten
 from caco.recipes import find_recipe
 

@@ -5,19 +5,8 @@ import typing
 
 import pytest
 
-from caco.config import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Demo,
-    Embed,
-    Evaluation,
-    Knn,
-    Linear,
-    Pretrain,
-    Report,
-    ViewRecipe,
-    Views,
-)
+from caco.after_training import Embed, Evaluation, Knn, Linear, Report
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Demo, Pretrain, ViewRecipe, Views
 from caco.options import _field_help
 
 COMMANDS = (Pretrain, Knn, Linear, Embed, Report, Demo)

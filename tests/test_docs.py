@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from caco.after_training import Embed, Export, Knn, Linear, Report
 from caco.cli import COMMANDS
-from caco.config import Demo, Embed, Export, Knn, Linear, Pretrain, Report
+from caco.config import Demo, Pretrain
 from caco.errors import UsageError
 from caco.options import parse
 from caco.recipes import find_recipe

@@ -7,7 +7,8 @@ from typing import Literal, Union
 
 import pytest
 
-from caco.config import Knn, Pretrain
+from caco.after_training import Knn
+from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import checked, flatten, from_dictionary, override, parse
 

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from caco import commands
+from caco.after_training import Embed, Export, Knn, Linear, Report
 from caco.checks import check_judged
 from caco.cli import pretrain_start
-from caco.config import Embed, Export, Knn, Linear, Pretrain, Report
+from caco.config import Pretrain
 from caco.data.datasets import own_source
 from caco.errors import UsageError, did_you_mean
 from caco.options import checked, flatten, override

@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from caco.config import Evaluation, Export, Pretrain
+from caco.after_training import Evaluation, Export
+from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from caco.after_training import Embed, Evaluation, Export, Knn, Linear, Report
 from caco.checks import check, check_judged, check_numbers
-from caco.config import Demo, Embed, Evaluation, Export, Knn, Linear, Pretrain, Report
+from caco.config import Demo, Pretrain
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import refused
 from caco.options import parse

@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from caco.after_training import Embed, Evaluation, Export, Knn, Linear, Report
 from caco.checks import check
-from caco.config import Embed, Evaluation, Export, Knn, Linear, Pretrain, Report
+from caco.config import Pretrain
 from caco.data.labels import Relabelled, Subset
 from caco.data.source import ImageSource, open_source
 from caco.deliver.embed import check_features_path, write_features

@@ -1,4 +1,4 @@
-"""Every option of every command, as typed dataclasses.
+"""Every option of the commands that train (pretrain, demo), as typed dataclasses; `after_training` has the others.
 
 No torch here: the command line is parsed, and its errors told, before anything heavy is imported.
 The string under each field is its help text.
@@ -6,7 +6,7 @@ The string under each field is its help text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Union
 
 Auto = Literal["auto"]
@@ -275,109 +275,6 @@ class Pretrain:
     engine: EngineOptions = EngineOptions()
     monitor: MonitorOptions = MonitorOptions()
     distributed: DistributedOptions = DistributedOptions()
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Options shared by all commands that use a finished encoder."""
-
-    run: str = field(default="", metadata={"positional": "RUN|FILE"})
-    """A run folder, a backbone or checkpoint file, random (untrained --backbone), or pixels (no encoder)."""
-    weights: str = ""
-    """The same by the name that pretrain has for it: a file (caco, published CaCo, timm, torchvision)."""
-    data: str = ""
-    """Images: a folder, Parquet or tar files (globs allowed), a torchvision set by name, or textures."""
-    out: str = ""
-    """File for the result."""
-    backbone: str = ""
-    """timm name, for a FILE that does not say it, or for random."""
-    size: int = 0
-    """Side of the centre crop in pixels; 0: as the encoder was trained."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, ..."""
-    precision: Precision = "auto"
-    """Arithmetic of the encoder; auto: bf16 on GPUs that have it, else fp32."""
-    batch_size: int = 256
-    """Images per forward pass."""
-    workers: Union[int, Auto] = "auto"
-    """Threads that decode; auto: one per core."""
-    seed: int = 0
-    """Seed of splits, heads and resampling."""
-    download: bool = False
-    """Allow a torchvision set to be downloaded."""
-    distributed: DistributedOptions = DistributedOptions()
-
-
-@dataclass(frozen=True)
-class Knn(Evaluation):
-    """Judge an encoder by the labels of each image's nearest neighbours."""
-
-    val: str = ""
-    """Labelled query images; without it, a stratified share of --data is held out."""
-    neighbours: tuple[int, ...] = (20,)
-    """Neighbours that vote; several numbers give several results, the first is the headline."""
-    temperature: float = 0.2
-    """A neighbour's vote weighs exp(cosine / temperature)."""
-    held_out: float = 0.2
-    """Share of --data used as queries when there is no --val."""
-
-
-@dataclass(frozen=True)
-class Linear(Evaluation):
-    """Judge an encoder by a linear classifier on its frozen features."""
-
-    val: str = ""
-    """Labelled test images; without it, a stratified share of --data is held out."""
-    protocol: Literal["cached", "reference"] = "cached"
-    """cached: features once, many learning rates, chosen on part of train; reference: the published protocol."""
-    epochs: int = 100
-    """Passes over the training features."""
-    lr: Union[float, Auto] = "auto"
-    """Learning rate (per 256 images in the reference protocol); auto: a grid, or 0.025 in the reference protocol."""
-    probe_batch_size: int = 0
-    """Images per step of the classifier; 0: by the number of images (16 to 1,024), 4,096 in the reference protocol."""
-    momentum: float = 0.9
-    """Momentum of the classifier's optimizer."""
-    weight_decay: float = 0.0
-    """Weight decay of the classifier (reference protocol only)."""
-    head: str = ""
-    """File (.safetensors) for the trained classifier: weight [classes, features], bias, and the names of the classes."""
-    held_out: float = 0.2
-    """Share of --data used as test images when there is no --val."""
-
-
-@dataclass(frozen=True)
-class Embed(Evaluation):
-    """Write one feature vector for each image."""
-
-    normalise: bool = False
-    """Scale every vector to unit length."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write an encoder in the format of another library, or of the published CaCo code."""
-
-    run: str = field(default="", metadata={"positional": "RUN|FILE"})
-    """A run folder, a backbone or checkpoint file."""
-    weights: str = ""
-    """The same by the name that pretrain has for it: a file (caco, published CaCo)."""
-    format: Literal["timm", "torchvision", "reference"] = "timm"
-    """timm, torchvision: a state dict of the backbone; reference: the published checkpoint, with bank and projector."""
-    out: str = ""
-    """File to write: .safetensors or .pth; reference: .pth.tar."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Write a page to look at: curves, views, neighbours, and what each slot attracts."""
-
-    run: str = field(default="", metadata={"positional": "RUN"})
-    """A run folder."""
-    images: int = 2000
-    """Images looked at for the galleries, at most."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, ..."""
 
 
 @dataclass(frozen=True)

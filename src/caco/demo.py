@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from caco import commands
-from caco.config import Demo, Knn, Linear, Pretrain, Report
+from caco.after_training import Knn, Linear, Report
+from caco.config import Demo, Pretrain
 from caco.files import replace_json
 from caco.recipes import find_recipe
 

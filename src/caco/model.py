@@ -108,7 +108,7 @@ class CaCo(nn.Module):
         batch = len(queries[0])
         weights = slots.weight.detach().new_zeros(len(queries), 2)
         for query, key, weight in self.pairs:
-            weights[query, key] = weight / batch
+            weights[query, key].fill_(weight / batch)  # an assignment would copy from the host, and wait for it
         result = self.bank.loss(
             torch.cat(tuple(queries)),
             slots,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -113,3 +116,26 @@ def test_rubbish_in_scratch_memory_does_not_reach_a_view() -> None:
     clean = render_views(images, parameters, recipe, *STATISTICS, engine="numba")
     kernel._scratch.buffer[:] = np.inf
     assert torch.equal(render_views(images, parameters, recipe, *STATISTICS, engine="numba"), clean)
+
+
+def test_a_process_that_compiles_makes_the_views_of_one_that_need_not(tmp_path):
+    program = """
+import hashlib, numpy, torch
+from caco.config import Views
+from caco.data.augment import draw_parameters, render_views
+images = torch.from_numpy(numpy.random.default_rng(0).integers(0, 256, (64, 40, 48, 3), dtype=numpy.uint8))
+for size in (8, 24, 37):
+    recipe = Views(size=size).recipes()[0]
+    drawn = draw_parameters(recipe, 40, 48, seed=0, epoch=0, indices=numpy.arange(64), view=0)
+    views = render_views(images, drawn, recipe, (0.5,) * 3, (0.2,) * 3, engine="numba")
+    print(hashlib.sha256(views.contiguous().numpy().tobytes()).hexdigest())
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert first == second and len(first.split()) == 3
+    assert list(tmp_path.rglob("*.nbi"))

@@ -275,11 +275,8 @@ def test_one_batch_of_all():
     assert sorted(batch.indices) == list(range(COUNT))
 
 
-def test_free_memory_is_believable():
-    assert 2**20 < resident.free_memory(torch.device("cpu")) < 2**50
-
-
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("equal", [True, False], ids=["resident", "streamed"])
 def test_on_a_gpu_nothing_waits_for_it_and_the_views_are_those_of_the_cpu(equal):
@@ -288,8 +285,8 @@ def test_on_a_gpu_nothing_waits_for_it_and_the_views_are_those_of_the_cpu(equal)
     views = views_of(source, device=device)
     list(views.batches(0, 0, 2))  # the first batches allocate memory
     taken = []
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for batch in views.batches(1):
             assert all(view.device.type == "cuda" for view in batch.views)
             assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)

@@ -5,8 +5,9 @@ import shlex
 import pytest
 from tiny_imagenet import README, readme
 
+from caco.after_training import Linear
 from caco.cli import pretrain_start
-from caco.config import Linear, Pretrain, Views
+from caco.config import Pretrain, Views
 from caco.options import flatten, parse
 from caco.recipes import find_recipe
 from caco.reference import linear, main

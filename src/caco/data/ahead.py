@@ -25,13 +25,19 @@ class Batch(NamedTuple):
     """One float32 [B, 3, S, S] for each view, normalised, channels_last, on the device."""
 
 
-def ahead(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> Iterator[Batch]:
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a stream for `ahead`, None where there are none. One for all epochs: each stream keeps memory of its own."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def ahead(
+    batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream | None = None, depth: int = 2
+) -> Iterator[Batch]:
     """Yield what `batches` yields, computed in a background thread up to `depth` ahead; errors come through.
 
-    On a GPU everything that `batches` does there is queued on a stream beside the caller's, which is made to wait (on the
+    On a GPU everything that `batches` does there is queued on `stream`, beside the caller's, which is made to wait (on the
     GPU, not here) for each batch that it gets.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(device))  # for what `batches` reads, such as a resident set
     ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(maxsize=depth)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from caco.config import ViewRecipe
 from caco.data.parameters import ViewParameters, draw_parameters
-from caco.data.render import render_with_torch
+from caco.data.render import copy_to, render_with_torch
 from caco.errors import UsageError
 
 __all__ = ["ViewParameters", "centre_view", "draw_parameters", "normalise", "render_views"]
@@ -98,5 +98,5 @@ def centre_view(image: UInt8[np.ndarray, "H W 3"], resize: int, size: int) -> UI
 def normalise(batch: UInt8[Tensor, "B H W 3"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B 3 H W"]:
     """Return uint8 images as float32 [B, 3, H, W] in 0-1, less the mean, divided by the standard deviation."""
     pixels = batch.permute(0, 3, 1, 2).float() / 255
-    centre, spread = (torch.tensor(values, device=batch.device).view(3, 1, 1) for values in (mean, std))
+    centre, spread = (copy_to(batch.device, torch.tensor(values)).view(3, 1, 1) for values in (mean, std))
     return (pixels - centre) / spread

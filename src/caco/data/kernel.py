@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 
 from caco.data import parameters as p
 
+# Stages are inlined: a process that has just compiled them would else call their stand-alone forms, whose last bits differ
+# from what it (and every later process) reads from the cache, and a resumed run would differ from the uninterrupted one.
 # Sums may be reordered and multiply-adds fused, and no pixel is NaN (they come from bytes): what vector code needs.
 FAST = {"contract", "reassoc", "nsz", "nnan"}
-ORDERED = {"nogil": True, "cache": True, "fastmath": FAST - {"reassoc"}, "error_model": "numpy"}
-OPTIONS = {"nogil": True, "cache": True, "fastmath": FAST, "error_model": "numpy"}
+ORDERED = {"nogil": True, "cache": True, "fastmath": FAST - {"reassoc"}, "error_model": "numpy", "forceinline": True}
+OPTIONS = {"nogil": True, "cache": True, "fastmath": FAST, "error_model": "numpy", "forceinline": True}
 
 # Pixels whose colours are changed together: three planes of it stay in the first-level cache.
 CHUNK = 1024

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from caco.config import ViewRecipe
-from caco.data.ahead import Batch, ahead
+from caco.data.ahead import Batch, ahead, side_stream
 from caco.data.augment import draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.compiled import CompiledViews
@@ -73,7 +73,7 @@ class TrainingViews:
         self.batch_size, self.seed, self.device, self.broken = batch_size, seed, device, broken
         self.rank, self.world_size, self.layout = rank, world_size, layout
         self.steps_per_epoch = len(source) // batch_size
-        self._workers = workers
+        self._workers, self._stream = workers, side_stream(device)
         self._resident = decode_all(source, broken, workers, device)
         self._on_device: list[CompiledViews] = []
         if self._resident is not None and device.type != "cpu":
@@ -89,7 +89,9 @@ class TrainingViews:
         order = epoch_order(len(self.source), self.seed, epoch)
         steps = range(first_step, self.steps_per_epoch if last_step is None else last_step)
         with ThreadPoolExecutor(self._workers, thread_name_prefix="views") as pool:
-            yield from ahead((self._batch(pool, self._part(order, step), epoch) for step in steps), self.device)
+            yield from ahead(
+                (self._batch(pool, self._part(order, step), epoch) for step in steps), self.device, self._stream
+            )
 
     def _part(self, order: np.ndarray, step: int) -> np.ndarray:
         """Return this process's images of a step."""

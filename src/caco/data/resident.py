@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +13,7 @@ from caco.data.broken import BrokenImages
 from caco.data.load import load_or_next, load_shrunk
 from caco.data.parameters import NEVER_SHRUNK
 from caco.data.source import ImageSource
+from caco.memory import free_memory
 
 RESIDENT_SHARE = 0.25
 """Share of the free memory that such a set may take."""
@@ -52,19 +52,3 @@ def decode_all(
                 pool.shutdown(cancel_futures=True)
                 return None
     return torch.from_numpy(images)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free both in main memory and on the device."""
-    host = _free_main_memory()
-    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
-
-
-def _free_main_memory() -> int:
-    """Return the bytes of main memory that are free or easily freed (Linux), else half of all there is."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -22,6 +22,7 @@ from caco.config import DistributedOptions
 from caco.distributed.heartbeat import EXIT_STATUS, HINT, Heartbeat, name_lost_process
 from caco.distributed.world import Place, World, choose_device, find_place, join, leave
 from caco.errors import CacoError, Interrupted, UsageError
+from caco.memory import out_of_memory_is_told
 
 T = TypeVar("T")
 
@@ -41,7 +42,8 @@ def launch(function: Callable[..., T], options: DistributedOptions, device: str,
         return _run_in(place, options.timeout, function, device, arguments)
     processes = _processes(options, device)
     if options.machines == 1 and processes == 1:
-        return function(World(choose_device(device)), *arguments)
+        with out_of_memory_is_told():
+            return function(World(choose_device(device)), *arguments)
     address, port = _meeting_point(options)
     first = options.machine * processes
     size, supervised = options.machines * processes, options.machines == 1
@@ -75,7 +77,8 @@ def _run_in(
 ) -> T | None:
     world = join(place, device, timeout)
     try:
-        result = function(world, *arguments)
+        with out_of_memory_is_told():
+            result = function(world, *arguments)
     except (dist.DistError, RuntimeError) as error:
         if not _is_lost_contact(error):
             leave(PATIENCE / 2)

@@ -245,11 +245,17 @@ def choose_device(name: str) -> torch.device:
         number = torch.cuda.device_count()
         here = ["cpu", *(f"cuda:{gpu}" for gpu in range(number)), *(["mps"] * torch.backends.mps.is_available())]
         raise UsageError(f"--device {name}: not on this machine, which has {', '.join(here)}; try auto") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what exchanges objects or pins memory takes the current one
     return device
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the autocast dtype for "auto", "fp32" or "bf16"; auto: bf16 on GPUs that have it, else fp32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from caco.after_training import Evaluation
 from caco.backbone import adopt_backbone, create_backbone
-from caco.config import Evaluation, usual_resize
+from caco.config import usual_resize
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import UsageError

@@ -10,8 +10,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from caco.after_training import Linear
 from caco.backbone import create_backbone
-from caco.config import Linear, usual_resize
+from caco.config import usual_resize
 from caco.data.labels import Relabelled
 from caco.data.source import open_source
 from caco.distributed.world import choose_device, choose_precision

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from caco.config import DistributedOptions, Linear, Pretrain
+from caco.after_training import Linear
+from caco.config import DistributedOptions, Pretrain
 from caco.errors import UsageError
 from caco.options import words
 from caco.recipes import find_recipe

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from caco.after_training import Linear
 from caco.checks import check_numbers
 from caco.cli import exit_status
-from caco.config import Linear
 from caco.errors import UsageError
 from caco.reference.command import linear_command, machines
 from caco.reference.flags import Flag, Flags, check_file, read_flags

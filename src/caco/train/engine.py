@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.config import Pretrain
+from caco.errors import UsageError
 from caco.train.state import random_state, set_random_state
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -42,8 +43,11 @@ def choose_engine(
     """Return the configuration with numbers and names in place of every "auto" of the engine, and why, in words.
 
     passes: forward-and-backward passes of one view that the run will make in this process. batch: images in each.
-    The backbone is not changed, nor are random states. A short run is not worth a trial and gets the defaults.
+    The backbone is not changed, nor are random states. A short run is not worth a trial and gets the defaults. Raises
+    UsageError for choices that exclude each other.
     """
+    if config.engine.compile == "on" and config.engine.checkpointing:
+        raise UsageError("--engine.compile on and --engine.checkpointing exclude each other; leave one out")
     if "auto" not in (config.precision, config.engine.layout, config.engine.compile):
         return config, ""
     choices, batch = candidates(config, device), max(batch, 2)
@@ -68,6 +72,8 @@ def choose_engine(
             why += "; " + words
     finally:
         set_random_state(random, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the trials leave would count as taken
     engine = replace(config.engine, layout=chosen.layout, compile="on" if compiled else "off")
     return replace(config, precision=chosen.precision, engine=engine), why
 
@@ -76,7 +82,7 @@ def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
     """Return the ways that the options leave open, the default first."""
     if config.precision != "auto":
         precisions = [config.precision]
-    elif device.type == "cuda" and torch.cuda.is_bf16_supported():
+    elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         precisions = ["bf16", "fp32"]
     else:
         precisions = ["fp32", "bf16"] if device.type == "cpu" else ["fp32"]

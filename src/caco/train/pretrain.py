@@ -23,6 +23,7 @@ from caco.distributed.batch_norm import synchronise_batch_norm
 from caco.distributed.sharded_bank import ShardedBank
 from caco.distributed.world import World, choose_precision
 from caco.errors import UsageError
+from caco.memory import free_memory, in_words
 from caco.model import CaCo, view_pairs
 from caco.optim import encoder_optimizer
 from caco.train.checkpoint import remove_leftovers
@@ -53,6 +54,7 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
     the run cannot go on (its last good state is kept).
     """
     check_division(config, world)
+    check_bank_fits(config, world)
     config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
     if world.device.type == "cpu" and config.engine.keep_heap:
         keep_heap()
@@ -114,6 +116,17 @@ def check_division(config: Pretrain, world: World) -> None:
         raise UsageError("--batch-size: batch norm needs at least 2 images at a time; lower --accumulate")
     if config.bank.sharded and config.bank_size % world.size:
         raise UsageError(f"--bank-size {config.bank_size} cannot be divided among {world.size} processes")
+
+
+def check_bank_fits(config: Pretrain, world: World) -> None:
+    """Raise UsageError when the bank, with its gradient and velocity, is larger than this process's free memory."""
+    slots = config.bank_size // (world.size if config.bank.sharded else 1)
+    needed, free = 3 * 4 * slots * config.encoder.embedding, free_memory(world.device)
+    if needed > free:
+        raise UsageError(
+            f"--bank-size {config.bank_size} x --encoder.embedding {config.encoder.embedding}: with gradient and velocity "
+            f"{in_words(needed)} a process, and {in_words(free)} are free; lower one, or divide the bank with --bank.sharded"
+        )
 
 
 def create_state(config: Pretrain, backbone: nn.Module, world: World) -> TrainingState:

@@ -1,0 +1,61 @@
+"""Memory: how much is free, and plain words for when there is not enough."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from caco.errors import CacoError
+
+ADVICE = (
+    "Lower what is large (--batch-size, --bank-size, --views.size, --encoder.projector); pre-training also needs less with "
+    "--precision bf16, --engine.checkpointing or --accumulate"
+)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free both in main memory and on the device."""
+    host = _free_main_memory()
+    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+
+
+def _free_main_memory() -> int:
+    """Return the bytes of main memory that are free or easily freed (Linux), else half of all there is."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def in_words(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+@contextmanager
+def out_of_memory_is_told() -> Iterator[None]:
+    """Raise CacoError, with what to do, in place of what torch, numpy and Python raise when memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise CacoError(f"out of memory{_attempt(str(error))}. {ADVICE}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _attempt(message: str) -> str:
+    """Return which allocation failed, as far as the message tells: torch's of a CPU, or of a GPU, or numpy's."""
+    if found := re.search(r"tried to allocate (\d+) bytes", message):
+        return f" ({in_words(int(found[1]))} more were wanted)"
+    found = re.search(r"(?:Tried|Unable) to allocate ([\d.]+ \w+)", message)
+    return f" ({found[1]} more were wanted)" if found else ""
