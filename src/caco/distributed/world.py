@@ -250,12 +250,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether a device is a GPU that computes in bfloat16 (older ones only imitate it, slowly)."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Return the autocast dtype for "auto", "fp32" or "bf16"; auto: bf16 on GPUs that have it, else fp32."""
     if name == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.config import Pretrain
+from caco.distributed.world import has_fast_bfloat16
 from caco.errors import UsageError
 from caco.train.state import random_state, set_random_state
 
@@ -82,7 +83,7 @@ def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
     """Return the ways that the options leave open, the default first."""
     if config.precision != "auto":
         precisions = [config.precision]
-    elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    elif has_fast_bfloat16(device):
         precisions = ["bf16", "fp32"]
     else:
         precisions = ["fp32", "bf16"] if device.type == "cpu" else ["fp32"]
