@@ -90,6 +90,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=470, help="time for all parts (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="names of parts")
     options = parser.parse_args()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --device cpu --quick tries the parts on the CPU")
     options.out.mkdir(parents=True, exist_ok=True)
     began, seen = time.monotonic(), {}
     commands = {"tests": (120, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")])}
@@ -97,6 +99,8 @@ def main() -> int:
         out = ["--device", options.device, "--out", str(options.out / f"{name}.json")]
         script, *arguments = command.split()
         commands[name] = (limit, [sys.executable, str(HERE / script), *arguments, *out])
+    if unknown := set(options.only or ()) - set(commands):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(commands)}")
     for name, (limit, line) in commands.items():
         if options.only and name not in options.only:
             continue
