@@ -1,6 +1,6 @@
 """The data path of one core: decoding, augmentation, both together, large photos, and listing of folders.
 
-    python benchmarks/data.py [--quick] [--files N] [--out FILE.json]
+    python benchmarks/data.py [--quick] [--files N] [--device cpu] [--out FILE.json]
 
 Every contestant makes the two published views, from the same pictures, drawing its own parameters. Rates are of the
 processor time of one thread (GPU: of the clock, with nothing left to do), the median over rounds in which the

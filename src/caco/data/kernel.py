@@ -34,7 +34,7 @@ CHUNK = 1024
 PAIRS = 3
 
 RED, GREEN, BLUE = np.float32(0.299), np.float32(0.587), np.float32(0.114)
-ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+ZERO, ONE = np.float32(0), np.float32(1)
 
 UINTP = np.uintp
 
