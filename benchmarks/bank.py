@@ -50,8 +50,13 @@ def streamed(bank: Bank, queries: list[Tensor], keys: list[Tensor], products: to
     with torch.autocast(bank.weight.device.type, dtype=torch.bfloat16, enabled=products == torch.bfloat16):
         slots = bank.slots()
         positives = bank.nearest(torch.cat(keys), slots).view(2, -1)
-        weights = torch.full((2 * len(keys[0]), 1), 1 / len(keys[0]), device=bank.weight.device)
-        bank.loss(torch.cat(queries), slots, positives.flip(0).reshape(-1, 1), weights).loss.backward()
+        weights = torch.full((len(keys[0]), 1), 1 / len(keys[0]), device=bank.weight.device)
+        pulls = []
+        for query, chosen in zip(queries, positives.flip(0), strict=True):
+            result = bank.loss(query, slots, chosen[:, None], weights)
+            result.loss.backward()
+            pulls.append(result.pull)
+        bank.slot_term(slots, pulls).backward()
 
 
 def dense(bank: Bank, queries: list[Tensor], keys: list[Tensor]) -> None:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from caco.distributed.launch import launch
 from caco.distributed.sharded_bank import ShardedBank
 from caco.distributed.world import World
 from caco.model import CaCo, view_pairs
+from caco.train.step import compute_gradients
 
 BATCH = 32
 """Images per step, over all processes; two queries each."""
@@ -66,7 +68,8 @@ def measure(world: World, slots: int, width: int, sharded: bool, steps: int) -> 
     bank = ShardedBank(slots, width, world=world) if sharded else Bank(slots, width)
     kept = bank.weight.nbytes
     # The whole step of the method, with an encoder that has nothing to learn: what is left is the bank's.
-    network: nn.Module = CaCo(nn.Identity(), bank, view_pairs(2, 0))
+    model = CaCo(nn.Identity(), bank, view_pairs(2, 0))
+    network: nn.Module = model
     counter = Counter()
     optimizer = torch.optim.SGD(bank.parameters(), lr=0.1, momentum=0.9)
     if not sharded:
@@ -91,11 +94,8 @@ def measure(world: World, slots: int, width: int, sharded: bool, steps: int) -> 
             began = time.perf_counter()
         views = [torch.randn(share, width, generator=generator, requires_grad=True) for _ in range(2)]
         optimizer.zero_grad(set_to_none=True)
-        if sharded:
-            with counter:
-                network(views).loss.backward()
-        else:
-            network(views).loss.backward()
+        with counter if sharded else nullcontext():
+            compute_gradients(model, network, views, torch.float32)
         optimizer.step()
     seconds = (time.perf_counter() - began) / steps
     received, reduced = counter.received / steps, counter.reduced / steps

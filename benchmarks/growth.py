@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from measure import Others, arguments, describe, save, synchronise, table, take_turns
-from torch.nn import functional as F
 
 from caco.backbone import create_backbone
 from caco.bank import Bank
@@ -36,7 +35,7 @@ from caco.distributed.world import World, choose_device
 from caco.model import CaCo, view_pairs
 from caco.recipes import find_recipe
 from caco.train.pretrain import create_state, worker_count
-from caco.train.step import Schedules, train_step
+from caco.train.step import Schedules, compute_gradients, train_step
 
 Curves = dict[str, dict[int, float]]
 """Name of a curve → size → seconds."""
@@ -81,7 +80,7 @@ def by_slots(quick: bool, device: torch.device) -> Curves:
     batch, width = 256, 128
     sizes = [1 << power for power in (range(10, 14) if quick else range(10, 19))]
     generator = torch.Generator().manual_seed(0)
-    embeddings = [F.normalize(torch.randn(batch, width, generator=generator), dim=1).to(device) for _ in range(4)]
+    embeddings = [torch.randn(batch, width, generator=generator).to(device).requires_grad_() for _ in range(2)]
 
     def step(slots: int) -> Callable[[], None]:
         bank = Bank(slots, width).to(device)
@@ -90,10 +89,7 @@ def by_slots(quick: bool, device: torch.device) -> Curves:
 
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
-            queries = [embedding.detach().requires_grad_() for embedding in embeddings[:2]]
-            unit = bank.slots()
-            positives = bank.nearest(torch.cat(embeddings[2:]), unit).view(2, -1)
-            model.contrast(queries, unit, positives).loss.backward()
+            compute_gradients(model, model, embeddings, torch.float32)
             optimizer.step()
 
         return run

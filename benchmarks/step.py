@@ -13,7 +13,7 @@ With small crops (--small 6) the limit has a forward and backward pass of each, 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -102,8 +102,8 @@ class Step:
             self.accumulate,
         )
 
-    def stages(self) -> dict[str, Any]:
-        """Return the parts of a step, to be called in this order."""
+    def stages(self) -> list[tuple[str, Callable[[], None]]]:
+        """Return the parts of a step in their order, by the stage they belong to."""
         model, state = self.state.model, self.state
         held: dict[str, Any] = {}
 
@@ -112,26 +112,37 @@ class Step:
             return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
 
         def wait() -> None:
-            held["views"] = next(self.batches)
-
-        def queries() -> None:
-            with autocast():
-                held["queries"] = [embed(model.encoder, view) for view in held["views"]]
+            held["views"], held["pulls"] = next(self.batches), []
 
         def keys() -> None:
             with autocast(), torch.no_grad():
                 held["keys"] = torch.cat([embed(model.key_encoder, view) for view in held["views"][:2]])
 
-        def bank() -> None:
-            held["leaves"] = [query.detach().requires_grad_() for query in held["queries"]]
+        def search() -> None:
             with autocast():
-                slots = model.bank.slots()
-                positives = model.bank.nearest(held["keys"], slots).view(2, -1)
-                held["output"] = model.contrast(held["leaves"], slots, positives)
-            held["output"].loss.backward()
+                held["slots"] = model.bank.slots()
+                held["positives"] = model.bank.nearest(held["keys"], held["slots"]).view(2, -1)
+
+        def query(number: int) -> None:
+            with autocast():
+                held["query"] = embed(model.encoder, held["views"][number])
+
+        def loss(number: int) -> None:
+            leaf = held["query"].detach().requires_grad_()
+            weights = leaf.new_full((len(leaf), 2), 0.5 / len(leaf))
+            with autocast():
+                result = model.bank.loss(leaf, held["slots"], held["positives"].T, weights)
+            result.loss.backward()
+            held["gradient"] = leaf.grad
+            held["pulls"].append(result.pull)
 
         def backward() -> None:
-            torch.autograd.backward(held["queries"], [leaf.grad for leaf in held["leaves"]])
+            held["query"].backward(held["gradient"])
+
+        def slot_term() -> None:
+            with autocast():
+                zero = model.bank.slot_term(held["slots"], held["pulls"])
+            zero.backward()
 
         def optimizers() -> None:
             state.optimizer.step()
@@ -139,22 +150,28 @@ class Step:
 
         def momentum() -> None:
             model.update_key_encoder(self.rates.key_momentum)
-
-        def meters() -> None:
-            state.meters.add(held["output"], state.step)
             state.optimizer.zero_grad(set_to_none=True)
             state.bank_optimizer.zero_grad(set_to_none=True)
 
-        return {
-            "wait for views": wait,
-            "query passes": queries,
-            "key passes": keys,
-            "bank: search, loss, gradients": bank,
-            "backward of the encoder": backward,
-            "optimizers": optimizers,
-            "key encoder": momentum,
-            "meters": meters,
-        }
+        views = self.loader.recipes
+        of_views = [
+            part
+            for number in range(len(views))
+            for part in (
+                ("query passes", partial(query, number)),
+                ("bank: search, loss, both gradients", partial(loss, number)),
+                ("backward of the encoder", backward),
+            )
+        ]
+        return [
+            ("wait for views", wait),
+            ("key passes", keys),
+            ("bank: search, loss, both gradients", search),
+            *of_views,
+            ("bank: search, loss, both gradients", slot_term),
+            ("optimizers", optimizers),
+            ("key encoder", momentum),
+        ]
 
 
 def limit(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype, accumulate: int) -> None:
@@ -164,13 +181,14 @@ def limit(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype, 
 
 
 def bare_passes(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype) -> None:
-    with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
-        total = sum(backbone(view).float().sum() for view in views)
-        with torch.no_grad():
-            for view in views[:2]:
-                backbone(view)
-    assert isinstance(total, Tensor)
-    total.backward()
+    autocast = torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32)
+    with autocast, torch.no_grad():
+        for view in views[:2]:
+            backbone(view)
+    for view in views:  # one after another: as fast as all forward and then all backward, with half the memory
+        with autocast:
+            total = backbone(view).float().sum()
+        total.backward()
     for parameter in backbone.parameters():
         parameter.grad = None
 
@@ -205,13 +223,15 @@ def contestant(config: Pretrain, rounds: int, in_stages: bool) -> dict[str, Any]
         device=step.loader.device,
     )
     del backbone, views
-    parts = step.stages() if in_stages else {}
-    stages: dict[str, list[float]] = {name: [] for name in parts}
+    parts = step.stages() if in_stages else []
+    stages: dict[str, list[float]] = {name: [] for name, _ in parts}
     for turn in range(max(rounds // 2, 1) + 1):
-        for name, stage in parts.items():
-            seconds = take_turns({name: stage}, 1, warm_up=0, device=step.loader.device)[name].all[0]
-            if turn:
-                stages[name].append(seconds)
+        seconds = dict.fromkeys(stages, 0.0)
+        for name, stage in parts:
+            seconds[name] += take_turns({name: stage}, 1, warm_up=0, device=step.loader.device)[name].all[0]
+        if turn:
+            for name, taken in seconds.items():
+                stages[name].append(taken)
     return {
         "step": turns["step"].as_json(),
         "limit": turns["limit"].as_json(),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from caco.bank import Bank
 from caco.evaluate.knn import knn_votes, ranking
 from caco.evaluate.reference_probe import LayerWiseSGD
-from caco.model import CaCo, view_pairs
+from caco.model import CaCo, Positives, Share, add_up, view_pairs
 from caco.optim import LARS
 from caco.schedule import bank_lr, encoder_lr, key_momentum
 
@@ -55,8 +55,12 @@ def step(given: dict[str, Tensor]) -> float:
     queries.requires_grad_()
     slots = bank.slots()
     positives = bank.nearest(F.normalize(keys.flatten(0, 1), dim=1), slots).view(2, -1)
-    output = model.contrast([F.normalize(query, dim=1) for query in queries], slots, positives)
-    output.loss.backward()
+    shares: list[Share] = []
+    for number, query in enumerate(queries):
+        others = [share.pull for share in shares] if number == len(queries) - 1 else None
+        shares.append(model(query, number, Positives(slots, positives), others))
+        shares[-1].loss.backward()  # type: ignore[no-untyped-call]
+    loss = add_up(shares, [positives]).loss
     optimizer.step()
     assert queries.grad is not None
     velocity = optimizer.state[bank.weight]["momentum_buffer"]
@@ -64,7 +68,7 @@ def step(given: dict[str, Tensor]) -> float:
         deviation(queries.grad, gradients),
         deviation(bank.weight, given["new_bank"]),
         deviation(velocity, given["new_bank_velocity"]),
-        deviation(output.loss, given["loss"]) if single else 0.0,
+        deviation(loss, given["loss"]) if single else 0.0,
     )
 
 

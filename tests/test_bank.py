@@ -10,7 +10,8 @@ from dense_bank import dense_loss, dense_nearest
 from torch.nn import functional as F
 
 import caco.slots
-from caco.bank import Bank, cooperative_adversarial_loss
+from caco.bank import Bank
+from caco.loss import cooperative_adversarial_loss
 
 
 def unit(*shape, dtype=torch.float64, seed=0):
@@ -121,7 +122,8 @@ def test_no_matrix_of_queries_and_slots():
     with Watch():
         slots = bank.slots()
         positives = bank.nearest(queries, slots)[:, None]
-        bank.loss(queries, slots, positives, torch.ones(256, 1)).loss.backward()
+        result = bank.loss(queries, slots, positives, torch.ones(256, 1))
+        (result.loss + bank.slot_term(slots, [result.pull])).backward()
     assert bank.weight.grad.isfinite().all()
     assert largest <= caco.slots.BLOCK["cpu"] < 256 * 131_072 / 8
 

@@ -7,9 +7,11 @@ from dense_bank import dense_loss, dense_nearest
 from torch import nn
 from torch.nn import functional as F
 
-from caco.backbone import Encoder, projector
-from caco.bank import Bank, cooperative_adversarial_loss
-from caco.model import CaCo, ViewPair, WarmStart, view_pairs
+from caco.backbone import Encoder, create_backbone, projector
+from caco.bank import Bank
+from caco.loss import cooperative_adversarial_loss
+from caco.model import CaCo, Positives, ViewPair, WarmStart, add_up, view_pairs
+from caco.train.step import compute_gradients
 
 TOLERANCE = 1e-9  # relative, float64: what "implements CaCo" means here; reached: 1e-15
 
@@ -35,8 +37,12 @@ def test_step_reproduces_the_reference(golden, name):
     queries.requires_grad_()
     slots = bank.slots()
     positives = bank.nearest(F.normalize(keys.flatten(0, 1), dim=1), slots).view(2, -1)
-    output = model.contrast([F.normalize(query, dim=1) for query in queries], slots, positives)
-    output.loss.backward()
+    shares = []
+    for number, query in enumerate(queries):
+        others = [share.pull for share in shares] if number == len(queries) - 1 else None
+        shares.append(model(query, number, Positives(slots, positives), others))
+        shares[-1].loss.backward()
+    output = add_up(shares, [positives])
     optimizer.step()
 
     assert relative_error(queries.grad, grad_queries) < TOLERANCE
@@ -74,16 +80,19 @@ def small_model(pairs=None, slots=12):
     return CaCo(Encoder(backbone, projector(10, 16, 6)), Bank(slots, 6), pairs or view_pairs(2, 0)).double()
 
 
+def gradients_of(model, views):
+    return compute_gradients(model, model, views, torch.float32)
+
+
 def views_of(count, batch=8):
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(batch, 3, 2, 2, dtype=torch.float64, generator=generator) for _ in range(count)]
 
 
-def test_forward_equals_separate_pairs_by_hand():
-    """The fused loss over all pairs is the weighted sum of one plain loss for each pair, with the same gradients."""
+def test_view_after_view_equals_all_pairs_at_once():
+    """The gradients of one view after another are those of the sum of one plain loss for each pair, in one backward."""
     model, views = small_model(view_pairs(2, 3)), views_of(5)
-    output = model(views)
-    output.loss.backward()
+    output = gradients_of(model, views)
     fused = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
@@ -103,9 +112,35 @@ def test_forward_equals_separate_pairs_by_hand():
             torch.testing.assert_close(fused[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_one_views_activations_at_a_time():
+    """Ten views hold no more activations than two: each goes forward and backward before the next."""
+
+    def most_kept(views: int) -> int:
+        kept = most = 0
+
+        class Kept:
+            def __init__(self, tensor):
+                nonlocal kept, most
+                self.tensor = tensor
+                kept += tensor.nbytes
+                most = max(most, kept)
+
+            def __del__(self):
+                nonlocal kept
+                kept -= self.tensor.nbytes
+
+        encoder = Encoder(create_backbone("resnet10_narrow", 32), projector(128, 16, 6))
+        model = CaCo(encoder, Bank(12, 6), view_pairs(2, views - 2)).train()
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda held: held.tensor):
+            gradients_of(model, [torch.randn(8, 3, 32, 32) for _ in range(views)])
+        return most
+
+    assert most_kept(10) < 1.01 * most_kept(2)
+
+
 def test_measurements_are_of_the_large_pairs():
     model, views = small_model(view_pairs(2, 2)), views_of(4)
-    output = model(views)
+    output = gradients_of(model, views)
     fresh = small_model(view_pairs(2, 2))
     slots = F.normalize(fresh.bank.weight, dim=1)
     queries = [F.normalize(fresh.encoder(view), dim=1) for view in views]
@@ -121,16 +156,15 @@ def test_measurements_are_of_the_large_pairs():
 
 
 def test_feature_spread_is_zero_for_a_collapsed_encoder():
-    model = small_model()
-    queries = [F.normalize(torch.ones(8, 6, dtype=torch.float64), dim=1)] * 2
-    output = model.contrast(queries, model.bank.slots(), torch.zeros(2, 8, dtype=torch.long))
+    model = CaCo(nn.Identity(), Bank(12, 6), view_pairs(2, 0)).double()
+    output = gradients_of(model, [torch.ones(8, 6, dtype=torch.float64, requires_grad=True)] * 2)
     assert output.feature_spread.item() == pytest.approx(0, abs=1e-7)
 
 
 def test_key_encoder_gets_no_gradient_and_keeps_its_own_statistics():
     model, views = small_model(), views_of(2)
     before = model.key_encoder.backbone[2].running_mean.clone()
-    model(views).loss.backward()
+    gradients_of(model, views)
     assert all(p.grad is None for p in model.key_encoder.parameters())
     assert all(p.grad is not None for p in model.encoder.parameters())
     assert not torch.equal(model.key_encoder.backbone[2].running_mean, before)
@@ -171,16 +205,17 @@ def test_warm_start_is_ordinary_contrast():
 
 
 def test_the_method_imports_no_other_part():
-    """slots.py, bank.py and model.py know nothing of files, processes or options."""
+    """slots.py, loss.py, bank.py and model.py know nothing of files, processes or options."""
     import ast
     import pathlib
 
     import caco.bank
+    import caco.loss
     import caco.model
     import caco.slots
 
-    for module in (caco.slots, caco.bank, caco.model):
+    for module in (caco.slots, caco.loss, caco.bank, caco.model):
         tree = ast.parse(pathlib.Path(module.__file__).read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-        assert {name for name in imported if name.startswith("caco")} <= {"caco.slots", "caco.bank", "caco.model"}
+        assert {name for name in imported if name.startswith("caco")} <= {"caco.slots", "caco.loss", "caco.bank"}

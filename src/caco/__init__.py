@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from caco.api import embed, export, knn, linear, load_backbone, load_weights, pretrain, report
-    from caco.bank import Bank, cooperative_adversarial_loss
+    from caco.bank import Bank
+    from caco.loss import cooperative_adversarial_loss
     from caco.model import CaCo
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
     "report",
 ]
 
-_HOMES = {"Bank": "caco.bank", "CaCo": "caco.model", "cooperative_adversarial_loss": "caco.bank"}
+_HOMES = {"Bank": "caco.bank", "CaCo": "caco.model", "cooperative_adversarial_loss": "caco.loss"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,172 +1,15 @@
-"""The bank: K learnable embeddings, and the gradient that makes them cooperate and compete.
-
-CaCo (Wang et al., arXiv:2203.14370) trains an encoder against a bank of slots. Each query has one positive slot, all
-other slots are negatives. The encoder minimises the contrastive loss. So does a positive slot; every negative slot
-*maximises* it. The whole method is this one sign, in `_CooperativeAdversarial.backward`.
-
-The bank is read in blocks of slots (`slots.py`): what a block computes is thrown away, and computed again in backward.
-"""
+"""The bank: K learnable embeddings, which the encoder is trained against and which move by a gradient of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from caco.slots import Alone, Holders, LogSumExp, RunningSoftmax, Slots, compare, product, unit_scale
-
-
-class BankLoss(NamedTuple):
-    """The loss and what it measured on the way."""
-
-    loss: Tensor
-    """Scalar: the weighted cross-entropy of all query/positive pairs."""
-    query_loss: Tensor
-    """[N]: each query's own weighted share of the loss, no gradient."""
-    positive_probability: Tensor
-    """[N, P]: probability each query gives to each of its positives, no gradient."""
-    hit: Tensor
-    """[N, P]: whether that positive is also the query's nearest slot, no gradient."""
-
-
-class _CooperativeAdversarial(torch.autograd.Function):
-    """Weighted cross-entropy of queries against slots, with the paper's gradient for the slots."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        positives: Tensor,
-        weights: Tensor,
-        temperature: float,
-        slot_temperature: float,
-        products: torch.dtype,
-        holders: Holders,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        slots = Slots(weight, scale)
-        queries, weights = holders.gather(queries), holders.gather(weights)
-        places = holders.gather(positives) - holders.first
-        here = (places >= 0) & (places < len(weight))
-
-        of_encoder, of_slots = RunningSoftmax(queries, products), RunningSoftmax(queries, products)
-        positive_logits = torch.zeros_like(weights)
-        scaled = queries / temperature
-        for block in slots.blocks(len(queries)):
-            rows = slots.unit_rows(block)
-            logits = compare(scaled, rows, products)
-            inside = (places >= block.start) & (places < block.stop)
-            found = logits.gather(1, (places - block.start).clamp_(0, len(rows) - 1))
-            positive_logits += torch.where(inside, found, 0)
-            if slot_temperature != temperature:
-                of_slots.add(logits * (temperature / slot_temperature), None)
-            of_encoder.add(logits, rows)
-        positive_logits = holders.sum(positive_logits)
-        of_encoder.join(holders)
-        if slot_temperature == temperature:
-            of_slots = of_encoder
-        else:
-            of_slots.join(holders)
-        hit = positive_logits >= of_encoder.largest
-        log_probability = positive_logits - of_encoder.log_normaliser
-        query_loss = -(weights * log_probability).sum(dim=1)
-
-        # Queries: the ordinary gradient of the cross-entropy, the mean slot under the softmax less the positives.
-        local = places.clamp(0, len(weight) - 1)
-        positive_slots = slots.unit_rows(local.flatten()).view(*local.shape, -1)
-        push = (torch.where(here, weights, 0)[:, :, None] * positive_slots).sum(dim=1)
-        pull = weights.sum(dim=1, keepdim=True) * of_encoder.mean_slot
-        grad_queries = holders.sum(pull - push) / temperature
-
-        slot_logits = positive_logits * (temperature / slot_temperature)
-        probability_of_slots = torch.exp(slot_logits - of_slots.log_normaliser)
-        ctx.save_for_backward(
-            queries, weight, scale, local, here, weights, grad_queries, of_slots.log_normaliser, probability_of_slots
-        )
-        ctx.slot_temperature, ctx.products, ctx.holders = slot_temperature, products, holders
-        measured = [holders.own(values) for values in (query_loss, log_probability.exp(), hit)]
-        ctx.mark_non_differentiable(*measured)
-        return measured[0].sum(), *measured  # type: ignore[return-value]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        queries, weight, scale, places, here, weights, grad_queries, log_normaliser, probability = ctx.saved_tensors
-        slots, holders, temperature = Slots(weight, scale), ctx.holders, ctx.slot_temperature
-
-        # Slots: the ordinary gradient −(1 − p) at the positive (cooperative, as in the loss), but with the sign flipped
-        # at every negative: −p instead of p (adversarial). Both move a slot *toward* the query.
-        # Every holder has weighed by its own batch: the mean over all batches is the sum divided by their number.
-        step = queries * (-grad_outputs[0] / (temperature * holders.size))
-        adversarial = weights.sum(dim=1, keepdim=True) * step
-        grad_weight = torch.empty_like(weight)
-        scaled = queries / temperature
-        for block in slots.blocks(len(queries)):
-            logits = compare(scaled, slots.unit_rows(block), ctx.products)
-            shares = logits.sub_(log_normaliser).exp_()
-            grad_weight[block] = product(shares.T, adversarial, ctx.products)
-        cooperative = torch.where(here, weights * (1 - 2 * probability), 0)[:, :, None] * step[:, None]
-        grad_weight.index_add_(0, places.flatten(), cooperative.flatten(0, 1))
-
-        # Through the rows' normalisation: what remains is tangent to the sphere.
-        for block in slots.blocks(len(queries)):
-            rows, gradient = slots.unit_rows(block), grad_weight[block]
-            gradient -= (gradient * rows).sum(dim=1, keepdim=True) * rows
-            gradient *= scale[block]
-        return holders.own(grad_queries) * grad_outputs[0], grad_weight, *[None] * 7
-
-
-def cooperative_adversarial_loss(
-    queries: Float[Tensor, "N D"],
-    slots: Float[Tensor, "K D"],
-    positives: Int[Tensor, "N P"],
-    weights: Float[Tensor, "N P"],
-    temperature: float,
-    slot_temperature: float,
-) -> BankLoss:
-    """Return Σ weights · cross-entropy(queries·slotsᵀ / temperature, positives), with CaCo's gradient for the slots.
-
-    queries: L2-normalised rows. slots: rows of any length, which are normalised here. Half precisions are computed in
-    float32. A query may have several positives, each with its weight; for the mean over a batch of B the weights are
-    1/B. The gradient of the queries is the ordinary one at `temperature`. The unit slots get
-    −Σ weights · p̃ᵀ·queries / slot_temperature with p̃ = 1 − p at the positive and p elsewhere,
-    p = softmax(queries·slotsᵀ / slot_temperature), which is pushed through the normalisation to `slots`.
-
-    Source: paper eq. 5-8; the published `update_sym_network`, whose step this reproduces to rounding in float64.
-    """
-    working = torch.promote_types(queries.dtype, torch.float32)
-    rows = slots.to(working)
-    return _loss(queries, Slots(rows, unit_scale(rows)), positives, weights, temperature, slot_temperature, Alone())
-
-
-def _loss(
-    queries: Tensor,
-    slots: Slots,
-    positives: Tensor,
-    weights: Tensor,
-    temperature: float,
-    slot_temperature: float,
-    holders: Holders,
-) -> BankLoss:
-    device, working = queries.device.type, slots.weight.dtype
-    # Under bfloat16 autocast the products take bfloat16 factors; everything between them stays in float32.
-    products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else working
-    with torch.autocast(device, enabled=False):
-        return BankLoss(
-            *_CooperativeAdversarial.apply(
-                queries.to(working),
-                *slots,
-                positives,
-                weights.to(working),
-                temperature,
-                slot_temperature,
-                products,
-                holders,
-            )
-        )
+from caco.loss import BankLoss, Pull, encoder_loss, slot_term
+from caco.slots import Alone, Holders, LogSumExp, Slots, compare, unit_scale
 
 
 class Bank(nn.Module):
@@ -236,8 +79,15 @@ class Bank(nn.Module):
         positives: Int[Tensor, "N P"],
         weights: Float[Tensor, "N P"],
     ) -> BankLoss:
-        """Return `cooperative_adversarial_loss` at this bank's temperatures."""
-        return _loss(queries, slots, positives, weights, self.temperature, self.slot_temperature, self.holders)
+        """Return the loss at this bank's temperatures, with its gradient for the queries alone.
+
+        The slots' gradient comes from `slot_term`, for all queries of a step together: it is as large as the bank.
+        """
+        return encoder_loss(queries, slots, positives, weights, self.temperature, self.slot_temperature, self.holders)
+
+    def slot_term(self, slots: Slots, pulls: Sequence[Pull]) -> Tensor:
+        """Return 0, whose backward gives the slots the cooperative-adversarial gradient of all these queries."""
+        return slot_term(slots, pulls, self.slot_temperature, self.holders)
 
     @torch.no_grad()
     def fill(self, keys: Float[Tensor, "N D"], batch: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.bank import Bank
+from caco.loss import Pull
 from caco.slots import Slots
 
 
@@ -42,11 +43,34 @@ def view_pairs(large: int, small: int) -> tuple[ViewPair, ...]:
     )
 
 
+class Positives(NamedTuple):
+    """What the keys of a batch have chosen."""
+
+    slots: Slots
+    """The bank as this step sees it."""
+    places: Int[Tensor, "2 B"]
+    """The slot nearest to each key of view 1 and of view 2."""
+
+
+class Share(NamedTuple):
+    """What the queries of one view add to their step: the shares of all views add up to its `Output`."""
+
+    loss: Tensor
+    """Scalar with gradients for the encoder, and with the last share for the bank."""
+    positive_probability: Tensor
+    hit_rate: Tensor
+    """Scalars, no gradient; 0 for views without a key, which are not measured."""
+    mean_embedding: Float[Tensor, " D"]
+    """No gradient; as above."""
+    pull: Pull
+    """What these queries do to the bank."""
+
+
 class Output(NamedTuple):
     """The loss of one batch and what was measured on the way (no gradient; still on the device)."""
 
     loss: Tensor
-    """Scalar with gradients for the encoder and, cooperative-adversarially, for the bank."""
+    """Scalar."""
     positive_probability: Tensor
     """Scalar: mean probability that a query gives to its positive, over the two pairs of large views."""
     hit_rate: Tensor
@@ -58,20 +82,26 @@ class Output(NamedTuple):
     all images have one embedding (collapse)."""
 
 
-def mean_output(outputs: Sequence[Output]) -> Output:
-    """Return the output of a batch that went through in equal parts."""
-    means = {
-        name: torch.stack([getattr(part, name).detach() for part in outputs]).mean(0) for name in Output._fields[:3]
-    }
-    positives = torch.cat([part.positives for part in outputs], dim=1)
-    spread = torch.stack([part.feature_spread for part in outputs]).mean()
-    return Output(**means, positives=positives, feature_spread=spread)
+def add_up(shares: Sequence[Share], positives: Sequence[Int[Tensor, "2 b"]]) -> Output:
+    """Return the output of a step from the shares of its views and its parts; positives: of each part."""
+    loss, probability, hits, mean = (
+        torch.stack([getattr(share, name).detach() for share in shares]).sum(0) for name in Share._fields[:4]
+    )
+    return Output(
+        loss=loss,
+        positive_probability=probability,
+        hit_rate=hits,
+        positives=torch.cat(tuple(positives), dim=1),
+        feature_spread=(1 - mean.square().sum()).clamp_min(0).sqrt(),
+    )
 
 
 class CaCo(nn.Module):
     """Encoder f, momentum encoder f′ and bank W.
 
-    encoder maps a view [B, C, S, S] to an embedding [B, D] (before normalisation). `forward` has no side effect but the
+    encoder maps a view [B, C, S, S] to an embedding [B, D] (before normalisation). A step finds the positives, then takes
+    one view after another forward *and backward* (`forward`): a query needs the other view's key, not its query, so only
+    one view's activations are ever held, and nothing is computed twice for it. Nothing here has a side effect but the
     batch-norm statistics; the momentum update is a call of its own after the optimizer's step.
     """
 
@@ -86,45 +116,40 @@ class CaCo(nn.Module):
         self.bank = bank
         self.pairs = tuple(pairs)
 
-    def forward(self, views: Sequence[Tensor]) -> Output:
-        """Return the loss of a batch; views: one [B, C, S, S] for each view, the two with keys first.
-
-        Each view is a forward pass of its own, so each is normalised with its own batch statistics.
-        """
-        queries = [embed(self.encoder, view) for view in views]
-        with torch.no_grad():
-            keys = [embed(self.key_encoder, view) for view in views[:2]]
+    @torch.no_grad()
+    def find_positives(self, views: Sequence[Tensor]) -> Positives:
+        """Return the slots nearest to the keys of the first two views; views: [B, C, S, S] each."""
+        keys = [embed(self.key_encoder, view) for view in views[:2]]
         slots = self.bank.slots()
-        positives = self.bank.nearest(torch.cat(keys), slots).view(2, -1)
-        return self.contrast(queries, slots, positives)
+        return Positives(slots, self.bank.nearest(torch.cat(keys), slots).view(2, -1))
 
-    def contrast(
-        self,
-        queries: Sequence[Float[Tensor, "B D"]],
-        slots: Slots,
-        positives: Int[Tensor, "2 B"],
-    ) -> Output:
-        """Return the loss of normalised queries (one entry a view) against the slots; positives[i]: chosen by key i."""
-        batch = len(queries[0])
-        weights = slots.weight.detach().new_zeros(len(queries), 2)
+    def forward(
+        self, view: Tensor, number: int, positives: Positives, others: Sequence[Pull] | None, part: float = 1.0
+    ) -> Share:
+        """Return what the queries of one view [B, C, S, S] add to the step; its `loss` is for backward at once.
+
+        A forward pass of its own, so that each view is normalised with its own batch statistics. number: which view it
+        is. others: with the last view of a step the pulls of all views before, with which the bank gets its gradient, once
+        for all queries; None: more views follow. part: of the whole batch, that these images are.
+        """
+        queries = embed(self.encoder, view)
+        batch = len(queries)
+        weights = positives.slots.weight.detach().new_zeros(batch, 2)
         for query, key, weight in self.pairs:
-            weights[query, key].fill_(weight / batch)  # an assignment would copy from the host, and wait for it
-        result = self.bank.loss(
-            torch.cat(tuple(queries)),
-            slots,
-            positives.T.repeat(len(queries), 1),
-            weights.repeat_interleave(batch, dim=0),
-        )
-        # Rows 0..B-1 are view 1, judged by the slot of key 2; rows B..2B-1 are view 2, judged by the slot of key 1.
-        probability = result.positive_probability.view(-1, batch, 2)
-        hit = result.hit.view(-1, batch, 2)
-        mean = torch.cat(tuple(queries[:2])).detach().mean(dim=0)
-        return Output(
-            loss=result.loss,
-            positive_probability=(probability[0, :, 1].mean() + probability[1, :, 0].mean()) / 2,
-            hit_rate=(hit[0, :, 1].float().mean() + hit[1, :, 0].float().mean()) / 2,
-            positives=positives,
-            feature_spread=(1 - mean.square().sum()).clamp_min(0).sqrt(),
+            if query == number:
+                weights[:, key].fill_(weight * part / batch)  # an assignment would copy from the host, and wait for it
+        result = self.bank.loss(queries, positives.slots, positives.places.T, weights)
+        loss = result.loss
+        if others is not None:
+            loss = loss + self.bank.slot_term(positives.slots, [*others, result.pull])
+        if number > 1:
+            zero = loss.new_zeros(())
+            return Share(loss, zero, zero, torch.zeros_like(queries[0]), result.pull)
+        # View 1 is judged by the slot of key 2, view 2 by the slot of key 1: half of what is measured each.
+        probability, hit = result.positive_probability[:, 1 - number], result.hit[:, 1 - number].float()
+        half = part / 2
+        return Share(
+            loss, probability.mean() * half, hit.mean() * half, queries.detach().mean(dim=0) * half, result.pull
         )
 
     @torch.no_grad()

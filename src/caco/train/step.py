@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from caco import schedule
 from caco.config import BankOptions, EncoderOptions, OptimizerOptions, Pretrain
 from caco.distributed.world import World
-from caco.model import Output, mean_output
+from caco.model import CaCo, Output, Share, add_up
 from caco.optim import set_lr
 from caco.train.state import TrainingState
 
@@ -82,31 +82,49 @@ def train_step(
 
     network: `state.model`, or the data-parallel wrapper around it. next_key_momentum: of the step that follows, since
     the published code updates the key encoder at the start of a step, which is the end of the one before.
-    accumulate: the batch goes through in so many parts, one after another; the negatives come from the bank, so only
-    batch norm can tell.
     """
     set_lr(state.optimizer, rates.lr)
     set_lr(state.bank_optimizer, rates.bank_lr)
     state.optimizer.zero_grad(set_to_none=True)
     state.bank_optimizer.zero_grad(set_to_none=True)
-    outputs = []
-    for part in range(accumulate):
-        with _gradients_stay_here(network, part < accumulate - 1):
-            with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
-                output: Output = network([view.chunk(accumulate)[part] for view in views])
-            (output.loss / accumulate).backward()
-        outputs.append(output)
+    output = compute_gradients(state.model, network, views, precision, accumulate)
     state.optimizer.step()
     state.bank_optimizer.step()
     state.model.update_key_encoder(next_key_momentum)
     state.step += 1
-    output = outputs[0] if accumulate == 1 else mean_output(outputs)
     state.meters.add(output, state.step)
     return output
 
 
+def compute_gradients(
+    model: CaCo, network: nn.Module, views: Sequence[Tensor], precision: torch.dtype, accumulate: int = 1
+) -> Output:
+    """Add the gradients of one batch to those of encoder and bank, one view after another.
+
+    accumulate: the batch goes through in so many parts, one after another; the negatives come from the bank, so only
+    batch norm can tell.
+    """
+    autocast = torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32)
+    shares: list[Share] = []
+    places: list[Tensor] = []
+    for crops in zip(*(view.chunk(accumulate) for view in views), strict=True):
+        with autocast:
+            positives = model.find_positives(crops)
+        places.append(positives.places)
+        for number, view in enumerate(crops):
+            last = len(shares) + 1 == accumulate * len(views)
+            with _gradients_stay_here(network, not last):
+                with autocast:
+                    # The bank's gradient is as large as the bank: made once, for the queries of all views and parts.
+                    others = [share.pull for share in shares] if last else None
+                    share: Share = network(view, number, positives, others, 1 / accumulate)
+                share.loss.backward()
+            shares.append(share._replace(loss=share.loss.detach()))
+    return add_up(shares, places)
+
+
 def _gradients_stay_here(network: nn.Module, stay: bool) -> AbstractContextManager[None]:
-    """Return a context in which gradients are not yet averaged over the processes: more parts of the batch follow."""
+    """Return a context in which gradients are not yet averaged over the processes: more of the batch follows."""
     return network.no_sync() if stay and isinstance(network, DistributedDataParallel) else nullcontext()
 
 
