@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from caco.errors import CacoError, UsageError
 
@@ -16,29 +19,63 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write content to path so that a crash at any moment leaves the old file or the new one, never a part.
+    """Write content to path as a whole (`replacing`). Raises CacoError when the system refuses."""
+    with replacing(path) as file:
+        file.write(content)
 
-    A temporary file in the same folder is written, synced to disk and renamed; then the folder is synced. Raises
-    CacoError when the system refuses: a full disk, a folder that may not be written to, ...
+
+@contextmanager
+def replacing(path: Path, second_name: Path | None = None) -> Iterator[BinaryIO]:
+    """Give a file to write to, which takes the place of `path` when all is written.
+
+    A crash at any moment leaves the old file or the new one, never a part: a temporary file in the same folder is synced
+    to disk and renamed, then the folder is synced. second_name: in the same folder; the file gets it, too, and first,
+    without being written twice (where the file system cannot do that, it is). Raises CacoError when the system refuses: a
+    full disk, a folder that may not be written to, ...
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _replace(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                try:
+                    yield file
+                except RuntimeError as error:
+                    raise _refusal_behind(error) from error
+                file.flush()
+                os.fsync(file.fileno())
+            if second_name is not None:
+                _give_second_name(temporary, second_name)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
     except OSError as error:
         raise CacoError(refused(error, path)) from error
 
 
-def _replace(path: Path, content: bytes | memoryview) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _refusal_behind(error: BaseException) -> BaseException:
+    """Return what the system refused while torch.save wrote, which tells an error of its own instead; or the error itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause or error
+
+
+def _give_second_name(temporary: Path, name: Path) -> None:
+    other = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            os.link(temporary, other)
+        except OSError:  # a file system without such links
+            shutil.copyfile(temporary, other)
+        os.replace(other, name)
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        other.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

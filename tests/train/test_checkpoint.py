@@ -2,12 +2,12 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from caco.errors import CacoError, UsageError
-from caco.files import replace_file
 from caco.train.checkpoint import CheckpointFolder, read_checkpoint, remove_leftovers
 
 
@@ -46,13 +46,13 @@ def test_the_last_few_and_the_best_are_kept(tmp_path, keep):
     expected = [f"step-000000{step}.pt" for step in (10, 20, 30, 40, 50)[-keep:]]
     assert names(tmp_path) == ["best.pt", *expected]
     assert read_checkpoint(tmp_path / "best.pt")["step"] == 30
-    assert checkpoints.latest()[1]["step"] == 50
+    assert checkpoints.latest().content["step"] == 50
 
 
 def test_at_least_one_is_kept(tmp_path):
     checkpoints = CheckpointFolder(tmp_path, 0)
     checkpoints.save(state(1), 1)
-    assert checkpoints.latest()[1]["step"] == 1
+    assert checkpoints.latest().content["step"] == 1
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path):
@@ -60,7 +60,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     checkpoints.save(state(1), 7)
     checkpoints.save(state(2), 7)
     assert names(tmp_path) == ["step-00000007.pt"]
-    assert checkpoints.latest()[1]["step"] == 2
+    assert checkpoints.latest().content["step"] == 2
 
 
 def test_other_files_are_left_alone(tmp_path):
@@ -78,7 +78,7 @@ def test_order_is_by_number_not_by_spelling(tmp_path):
     checkpoints.save(state(1), 99_999_999)
     checkpoints.save(state(2), 100_000_000)
     assert [path.stem for path in checkpoints.paths()] == ["step-99999999", "step-100000000"]
-    assert checkpoints.latest()[1]["step"] == 2
+    assert checkpoints.latest().content["step"] == 2
 
 
 @pytest.mark.parametrize("moment", ["replace", "fsync"])
@@ -93,7 +93,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, m
     monkeypatch.undo()
     assert names(tmp_path) == ["step-00000001.pt"]
     assert (tmp_path / "step-00000001.pt").read_bytes() == before
-    assert checkpoints.latest()[1]["step"] == 1
+    assert checkpoints.latest().content["step"] == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "another version"])
@@ -109,8 +109,9 @@ def test_latest_falls_back_over_a_damaged_one(tmp_path, damage):
         path.write_text("a text\n" * 50)
     else:
         torch.save({"format": "caco-checkpoint-99"}, path)
-    found, content = checkpoints.latest()
-    assert (found.name, content["step"]) == ("step-00000002.pt", 2)
+    latest = checkpoints.latest()
+    assert (latest.path.name, latest.content["step"]) == ("step-00000002.pt", 2)
+    assert len(latest.problems) == 1 and "step-00000003.pt" in latest.problems[0]
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -119,9 +120,9 @@ def test_after_a_fall_back_new_checkpoints_stay(tmp_path, keep):
     checkpoints = CheckpointFolder(tmp_path, keep)
     CheckpointFolder(tmp_path, 5).save(state(10), 10)
     truncate(CheckpointFolder(tmp_path, 5).save(state(20), 20))
-    assert checkpoints.latest()[1]["step"] == 10
+    assert checkpoints.latest().content["step"] == 10
     checkpoints.save(state(15), 15)
-    assert checkpoints.latest()[1]["step"] == 15
+    assert checkpoints.latest().content["step"] == 15
     assert names(tmp_path) == ["step-00000010.pt", "step-00000015.pt"][-keep:]
 
 
@@ -171,23 +172,52 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     assert all(path.exists() for path in kept)
 
 
-@pytest.mark.parametrize("written", [0, 1])
-def test_killed_while_the_best_is_saved(tmp_path, monkeypatch, written):
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_killed_while_the_best_is_saved(tmp_path, monkeypatch, renamed):
     """Whatever was written, going on from there and saving again gives both files."""
-    folder, files = CheckpointFolder(tmp_path / "checkpoints", keep=2), []
+    folder, rename, done = CheckpointFolder(tmp_path / "checkpoints", keep=2), os.replace, []
 
-    def dies(path, content):
-        if len(files) == written:
+    def dies(source, target):
+        if len(done) == renamed:
             raise KeyboardInterrupt
-        files.append(path)
-        replace_file(path, content)
+        done.append(target)
+        rename(source, target)
 
-    monkeypatch.setattr("caco.train.checkpoint.replace_file", dies)
+    monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
         folder.save({"step": 3}, 3, best=True)
     assert not folder.paths()
-    if written:
-        assert folder.latest()[1]["step"] == 3  # from the best, which is the same
+    if renamed:
+        assert folder.latest().content["step"] == 3  # from the best, which is the same
     monkeypatch.undo()
     folder.save({"step": 3}, 3, best=True)
     assert {path.name for path in folder.folder.iterdir()} == {"best.pt", "step-00000003.pt"}
+
+
+def test_the_best_takes_no_room_of_its_own(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    path = folder.save(state(1), 1, best=True)
+    assert path.samefile(tmp_path / "best.pt")
+    folder.save(state(2), 2)
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 1
+
+
+def test_the_best_without_links(tmp_path, monkeypatch):
+    """On a file system without hard links the best is a copy."""
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(PermissionError(1, "not here")))
+    path = CheckpointFolder(tmp_path, keep=1).save(state(1), 1, best=True)
+    assert path.read_bytes() == (tmp_path / "best.pt").read_bytes() and not path.samefile(tmp_path / "best.pt")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
+    """torch.save tells an error of its own; the user hears what the disk said, and keeps what there was."""
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(state(1), 1)
+    monkeypatch.setattr("builtins.open", lambda path, mode, _open=open: _open("/dev/full", mode, buffering=0))
+    with pytest.raises(
+        CacoError, match=r"step-00000002\.pt cannot be written: No space left on device; free some space"
+    ):
+        folder.save(state(2), 2)
+    monkeypatch.undo()
+    assert folder.latest().content["step"] == 1

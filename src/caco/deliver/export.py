@@ -73,7 +73,7 @@ def latest_snapshot(run: Path) -> Snapshot:
     path = run
     if run.is_dir():
         try:
-            path = CheckpointFolder(run / "checkpoints", keep=1).latest()[0]
+            path = CheckpointFolder(run / "checkpoints", keep=1).latest().path
         except CacoError as error:
             raise UsageError(f"{run} has no checkpoint, which the reference format needs") from error
     elif not run.exists():

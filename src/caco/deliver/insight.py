@@ -70,7 +70,7 @@ def load_trained(folder: Path, config: Pretrain) -> Trained:
         return Trained(backbone, None, None, card.step)
     if not checkpoints.paths():
         raise UsageError("the run has written no checkpoint yet")
-    _, contents = checkpoints.latest()
+    contents = checkpoints.latest().content
     return Trained(
         backbone=_encoder(config, contents, "encoder.").backbone,
         key_encoder=_encoder(config, contents, "key_encoder."),

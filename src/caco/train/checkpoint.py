@@ -8,19 +8,27 @@ Each is a torch file of tensors and plain containers (`weights_only=True` reads 
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from caco.errors import CacoError, UsageError
-from caco.files import replace_file
+from caco.files import replacing
 from caco.weights import load_torch
 
 FORMAT = "caco-checkpoint-1"
+
+
+class Latest(NamedTuple):
+    """A checkpoint to go on from."""
+
+    path: Path
+    content: dict[str, Any]
+    problems: tuple[str, ...]
+    """Why newer ones cannot be read; () when there are none."""
 
 
 class CheckpointFolder:
@@ -31,13 +39,14 @@ class CheckpointFolder:
         self.keep = max(keep, 1)
 
     def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
-        """Write a checkpoint atomically, then remove all but the latest few. step: counts the warm start's steps too."""
+        """Write a checkpoint atomically, then remove all but the latest few. step: counts the warm start's steps too.
+
+        best: `best.pt` is this one, too, as a second name of the same file: it takes no room of its own. Raises CacoError
+        when it cannot be written; what was there before is still there.
+        """
         path = self.path(step)
-        buffer = io.BytesIO()
-        torch.save({"format": FORMAT, **state}, buffer)
-        if best:  # first: whoever resumes from the numbered one takes it for written
-            replace_file(self.folder / "best.pt", buffer.getbuffer())
-        replace_file(path, buffer.getbuffer())
+        with replacing(path, second_name=self.folder / "best.pt" if best else None) as file:
+            torch.save({"format": FORMAT, **state}, file)
         paths = self.paths()
         newest = paths.index(path) + 1
         # What is numbered higher could not be read, or the run would have been resumed from there.
@@ -54,12 +63,12 @@ class CheckpointFolder:
         numbered = [path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8,}", path.stem)]
         return sorted(numbered, key=lambda path: int(path.stem.removeprefix("step-")))
 
-    def latest(self) -> tuple[Path, dict[str, Any]]:
+    def latest(self) -> Latest:
         """Return the newest checkpoint that can be read, the best one if no other can. Raises CacoError when none can."""
-        problems = []
+        problems: list[str] = []
         for path in [*reversed(self.paths()), *self.folder.glob("best.pt")]:
             try:
-                return path, read_checkpoint(path)
+                return Latest(path, read_checkpoint(path), tuple(problems))
             except UsageError as error:
                 problems.append(str(error))
         reason = "; ".join(problems) or f"{self.folder} is empty"
