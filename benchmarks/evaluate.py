@@ -29,11 +29,10 @@ from caco.backbone import create_backbone
 from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.data.arrays import ArraySource
 from caco.data.source import ImageSource, open_source
-from caco.distributed.world import choose_device
+from caco.distributed.world import World, choose_device
 from caco.evaluate.features import extract
 from caco.evaluate.knn import knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, train_heads
-from caco.train.pretrain import worker_count
 
 NEIGHBOURS, CLASSES = 20, 100
 
@@ -170,7 +169,7 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
             mean=IMAGENET_MEAN,
             std=IMAGENET_STD,
             device=device,
-            workers=worker_count("auto"),
+            workers=World(device).worker_count("auto"),
             indices=range(count),
             precision=precision,
         )

@@ -34,7 +34,7 @@ from caco.data.loader import TrainingViews
 from caco.distributed.world import World, choose_device
 from caco.model import CaCo, view_pairs
 from caco.recipes import find_recipe
-from caco.train.pretrain import create_state, worker_count
+from caco.train.pretrain import create_state
 from caco.train.step import Schedules, compute_gradients, train_step
 
 Curves = dict[str, dict[int, float]]
@@ -55,7 +55,7 @@ def by_images(quick: bool, device: torch.device) -> Curves:
             (0.25, 0.25, 0.25),
             batch_size=256,
             seed=0,
-            workers=worker_count("auto"),
+            workers=World(device).worker_count("auto"),
             device=device,
             broken=BrokenImages(size, 0.0),
         )

@@ -30,7 +30,7 @@ from caco.distributed.world import World, choose_device
 from caco.model import embed
 from caco.train.engine import PRECISIONS, compile_module
 from caco.train.heap import keep_heap
-from caco.train.pretrain import create_state, worker_count
+from caco.train.pretrain import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, Schedules, train_step
 
@@ -78,7 +78,7 @@ class Step:
             config.views.std,
             batch_size=config.batch_size,
             seed=0,
-            workers=worker_count("auto"),
+            workers=World(device).worker_count("auto"),
             device=device,
             broken=BrokenImages(len(source), 0.0),
         )

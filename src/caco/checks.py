@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -91,6 +92,8 @@ def check(config: Pretrain) -> None:
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     check_numbers(config)
+    if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("--monitor.tensorboard needs TensorBoard: pip install 'caco[tensorboard]'")
     if config.batch_size == 1:
         raise UsageError("--batch-size 1: batch norm needs at least 2 images")
     if config.epochs != "auto" and config.start_epoch >= config.epochs:

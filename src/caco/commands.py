@@ -188,7 +188,7 @@ def _encoder(world: World, options: Evaluation, own: nn.Module | None) -> Usable
         card=card,
         world=world,
         precision=choose_precision(options.precision, world.device),
-        workers=pretraining.worker_count(options.workers),
+        workers=world.worker_count(options.workers),
         batch_size=options.batch_size,
     )
 
@@ -307,7 +307,9 @@ def report(options: Report) -> Path:
     if not options.run:
         raise UsageError("name a run folder first, for example: caco report runs/first")
     check_writable("RUN", Path(options.run) / "report.html")
-    device, workers = choose_device(options.device), pretraining.worker_count("auto")
-    path = write_report(Path(options.run), images=options.images, device=device, workers=workers)
+    world = World(choose_device(options.device))
+    path = write_report(
+        Path(options.run), images=options.images, device=world.device, workers=world.worker_count("auto")
+    )
     print(f"The page is {path}")
     return path

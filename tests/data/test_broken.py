@@ -10,7 +10,8 @@ from caco.errors import CacoError
 
 def test_listed_once_in_order(tmp_path):
     path = tmp_path / "skipped.txt"
-    broken = BrokenImages(100, 0.5, path)
+    broken = BrokenImages(100, 0.5)
+    broken.list_in(path)
     for key in ("b.jpg", "a.jpg", "b.jpg"):
         broken.add(key, f"reason of {key}")
     assert len(broken) == 2
@@ -21,7 +22,8 @@ def test_listed_once_in_order(tmp_path):
 
 def test_written_only_when_it_has_grown(tmp_path):
     path = tmp_path / "skipped.txt"
-    broken = BrokenImages(100, 0.5, path)
+    broken = BrokenImages(100, 0.5)
+    broken.list_in(path)
     broken.write()
     assert not path.exists()  # a healthy run has no list
     broken.add("a.jpg", "empty")
@@ -36,12 +38,14 @@ def test_written_only_when_it_has_grown(tmp_path):
 
 def test_a_restart_goes_on_with_the_list(tmp_path):
     path = tmp_path / "skipped.txt"
-    first = BrokenImages(10, 0.2, path)
+    first = BrokenImages(10, 0.2)
+    first.list_in(path)
     first.add("a.jpg", "empty: 0 bytes")
     first.add("b.jpg", "a reason\twith a tab")
     first.write()
     before = path.read_bytes()
-    second = BrokenImages(10, 0.2, path)
+    second = BrokenImages(10, 0.2)
+    second.list_in(path)
     assert len(second) == 2
     second.add("a.jpg", "empty: 0 bytes")
     second.write()
@@ -54,10 +58,12 @@ def test_a_restart_goes_on_with_the_list(tmp_path):
 def test_any_file_name_can_be_listed(tmp_path, key):
     """Names need not be UTF-8 (Python holds the bytes as surrogates), and may hold what counts as a line's end."""
     path = tmp_path / "skipped.txt"
-    broken = BrokenImages(10, 0.5, path)
+    broken = BrokenImages(10, 0.5)
+    broken.list_in(path)
     broken.add(key, "empty")
     broken.write()
-    again = BrokenImages(10, 0.5, path)
+    again = BrokenImages(10, 0.5)
+    again.list_in(path)
     assert len(again) == 1
     again.add(key, "empty")
     assert len(again) == 1
@@ -65,7 +71,8 @@ def test_any_file_name_can_be_listed(tmp_path, key):
 
 def test_the_share_itself_is_allowed_and_one_more_is_not(tmp_path):
     path = tmp_path / "skipped.txt"
-    broken = BrokenImages(20, 0.1, path)
+    broken = BrokenImages(20, 0.1)
+    broken.list_in(path)
     broken.add("a", "empty")
     broken.add("b", "empty")
     with pytest.raises(CacoError) as caught:
@@ -94,7 +101,8 @@ def test_share_1_never_stops():
 
 
 def test_many_threads(tmp_path):
-    broken = BrokenImages(10_000, 1.0, tmp_path / "skipped.txt")
+    broken = BrokenImages(10_000, 1.0)
+    broken.list_in(tmp_path / "skipped.txt")
 
     def add(first):
         for number in range(first, 2000, 2):  # each key by two threads

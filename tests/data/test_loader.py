@@ -42,7 +42,9 @@ class Pictures:
 
 
 def views_of(source, *, batch_size=BATCH, seed=3, workers=2, share=1.0, path=None, device="cpu", **place):
-    broken = BrokenImages(len(source), share, path)
+    broken = BrokenImages(len(source), share)
+    if path is not None:
+        broken.list_in(path)
     return TrainingViews(
         source,
         VIEWS.recipes(),

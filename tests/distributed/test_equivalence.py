@@ -76,7 +76,7 @@ def train(world: World, dtype: torch.dtype, small: int, sharded: bool, accumulat
     losses = []
     network = data_parallel(WarmStart(model), world, apart=["model.bank.weight"])
     for _ in range(WARM_START):
-        losses.append(warm_start_step(state, network, views(2), 0.1, 0.999, torch.float32, world))
+        losses.append(warm_start_step(state, network, views(2), 0.1, 0.999, torch.float32, world, accumulate))
     model.copy_to_key_encoder()
     network = data_parallel(model, world, apart=["bank.weight"] if sharded else [])
     for step in range(STEPS):

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -202,3 +205,78 @@ def test_the_log_tells_the_loss_of_every_epoch_and_a_finished_run_says_so(tmp_pa
     caco.pretrain(source, run, resume=True)
     assert capfd.readouterr().err == "the run is finished; nothing to do\n"
     assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def folder_of(path, count=24, classes=2):
+    """Write pictures, the same number for each class."""
+    for number, pixels in enumerate(pictures(count)):
+        place = path / str(number % classes) / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    return path
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"backbone": "vgg11", "engine": {"checkpointing": True}, "views": {"size": 32}},  # nothing to compute again
+        {"weights": "nowhere.pt"},
+        {"batch_size": 100},
+    ],
+)
+def test_a_run_outlives_a_new_one_that_cannot_start(tmp_path, wrong):
+    photos = folder_of(tmp_path / "photos")
+    caco.pretrain(photos, tmp_path / "run", backbone="test_resnet", **SMALL)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
+    with pytest.raises(UsageError):
+        caco.pretrain(photos, tmp_path / "run", overwrite=True, **{"backbone": "test_resnet", **SMALL, **wrong})
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_check_that_fails_costs_no_epoch(tmp_path):
+    """The kNN check cannot read its images; put right, the run goes on to what it would have been."""
+    photos, val = folder_of(tmp_path / "photos"), folder_of(tmp_path / "val", 8)
+    options = {"backbone": "test_resnet", **SMALL, "epochs": 1}
+    caco.pretrain(photos, tmp_path / "whole", val=val, **options)
+    good = {path: path.read_bytes() for path in val.rglob("*.png")}
+    for path in good:
+        path.write_bytes(b"broken")
+    with pytest.raises(CacoError, match="can be read"):
+        caco.pretrain(photos, tmp_path / "run", val=val, **options)
+    assert (tmp_path / "run/checkpoints/step-00000005.pt").exists()  # 2 of the warm start, 3 of the epoch
+    for path, content in good.items():
+        path.write_bytes(content)
+    caco.pretrain(photos, tmp_path / "run", val=val, resume=True, **options)
+    for name in ("metrics.jsonl", "export/backbone.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert records(tmp_path / "run", "knn") and (tmp_path / "run/checkpoints/best.pt").exists()
+
+
+def test_a_folder_for_each_image_is_no_class(tmp_path, capfd):
+    caco.pretrain(folder_of(tmp_path / "photos", classes=24), tmp_path / "run", backbone="test_resnet", **SMALL)
+    assert "no kNN check: no class has two images" in capfd.readouterr().err
+
+
+def test_a_start_behind_the_end(tmp_path):
+    with pytest.raises(UsageError, match="--start-epoch 900: nothing is left of 800 epochs"):
+        caco.pretrain(ArraySource(pictures()), tmp_path / "run", **{**SMALL, "epochs": "auto"}, start_epoch=900)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path, capfd):
+    options = {"backbone": "test_resnet", **SMALL, "monitor": {**SMALL["monitor"], "checkpoint_minutes": 0}}
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", **options)
+    newest = sorted((tmp_path / "run/checkpoints").glob("step-*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    capfd.readouterr()
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", resume=True, **options)
+    assert re.search(rf"an earlier checkpoint is taken: .*{newest.name}", capfd.readouterr().err)
+
+
+def test_a_console_that_is_gone_stops_nothing(tmp_path):
+    photos = folder_of(tmp_path / "photos")
+    arguments = ["--data", photos, "--out", tmp_path / "run", "--backbone", "test_resnet", "--views.size", "16"]
+    arguments += ["--batch-size", "8", "--bank-size", "16", "--epochs", "3", "--device", "cpu"]
+    command = shlex.join([sys.executable, "-m", "caco", "pretrain", *map(str, arguments)])
+    subprocess.run(["sh", "-c", f"{command} 2>&1 | head -1"], check=True, capture_output=True, timeout=120)
+    assert (tmp_path / "run/export/backbone.safetensors").exists()

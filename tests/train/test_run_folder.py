@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
 from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten, override
+from caco.train.lock import LOCK, RunLock
 from caco.train.run_folder import (
     FREE_TO_CHANGE,
     check_run_folder,
@@ -23,6 +26,15 @@ def config(out, **values):
     return override(Pretrain(), {"data": "photos", "out": str(out), "epochs": 50, **values})
 
 
+def names(folder):
+    return {path.name for path in folder.iterdir()} - {LOCK}
+
+
+def open_run(options):
+    with RunLock() as lock:
+        return open_run_folder(options, lock)
+
+
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "run"
@@ -35,35 +47,76 @@ def run(tmp_path):
 
 
 def test_a_new_folder_is_made(tmp_path):
-    open_run_folder(config(tmp_path / "a" / "b"))
+    open_run(config(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b").is_dir()
-    open_run_folder(config(tmp_path / "a" / "b"))  # an empty one is as good
+    open_run(config(tmp_path / "a" / "b"))  # an empty one is as good
 
 
 def test_out_is_needed():
     with pytest.raises(UsageError, match="--out is missing"):
-        open_run_folder(Pretrain(data="photos"))
+        open_run(Pretrain(data="photos"))
 
 
 def test_a_run_is_not_touched_unless_asked_to(run):
     with pytest.raises(UsageError, match="holds a run; go on with --resume, or delete it with --overwrite"):
-        open_run_folder(config(run))
+        open_run(config(run))
     assert (run / "metrics.jsonl").exists()
 
 
 def test_overwrite_deletes_the_run(run):
-    open_run_folder(config(run, overwrite=True))
-    assert list(run.iterdir()) == []
+    open_run(config(run, overwrite=True))
+    assert names(run) == set()
+
+
+def test_overwrite_leaves_what_the_run_has_not_written(run, capsys):
+    (run / "photos").mkdir()
+    for name in ("photos/a.jpg", "notes.txt", "checkpoints/mine.pt"):
+        (run / name).write_text("mine")
+    open_run(config(run, overwrite=True))
+    assert names(run) == {"photos", "notes.txt", "checkpoints"}
+    assert (run / "photos/a.jpg").exists() and names(run / "checkpoints") == {"mine.pt"}
+    assert "not written by the run: checkpoints, notes.txt, photos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("within", ["", "checkpoints/step-00000010.pt"])
+def test_a_run_is_not_deleted_under_the_weights_it_gives(run, within):
+    with pytest.raises(UsageError, match="lies in the run that --overwrite deletes"):
+        open_run(config(run, overwrite=True, weights=str(run / within)))
+    assert (run / "checkpoints/step-00000010.pt").exists()
+
+
+def test_a_folder_that_is_a_link(run, tmp_path):
+    (tmp_path / "link").symlink_to(run)
+    open_run(config(tmp_path / "link", overwrite=True))
+    assert (tmp_path / "link").is_symlink() and names(run) == set()
+
+
+HOLDER = "import sys, time; from pathlib import Path; from caco.train.lock import RunLock; lock = RunLock(); \
+lock.take(Path(sys.argv[1])); print('taken', flush=True); time.sleep(60)"
+
+
+def test_one_run_at_a_time(run):
+    """Another process holds the folder; killed, it has let go."""
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "taken\n"
+        with RunLock() as lock, pytest.raises(UsageError, match=rf"in use by another run \(process {other.pid} on "):
+            lock.take(run, patience=0.2)
+        other.kill()
+        open_run(config(run, resume=True))
+    finally:
+        other.kill()
+        other.communicate()
 
 
 def test_overwrite_of_nothing_is_a_new_run(tmp_path):
-    open_run_folder(config(tmp_path / "run", overwrite=True))
+    open_run(config(tmp_path / "run", overwrite=True))
     assert (tmp_path / "run").is_dir()
 
 
 def test_resume_keeps_everything(run):
-    open_run_folder(config(run, resume=True))
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
+    open_run(config(run, resume=True))
+    assert names(run) == {"config.json", "metrics.jsonl", "checkpoints"}
 
 
 def test_a_run_without_a_checkpoint_begins_anew(run, capsys):
@@ -86,13 +139,13 @@ def test_what_a_run_has_saved_is_never_lost_to_a_resume(run, kept):
 
 def test_resume_never_starts_from_scratch(tmp_path):
     with pytest.raises(UsageError, match="--resume: there is no run in"):
-        open_run_folder(config(tmp_path / "run", resume=True))
+        open_run(config(tmp_path / "run", resume=True))
     assert not (tmp_path / "run").exists()
 
 
 def test_resume_and_overwrite(run):
     with pytest.raises(UsageError, match="exclude each other"):
-        open_run_folder(config(run, resume=True, overwrite=True))
+        open_run(config(run, resume=True, overwrite=True))
     assert (run / "metrics.jsonl").exists()
 
 
@@ -112,16 +165,16 @@ def test_what_is_not_a_run_is_never_deleted(tmp_path, content, overwrite):
     for name, data in content.items():
         (folder / name).write_bytes(data)
     with pytest.raises(UsageError, match="exists and is not a run of caco; choose another folder"):
-        open_run_folder(config(folder, overwrite=overwrite))
+        open_run(config(folder, overwrite=overwrite))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
 
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="exists and is not a run"):
-        open_run_folder(config(tmp_path / "file", overwrite=True))
+        open_run(config(tmp_path / "file", overwrite=True))
     with pytest.raises(UsageError, match="cannot be made: Not a directory"):
-        open_run_folder(config(tmp_path / "file" / "run"))
+        open_run(config(tmp_path / "file" / "run"))
     assert (tmp_path / "file").read_text() == "x"
 
 
@@ -199,6 +252,13 @@ def test_all_changes_are_named_at_once():
     assert str(caught.value) == (
         "--resume cannot change --lr 1.0 (the run has 0.3); --seed 5 (the run has 0); start a new run for that"
     )
+
+
+@pytest.mark.parametrize("content", ["{", "5", ""])
+def test_a_damaged_environment_stops_nothing(tmp_path, content):
+    (tmp_path / "environment.json").write_text(content)
+    write_environment(tmp_path, "cpu", 1)
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
 
 
 def test_environment_gets_an_entry_for_each_start(tmp_path):

@@ -16,18 +16,24 @@ if TYPE_CHECKING:
 class BrokenImages:
     """The broken images met so far; safe to use from many threads."""
 
-    def __init__(self, total: int, largest_share: float, path: Path | None = None) -> None:
-        """total: images in all; largest_share: more than this share of broken ones is an error; path: the list's file."""
+    def __init__(self, total: int, largest_share: float) -> None:
+        """total: images in all; largest_share: more than this share of broken ones is an error."""
         self.total = total
         self.largest_share = largest_share
-        self.path = path
+        self.path: Path | None = None
         self._reasons: dict[str, str] = {}
         self._written = 0
         self._lock = threading.Lock()
-        if path is not None and path.exists():
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-            self._reasons = dict(line.split("\t", 1) for line in lines if "\t" in line)
-            self._written = len(self._reasons)
+
+    def list_in(self, path: Path) -> None:
+        """From now on keep the list in a file, beginning with those that are in it."""
+        with self._lock:
+            self.path = path
+            if path.exists():
+                lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+                listed = dict(line.split("\t", 1) for line in lines if "\t" in line)
+                self._written = len(listed)
+                self._reasons = {**listed, **self._reasons}
 
     def __len__(self) -> int:
         return len(self._reasons)

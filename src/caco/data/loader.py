@@ -62,9 +62,11 @@ class TrainingViews:
         broken: BrokenImages,
         rank: int = 0,
         world_size: int = 1,
+        local_size: int = 1,
         layout: torch.memory_format = torch.channels_last,
     ) -> None:
-        """batch_size: over all processes; this one makes the rank-th of world_size equal parts. layout: of the views.
+        """batch_size: over all processes; this one makes the rank-th of world_size equal parts. local_size: processes that
+        share this machine's main memory. layout: of the views.
 
         Raises UsageError.
         """
@@ -74,7 +76,7 @@ class TrainingViews:
         self.rank, self.world_size, self.layout = rank, world_size, layout
         self.steps_per_epoch = len(source) // batch_size
         self._workers, self._stream = workers, side_stream(device)
-        self._resident = decode_all(source, broken, workers, device)
+        self._resident = decode_all(source, broken, workers, device, local_size)
         self._on_device: list[CompiledViews] = []
         if self._resident is not None and device.type != "cpu":
             self._resident = self._resident.to(device)

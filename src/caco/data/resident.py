@@ -20,12 +20,13 @@ RESIDENT_SHARE = 0.25
 
 
 def decode_all(
-    source: ImageSource, broken: BrokenImages, workers: int, device: torch.device
+    source: ImageSource, broken: BrokenImages, workers: int, device: torch.device, local_size: int = 1
 ) -> UInt8[Tensor, "N H W 3"] | None:
     """Return all images, uint8 [N, H, W, 3], in main memory, if they are of one size and fit there and on the device.
 
-    None for all other sets, and for images of more than NEVER_SHRUNK pixels. Those are decoded at a size that depends on
-    the view, so a set held whole would give other views; and what fits in memory must not decide what is learned.
+    local_size: processes of this machine that do the same. None for all other sets, and for images of more than
+    NEVER_SHRUNK pixels. Those are decoded at a size that depends on the view, so a set held whole would give other
+    views; and what fits in memory must not decide what is learned.
     """
     shape: tuple[int, ...] | None = None
     for index in np.unique(np.linspace(0, len(source) - 1, 32).astype(int)):
@@ -34,7 +35,7 @@ def decode_all(
             return None
         shape = probe.height, probe.width, 3
     assert shape is not None
-    if len(source) * int(np.prod(shape)) > RESIDENT_SHARE * free_memory(device):
+    if len(source) * int(np.prod(shape)) > RESIDENT_SHARE * free_memory(device) / local_size:
         return None
     images = np.empty((len(source), *shape), dtype=np.uint8)
 

@@ -32,11 +32,21 @@ class World:
     size: int = 1
     attempt: int = 0
     """How often torchrun or SLURM had started this run before."""
+    local_rank: int = 0
+    """This process among those of its machine."""
+    local_size: int = 1
+    """Processes of this run on this machine: they share its main memory."""
+    sharing_cores: int = 1
+    """Processes of this run that may use the same cores as this one."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the files and talks."""
         return self.rank == 0
+
+    def worker_count(self, workers: int | str) -> int:
+        """Return the number of threads for "auto" (one per core, divided among the processes that share them) or a number."""
+        return max(len(own_cores()) // self.sharing_cores if workers == "auto" else int(workers), 1)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows [B, …] of all processes, in rank order: [size·B, …]. B must be the same everywhere."""
@@ -185,7 +195,22 @@ def join(place: Place, device_name: str, timeout: float) -> World:
         ) from error
     world = World(device, place.rank, place.size)
     # A machine that has come anew counts from 0, the others do not.
-    return replace(world, attempt=max(world.gather_objects(attempt)))
+    attempts, machines, cores = zip(*world.gather_objects((attempt, socket.gethostname(), own_cores())), strict=True)
+    here = [other for other in range(world.size) if machines[other] == machines[world.rank]]
+    return replace(
+        world,
+        attempt=max(attempts),
+        local_rank=here.index(world.rank),
+        local_size=len(here),
+        sharing_cores=sum(cores[other] == cores[world.rank] for other in here),
+    )
+
+
+def own_cores() -> tuple[int, ...]:
+    """Return the numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def leave(patience: float = LOST_AFTER) -> None:

@@ -15,13 +15,12 @@ from caco.backbone import create_backbone
 from caco.config import usual_resize
 from caco.data.labels import Relabelled
 from caco.data.source import open_source
-from caco.distributed.world import choose_device, choose_precision
+from caco.distributed.world import World, choose_device, choose_precision
 from caco.errors import UsageError
 from caco.evaluate.encoder import load_encoder
 from caco.evaluate.features import extract
 from caco.evaluate.linear import judge_head
 from caco.files import replace_file
-from caco.train.pretrain import worker_count
 from caco.weights import known_card, load_into, load_torch, strip_prefix
 
 HEAD = ("fc.weight", "fc.bias")
@@ -72,7 +71,7 @@ def judge(path: Path, config: Linear) -> tuple[float, float]:
         mean=card.mean,
         std=card.std,
         device=device,
-        workers=worker_count(config.workers),
+        workers=World(device).worker_count(config.workers),
         precision="bf16" if bf16 else "fp32",
     )
     if features.labels is None:

@@ -7,6 +7,7 @@ train.log      what was said on the console, with times
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -37,7 +38,7 @@ class Journal:
         self._metrics.truncate(min(keep_bytes, self._metrics.tell()))  # a longer one would be filled up with zeros
         self._metrics.seek(0, os.SEEK_END)
         self._speed = open(folder / "speed.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._log = open(folder / "train.log", "a", encoding="utf-8")  # noqa: SIM115
+        self._log = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         self._events = _event_writer(folder) if tensorboard else None
 
     def record(self, kind: str, step: int, **values: Any) -> None:
@@ -58,7 +59,8 @@ class Journal:
 
     def say(self, text: str) -> None:
         """Say something on the console (above a progress bar) and in train.log."""
-        Bar.write(text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a console that is gone (`| head`) is no reason to stop
+            Bar.write(text, file=sys.stderr)
         self.note(text)
 
     def note(self, text: str) -> None:
@@ -133,7 +135,8 @@ class ProgressBar:
 
     def advance(self) -> None:
         """Count one step."""
-        self._bar.update()
+        with contextlib.suppress(OSError):
+            self._bar.update()
         self._done += 1
         if self._done == self._first + 1:
             taken = time.monotonic() - self._began

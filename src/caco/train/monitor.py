@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +106,10 @@ def create_monitor(
     if val is not None and val.labels is not None:
         reference = first_share_of_each_class(source.labels, options.knn_share)
         return KnnMonitor(source, reference, Relabelled(val, source.classes), None, *common)
+    if np.bincount(np.asarray(source.labels)).max() < 2:  # folders in folders, an image in each: no classes
+        if world.is_main:
+            print("no kNN check: no class has two images, so none can ask; --val would", file=sys.stderr)
+        return None
     kept, held_out = held_out_split(source.labels, options.held_out, seed)
     reference = kept[first_share_of_each_class(np.asarray(source.labels)[kept], options.knn_share)]
     return KnnMonitor(source, reference, source, held_out, *common)

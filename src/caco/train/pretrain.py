@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from caco.train.checkpoint import remove_leftovers
 from caco.train.engine import choose_engine, compile_module, layout_of
 from caco.train.heap import keep_heap
 from caco.train.interrupt import InterruptFlag
+from caco.train.lock import RunLock
 from caco.train.meters import Meters
 from caco.train.monitor import KnnMonitor, create_monitor
 from caco.train.run_folder import (
@@ -55,42 +56,80 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
     """
     check_division(config, world)
     check_bank_fits(config, world)
-    config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
     if world.device.type == "cpu" and config.engine.keep_heap:
         keep_heap()
-    backbone = _start_backbone(config, own)
-    folder = Path(config.out)
-    with (
-        tempfile.TemporaryDirectory() as staging
-    ):  # a new run's folder is opened only when nothing can be wrong any more
+    with RunLock() as lock, tempfile.TemporaryDirectory() as staging:
+        if world.is_main and config.out:
+            lock.take(Path(config.out))
+        config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
         index = Path(staging) / "index.npz"
-        if config.resume and (folder / index.name).exists():
-            shutil.copy2(folder / index.name, index)
-        source = images if images is not None else open_source(config.data, download=config.download, index_cache=index)
-        check_batch_size(source, config.batch_size, world.size)
-        config = _resolve_epochs(config, len(source) // config.batch_size)
-        steps = int(config.epochs) * (len(source) // config.batch_size)
-        config, why = _choose_engine(config, backbone, world, steps)
-        precision = choose_precision(config.precision, world.device)
-        monitor = _create_monitor(config, source, world, precision)
+        prepared = prepare(world, config, own, images, index)
         if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
-            open_run_folder(config)
-            remove_leftovers(folder)
-            if config.resume:
-                check_same_mathematics(read_config(folder), config)
-            else:
-                write_config(folder, config)
-                if index.exists():
-                    shutil.move(index, folder / index.name)
-    broken = BrokenImages(len(source), config.monitor.broken_share, folder / "skipped.txt" if world.is_main else None)
+            open_folder(prepared.config, index, lock)
+        return train(world, prepared)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start; nothing has been written yet."""
+
+    config: Pretrain
+    """Without "auto"."""
+    state: TrainingState
+    loader: TrainingViews
+    broken: BrokenImages
+    monitor: KnnMonitor | None
+    card: BackboneCard
+    precision: torch.dtype
+    engine: str
+    """How the encoder is computed and why, in words."""
+
+
+def prepare(world: World, config: Pretrain, own: nn.Module | None, images: ImageSource | None, index: Path) -> Prepared:
+    """Build all that a run needs, without touching its folder. index: where the listing of a folder is to be written.
+
+    Raises UsageError for all that can be wrong with the options, the images and the weights to start from.
+    """
+    backbone = _start_backbone(config, own)
+    kept = Path(config.out) / index.name
+    if config.resume and kept.exists():
+        shutil.copy2(kept, index)
+    source = images if images is not None else _open(config, config.data, world, index_cache=index)
+    check_batch_size(source, config.batch_size, world.size)
+    config = _resolve_epochs(config, len(source) // config.batch_size)
+    steps = int(config.epochs) * (len(source) // config.batch_size)
+    config, why = _choose_engine(config, backbone, world, steps)
+    if config.resume:
+        check_same_mathematics(read_config(Path(config.out)), config)
+    precision = choose_precision(config.precision, world.device)
+    monitor = _create_monitor(config, source, world, precision)
+    broken = BrokenImages(len(source), config.monitor.broken_share)
+    loader = _create_loader(config, source, world, broken)
+    state = create_state(config, backbone, world)
+    if not config.resume:
+        start_from(state, config, loader.steps_per_epoch, warm_start_steps(config, loader.steps_per_epoch), world)
+    return Prepared(config, state, loader, broken, monitor, _backbone_card(config, backbone), precision, why)
+
+
+def open_folder(config: Pretrain, index: Path, lock: RunLock) -> None:
+    """Open the folder of a run whose configuration is resolved; a new one gets its configuration and listing."""
+    folder = open_run_folder(config, lock)
+    remove_leftovers(folder)
+    if not config.resume:
+        write_config(folder, config)
+        if index.exists():
+            shutil.move(index, folder / index.name)
+
+
+def train(world: World, prepared: Prepared) -> Path:
+    """Train to the end in the folder that is open; return the path of the finished backbone."""
+    config, state, broken, folder = prepared.config, prepared.state, prepared.broken, Path(prepared.config.out)
+    world.wait()  # until the folder is open
+    if world.is_main:
+        broken.list_in(folder / "skipped.txt")
     try:
-        loader = _create_loader(config, source, world, broken)
-        state = create_state(config, backbone, world)
-        if not config.resume:
-            start_from(state, config, loader.steps_per_epoch, warm_start_steps(config, loader.steps_per_epoch), world)
-        card = _backbone_card(config, backbone)
         with InterruptFlag() as interrupt:
-            trainer = Trainer(config, folder, state, loader, broken, card, world, precision, monitor, interrupt, why)
+            trainer = Trainer(prepared, folder, world, interrupt)
             if world.is_main:  # only now is a resumed run known to fit
                 write_config(folder, config)
                 write_environment(folder, str(world.device), world.size)
@@ -99,7 +138,7 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
         broken.write()
     path = folder / "export" / "backbone.safetensors"
     if world.is_main:
-        save_backbone(path, state.model.encoder.get_submodule("backbone"), replace(card, step=state.step))
+        save_backbone(path, state.model.encoder.get_submodule("backbone"), replace(prepared.card, step=state.step))
     return path
 
 
@@ -121,7 +160,8 @@ def check_division(config: Pretrain, world: World) -> None:
 def check_bank_fits(config: Pretrain, world: World) -> None:
     """Raise UsageError when the bank, with its gradient and velocity, is larger than this process's free memory."""
     slots = config.bank_size // (world.size if config.bank.sharded else 1)
-    needed, free = 3 * 4 * slots * config.encoder.embedding, free_memory(world.device)
+    needed = 3 * 4 * slots * config.encoder.embedding
+    free = free_memory(world.device) // (world.local_size if world.device.type == "cpu" else 1)
     if needed > free:
         raise UsageError(
             f"--bank-size {config.bank_size} x --encoder.embedding {config.encoder.embedding}: with gradient and velocity "
@@ -157,6 +197,15 @@ def create_state(config: Pretrain, backbone: nn.Module, world: World) -> Trainin
     )
 
 
+def _open(config: Pretrain, data: str, world: World, **options: Any) -> ImageSource:
+    """Open a set of images; one process of each machine downloads it first, where that is asked for."""
+    if config.download and world.local_rank == 0:
+        open_source(data, download=True, **options)
+    if config.download:
+        world.wait()
+    return open_source(data, **options)
+
+
 def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: int) -> tuple[Pretrain, str]:
     passes = steps * config.accumulate * (config.views.large + config.views.small)
     batch = config.batch_size // (world.size * config.accumulate)
@@ -180,8 +229,8 @@ def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:
 
 
 def _create_monitor(config: Pretrain, source: ImageSource, world: World, precision: torch.dtype) -> KnnMonitor | None:
-    val = open_source(config.val, split="val", download=config.download) if config.val else None
-    options, views, workers = config.monitor, config.views, worker_count(config.workers)
+    val = _open(config, config.val, world, split="val") if config.val else None
+    options, views, workers = config.monitor, config.views, world.worker_count(config.workers)
     return create_monitor(source, val, options, views, config.seed, world, precision, workers)
 
 
@@ -205,24 +254,23 @@ def _create_loader(config: Pretrain, source: ImageSource, world: World, broken: 
         config.views.std,
         batch_size=config.batch_size,
         seed=config.seed,
-        workers=worker_count(config.workers),
+        workers=world.worker_count(config.workers),
         device=world.device,
         broken=broken,
         rank=world.rank,
         world_size=world.size,
+        local_size=world.local_size,
         layout=layout_of(config),
     )
 
 
-def worker_count(workers: int | str) -> int:
-    """Return the number of threads for "auto" (one per core this process may use) or a number."""
-    if workers != "auto":
-        return max(int(workers), 1)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _resolve_epochs(config: Pretrain, steps_per_epoch: int) -> Pretrain:
-    """Put a number in place of --epochs auto."""
+    """Put a number in place of --epochs auto. Raises UsageError when --start-epoch leaves nothing of it."""
     if config.epochs != "auto":
         return config
-    return replace(config, epochs=min(max(math.ceil(20_000 / steps_per_epoch), 50), 800))
+    epochs = min(max(math.ceil(20_000 / steps_per_epoch), 50), 800)
+    if config.start_epoch >= epochs:
+        raise UsageError(
+            f"--start-epoch {config.start_epoch}: nothing is left of {epochs} epochs (--epochs auto); name a number"
+        )
+    return replace(config, epochs=epochs)

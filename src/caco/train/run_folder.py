@@ -2,7 +2,7 @@
 
 config.json       every setting, resolved
 environment.json  versions, devices, command (a list: one entry for each start)
-metrics.jsonl, speed.jsonl, train.log, skipped.txt, checkpoints/, export/, report.html
+metrics.jsonl, speed.jsonl, train.log, skipped.txt, checkpoints/, export/, report.html; .lock (`train/lock.py`)
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -21,10 +20,19 @@ from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.files import replace_json
 from caco.options import flatten, from_dictionary
+from caco.train.lock import LOCK, RunLock
 
 # What a resumed run may change: these have no part in the mathematics.
 FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download", "data", "val")
 FREE_GROUPS = ("engine.", "monitor.", "distributed.")
+
+WRITTEN = (
+    *("environment.json", "metrics.jsonl", "speed.jsonl", "train.log", "index.npz", "skipped.txt"),
+    *("checkpoints/step-*.pt", "checkpoints/best.pt", "checkpoints/.*.tmp", "export/backbone.safetensors", ".*.tmp"),
+    *("report.html", "gallery.png", "demo.json", "checkpoint_*.pth.tar", "events.out.tfevents.*"),
+    "config.json",  # last: it is what makes a folder a run's
+)
+"""All that a run, and what comes after it, writes into its folder of its own accord."""
 
 
 def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
@@ -44,12 +52,16 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
         raise UsageError("--resume and --overwrite exclude each other")
     if config.resume and not holds_run:
         raise UsageError(f"--resume: there is no run in {folder}; leave --resume out to start one")
-    if folder.is_file() or (folder.is_dir() and not holds_run and any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and not holds_run and any(path.name != LOCK for path in folder.iterdir())):
         raise UsageError(f"--out {folder} exists and is not a run of caco; choose another folder")
     if holds_run and not config.resume and not config.overwrite:
         raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
-    if holds_run and config.overwrite and folder.resolve() in Path(config.weights).resolve().parents:
-        raise UsageError(f"--weights {config.weights} lies in the run that --overwrite deletes; choose another --out")
+    if holds_run and config.overwrite and config.weights:
+        weights = Path(config.weights).resolve()
+        if folder.resolve() in (weights, *weights.parents):
+            raise UsageError(
+                f"--weights {config.weights} lies in the run that --overwrite deletes; choose another --out"
+            )
     if config.resume and not _has_saved(folder):
         if not restarted:
             check_same_mathematics(read_config(folder), config)
@@ -58,23 +70,38 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
     return config
 
 
-def open_run_folder(config: Pretrain) -> Path:
-    """Return the run's folder, ready for a new run (`--overwrite` deletes the old) or for `--resume`.
+def open_run_folder(config: Pretrain, lock: RunLock) -> Path:
+    """Return the run's folder, taken by `lock`, ready for a new run (the old one is deleted) or for `--resume`.
 
-    Raises UsageError as `check_run_folder` does, or when the folder cannot be made.
+    Raises UsageError as `check_run_folder` does, or when the folder cannot be made or is in use.
     """
     check_run_folder(config)
     folder = Path(config.out)
-    if folder.exists() and not config.resume:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            raise UsageError(f"--overwrite: {folder.resolve()} cannot be deleted: {error.strerror}") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
+    lock.take(folder)
+    if not config.resume:
+        _delete_run(folder)
     return folder
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete what a run has written, and nothing else: say what is left. Raises UsageError when that is refused."""
+    try:
+        for pattern in WRITTEN:
+            for path in folder.glob(pattern):
+                path.unlink()
+        for path in (folder / "checkpoints", folder / "export"):
+            if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                path.rmdir()
+    except OSError as error:
+        raise UsageError(f"--overwrite: {error.filename} cannot be deleted: {error.strerror}") from error
+    left = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    if left:
+        shown = ", ".join(left[:5]) + (f" and {len(left) - 5:,} more" if len(left) > 5 else "")
+        print(f"left as it is in {folder}, not written by the run: {shown}", file=sys.stderr)
 
 
 def _holds_run(folder: Path) -> bool:
@@ -130,7 +157,11 @@ def write_environment(folder: Path, device: str, processes: int) -> None:
     import caco
 
     path = folder / "environment.json"
-    entries = json.loads(path.read_text()) if path.exists() else []
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there yet, or damaged: a record for people, no reason not to start
+        entries = []
+    entries = entries if isinstance(entries, list) else []
     entries.append(
         {
             "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),

@@ -32,6 +32,8 @@ class TrainingState:
     """Training steps taken; with the seed it says which images come next and how they look."""
     best_knn: float = -1.0
     """Best kNN accuracy so far; -1: none yet."""
+    knn_is_owed: bool = False
+    """Whether the kNN check of the epoch that has just ended is still to be done."""
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """Return all of it, the random states of torch included, as tensors and plain containers.
@@ -46,6 +48,7 @@ class TrainingState:
             "warm_start_step": self.warm_start_step,
             "step": self.step,
             "best_knn": self.best_knn,
+            "knn_is_owed": self.knn_is_owed,
             "random": world.gather_objects(random_state(world.device)),
         }
 
@@ -59,7 +62,7 @@ class TrainingState:
             raise UsageError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from error
         self.meters.load_state_dict(state["meters"], world)
         self.warm_start_step, self.step = state["warm_start_step"], state["step"]
-        self.best_knn = state["best_knn"]
+        self.best_knn, self.knn_is_owed = state["best_knn"], state.get("knn_is_owed", False)
         if len(state["random"]) == world.size:  # else: another number of processes, whose random states start anew
             set_random_state(state["random"][world.rank], world.device)
 

@@ -136,20 +136,26 @@ def warm_start_step(
     key_momentum: float,
     precision: torch.dtype,
     world: World,
+    accumulate: int = 1,
 ) -> Tensor:
     """Move the encoder by one batch of ordinary contrast, store the keys in the bank, and return the loss.
 
-    network: `WarmStart(state.model)`, or the data-parallel wrapper around it.
+    network: `WarmStart(state.model)`, or the data-parallel wrapper around it. accumulate: as in `compute_gradients`.
     """
     set_lr(state.optimizer, lr)
-    with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
-        loss, keys = network(views[:2])
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    losses, keys = [], []
+    for part, crops in enumerate(zip(*(view.chunk(accumulate) for view in views[:2]), strict=True)):
+        with _gradients_stay_here(network, part < accumulate - 1):
+            with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
+                loss, found = network(crops)
+            (loss / accumulate).backward()
+        losses.append(loss.detach())
+        keys.append(found)
     state.optimizer.step()
     state.model.update_key_encoder(key_momentum)
-    state.model.bank.fill(world.gather(keys), batch=state.warm_start_step)
+    state.model.bank.fill(world.gather(torch.cat(keys)), batch=state.warm_start_step)
     state.warm_start_step += 1
-    state.meters.note_loss(loss, state.warm_start_step)
-    result: Tensor = loss.detach()
-    return result
+    mean = torch.stack(losses).mean()
+    state.meters.note_loss(mean, state.warm_start_step)
+    return mean

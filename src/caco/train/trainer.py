@@ -5,25 +5,22 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from caco.config import Pretrain
-from caco.data.broken import BrokenImages
-from caco.data.loader import TrainingViews
 from caco.distributed.data_parallel import data_parallel
 from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, UsageError
 from caco.evaluate.health import verdict
 from caco.model import WarmStart
-from caco.train.checkpoint import CheckpointFolder
+from caco.train.checkpoint import CheckpointFolder, Latest
 from caco.train.interrupt import InterruptFlag
 from caco.train.journal import Forecast, Journal, ProgressBar, SilentJournal, Stopwatch
-from caco.train.monitor import KnnMonitor, knn_is_due
-from caco.train.state import TrainingState
+from caco.train.monitor import knn_is_due
 from caco.train.step import Rates, Schedules, train_step, warm_start_step
-from caco.weights import BackboneCard
+
+if TYPE_CHECKING:
+    from caco.train.pretrain import Prepared
 
 WARM_START_EPOCH = 1_000_000
 """The warm start's passes over the images are numbered from here, so that they share no view with an epoch."""
@@ -36,39 +33,30 @@ class Trainer:
     (records, checkpoints, stopping) are taken at steps that all of them know, or by common vote.
     """
 
-    def __init__(
-        self,
-        config: Pretrain,
-        folder: Path,
-        state: TrainingState,
-        loader: TrainingViews,
-        broken: BrokenImages,
-        card: BackboneCard,
-        world: World,
-        precision: torch.dtype,
-        monitor: KnnMonitor | None,
-        interrupt: InterruptFlag,
-        engine: str = "",
-    ) -> None:
-        """engine: how the encoder is computed and why, in words."""
-        self.config, self.folder, self.state, self.loader = config, folder, state, loader
-        self.broken, self.card, self.world, self.precision = broken, card, world, precision
-        self.monitor, self.interrupt, self.engine = monitor, interrupt, engine
+    def __init__(self, run: Prepared, folder: Path, world: World, interrupt: InterruptFlag) -> None:
+        """A run to be resumed takes its state from the folder's latest checkpoint. Raises UsageError if that does not fit."""
+        self.config, self.state, self.loader, self.broken = run.config, run.state, run.loader, run.broken
+        self.card, self.precision, self.monitor, self.engine = run.card, run.precision, run.monitor, run.engine
+        self.folder, self.world, self.interrupt = folder, world, interrupt
+        config = run.config
         self.epochs = int(config.epochs)
-        self.steps = self.epochs * loader.steps_per_epoch
+        self.steps = self.epochs * self.loader.steps_per_epoch
         self.schedules = Schedules.of(config)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.monitor.keep_checkpoints)
         self.last_saved = time.monotonic()
         self.last_spread = 1.0
         self.told: set[str] = set()
-        metrics_bytes = self._resume() if config.resume else 0
+        metrics_bytes, problems = self._resume() if config.resume else (0, ())
+        self.state.knn_is_owed &= self.monitor is not None  # it can have been switched off meanwhile
         tensorboard = config.monitor.tensorboard
         self.journal = Journal(folder, metrics_bytes, tensorboard) if world.is_main else SilentJournal()
+        for problem in problems:
+            self.journal.say(f"an earlier checkpoint is taken: {problem}")
 
     def train(self) -> None:
         """Train to the end; the last checkpoint holds the result."""
         try:
-            if self.state.step == self.steps:
+            if self.state.step == self.steps and not self.state.knn_is_owed:
                 self.journal.say("the run is finished; nothing to do")
                 return
             self._announce()
@@ -81,8 +69,7 @@ class Trainer:
 
     def _announce(self) -> None:
         config = self.config
-        position = f"step {self.state.step:,}" if self.state.step else f"warm-start step {self.state.warm_start_step:,}"
-        resumed = f"resumed at {position}: " if config.resume else ""
+        resumed = f"resumed at {self._position()}: " if config.resume else ""
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
         self.journal.say(
             f"{resumed}training {config.backbone} on {len(self.loader.source):,} images of {config.data}: "
@@ -99,6 +86,10 @@ class Trainer:
                 f"has {self.epochs}"
             )
 
+    def _position(self) -> str:
+        state = self.state
+        return f"step {state.step:,}" if state.step else f"warm-start step {state.warm_start_step:,}"
+
     def _warm_start(self) -> None:
         """Fill the bank with keys (algorithm: warm start of the bank), then begin with f′ = f."""
         state, per_epoch = self.state, self.loader.steps_per_epoch
@@ -114,13 +105,15 @@ class Trainer:
                 first = state.warm_start_step - epoch * per_epoch
                 for batch in self.loader.batches(WARM_START_EPOCH + epoch, first, last):
                     lr, momentum = self.schedules.warm_start_lr, self.config.bank.warm_start_key_momentum
-                    loss = warm_start_step(state, network, batch.views, lr, momentum, self.precision, self.world)
+                    loss = warm_start_step(
+                        state, network, batch.views, lr, momentum, self.precision, self.world, self.config.accumulate
+                    )
                     done = state.warm_start_step
                     if done == steps:
                         state.model.copy_to_key_encoder()
                     bar.advance()
                     if self._is_logged(done) or done == steps:
-                        self._stop_if_not_finite("warm-start step", self.state.meters.bad_step(self.world))
+                        self._stop_if_not_finite(self.state.meters.bad_step(self.world))
                         mean = float(self.world.sum(loss)) / self.world.size
                         self.journal.record("warm start", done, loss=mean)
                         bar.show(done, f"loss {mean:.3f}")
@@ -129,6 +122,8 @@ class Trainer:
     def _train_epochs(self) -> None:
         state, per_epoch = self.state, self.loader.steps_per_epoch
         network = data_parallel(state.model, self.world, apart=["bank.weight"] if self.config.bank.sharded else [])
+        if state.knn_is_owed:  # the run was stopped between the end of an epoch and its check
+            self._save_when_due(state.step, known_to_all=True, best=self._check(state.step // per_epoch - 1))
         clock, forecast = Stopwatch(), Forecast(state.step, self.steps, per_epoch, new=not self.config.resume)
         with ProgressBar(self.journal, self.steps, state.step) as bar:
             for epoch in range(state.step // per_epoch, self.epochs):
@@ -160,7 +155,7 @@ class Trainer:
     def _log(self, epoch: int, rates: Rates) -> str:
         """Record the means since the last record; return them in short."""
         measured = self.state.meters.take(self.world)
-        self._stop_if_not_finite("step", measured.first_bad_step)
+        self._stop_if_not_finite(measured.first_bad_step)
         self.last_spread = measured.feature_spread
         values = {name: value for name, value in vars(measured).items() if name != "first_bad_step"}
         self.journal.record("train", self.state.step, epoch=epoch, **values, **vars(rates))
@@ -180,12 +175,18 @@ class Trainer:
                 self.journal.say(f"epoch {epoch + 1}: {finding}")
         if self.monitor is None or not knn_is_due(epoch, self.epochs, self.config.monitor):
             return False
+        self.state.knn_is_owed = True
+        self._save_when_due(self.state.step, known_to_all=True)  # before the check, which takes its time and may fail
+        return self._check(epoch, f", {used:,} of {self.config.bank_size:,} slots used")
+
+    def _check(self, epoch: int, said_too: str = "") -> bool:
+        """Do the kNN check that is owed, and record it. Return whether it is the best so far."""
+        assert self.monitor is not None
         result = self.monitor(self.state.model.encoder.get_submodule("backbone"))
+        self.state.knn_is_owed = False
         self.journal.record("knn", self.state.step, epoch=epoch, **result)
-        self.journal.say(
-            f"epoch {epoch + 1}/{self.epochs}: kNN {result['top1']:.1f} % of {result['queries']:,} images, "
-            f"{used:,} of {self.config.bank_size:,} slots used"
-        )
+        queries = f"{result['queries']:,} images"
+        self.journal.say(f"epoch {epoch + 1}/{self.epochs}: kNN {result['top1']:.1f} % of {queries}{said_too}")
         best = result["top1"] > self.state.best_knn
         self.state.best_knn = max(self.state.best_knn, result["top1"])
         return best
@@ -207,12 +208,12 @@ class Trainer:
             name = next((name for name in self.world.gather_objects(self.interrupt.name) if name), "a signal")
             self.journal.say(f"stopped by {name} and saved")
             raise Interrupted(
-                f"stopped by {name} at step {self.state.step:,} and saved to {path}; "
+                f"stopped by {name} at {self._position()} and saved to {path}; "
                 f"go on with: caco pretrain --out {self.folder} --resume"
             )
 
     def _save(self, best: bool) -> Path:
-        self._stop_if_not_finite("step", self.state.meters.bad_step(self.world))
+        self._stop_if_not_finite(self.state.meters.bad_step(self.world))
         contents = {
             **self.state.state_dict(self.world),
             "metrics_bytes": self.journal.sync(),
@@ -228,20 +229,25 @@ class Trainer:
         self.world.wait()
         return self.checkpoints.path(step)
 
-    def _resume(self) -> int:
-        """Load the latest checkpoint, which the main process reads; return the length metrics.jsonl had then."""
-        contents: dict[str, Any] = self.world.share(lambda: self.checkpoints.latest()[1])
+    def _resume(self) -> tuple[int, tuple[str, ...]]:
+        """Load the latest checkpoint that can be read, which the main process does.
+
+        Return the length metrics.jsonl had then, and why newer checkpoints cannot be read.
+        """
+        latest: Latest = self.world.share(self.checkpoints.latest)
+        contents = latest.content
         if contents["images"] != len(self.loader.source):
             raise UsageError(
                 f"--resume: the run began with {contents['images']:,} images, {self.config.data} now has "
                 f"{len(self.loader.source):,}; resume needs the same images"
             )
         self.state.load_state_dict(contents, self.world)
-        return int(contents["metrics_bytes"])
+        return int(contents["metrics_bytes"]), latest.problems
 
-    def _stop_if_not_finite(self, what: str, step: int | None) -> None:
+    def _stop_if_not_finite(self, step: int | None) -> None:
         if step is not None:
             kept = [path.name for path in self.checkpoints.paths()]
+            what = "step" if self.state.step else "warm-start step"
             raise CacoError(
                 f"the loss is not finite at {what} {step:,}; the run stops. Last good checkpoint: "
                 f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
