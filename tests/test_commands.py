@@ -230,6 +230,20 @@ def test_broken_images_are_listed_in_the_result(run, photos, tmp_path):
     assert result["broken"] == ["blue/zzz.jpg: empty: 0 bytes"]
 
 
+def test_the_reference_protocol_tells_of_broken_images_like_the_cached_one(run, val, tmp_path, capsys):
+    some = make_photos(tmp_path / "photos", 4)
+    for broken in (some / "blue" / "aaa.jpg", some / "red" / "zzz.jpg"):
+        broken.write_bytes(b"")
+    said = []
+    for protocol in ("cached", "reference"):
+        result = caco.linear(run, data=some, val=val, protocol=protocol, epochs=2)
+        check_report(result, 12, 12)
+        said.append((capsys.readouterr().err.splitlines()[-1], result["broken"]))
+    assert said[0] == said[1]
+    words = "2 of 14 images were skipped, the first: blue/aaa.jpg (empty: 0 bytes)"
+    assert said[1] == (words, ["blue/aaa.jpg: empty: 0 bytes", "red/zzz.jpg: empty: 0 bytes"])
+
+
 def test_a_class_that_training_images_lack(run, photos, tmp_path):
     some = make_photos(tmp_path / "val", 2, ("blue", "gren"))
     for command in (caco.knn, caco.linear):

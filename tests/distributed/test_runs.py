@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from caco.cli import main
 
@@ -214,13 +215,17 @@ def is_zombie(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def judged(photos, alone, tmp_path_factory):
-    """kNN and embed, in one and in two processes."""
+    """kNN, embed and the published linear protocol, in one and in two processes."""
     folder = tmp_path_factory.mktemp("judged")
     common = [str(alone), "--data", str(photos), "--device", "cpu", "--workers", "1", "--batch-size", "7"]
     for command, suffix in (("knn", "json"), ("embed", "npz")):
         assert main([command, *common, "--out", str(folder / f"1.{suffix}")]) == 0
         two = ("--out", str(folder / f"2.{suffix}"), "--distributed.processes", "2")
         assert main([command, *common, *two]) == 0
+    linear = ["linear", *common, "--protocol", "reference", "--epochs", "3", "--probe-batch-size", "10", "--lr", "3"]
+    for number in ("1", "2"):
+        files = ("--out", str(folder / f"linear {number}.json"), "--head", str(folder / f"{number}.safetensors"))
+        assert main([*linear, *files, "--distributed.processes", number]) == 0
     return folder
 
 
@@ -239,3 +244,13 @@ def test_knn_is_the_same(judged):
     one, two = (json.loads((judged / f"{number}.json").read_text()) for number in (1, 2))
     assert one == two
     assert one["train_images"] + one["val_images"] == IMAGES - 1 and len(one["broken"]) == 1
+
+
+def test_the_reference_protocol_is_the_same(judged):
+    """The processes share the features of every epoch's crops, in order, and leave out the broken image alike."""
+    one, two = (json.loads((judged / f"linear {number}.json").read_text()) for number in (1, 2))
+    assert one == two
+    assert one["train_images"] + one["val_images"] == IMAGES - 1 and len(one["broken"]) == 1
+    heads = [load_file(judged / f"{number}.safetensors") for number in (1, 2)]
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(heads[1][name], heads[0][name], rtol=1e-4, atol=1e-6)
