@@ -321,6 +321,14 @@ def test_files_that_are_not_there(tmp_path):
         read_weights(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["not json", "[1]", "null", '{"backbone": "resnet18", "size": "8"}'])
+def test_a_damaged_card_is_told_with_its_file(tmp_path, text):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"caco-backbone-1": text})
+    with pytest.raises(UsageError, match=r"a\.safetensors.*its description of itself"):
+        read_weights(path)
+
+
 @pytest.mark.parametrize("card", [{"backbone": "x", "colour": "red"}, {"size": 3}, {"backbone": "x", "mean": 3}])
 def test_a_card_of_another_version(tmp_path, card):
     """A card with other fields: of a newer version, or another program's."""
