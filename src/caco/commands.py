@@ -47,7 +47,7 @@ def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: Image
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "
             "leave --val out"
         )
-    path = launch(pretraining.run, options.distributed, options.device, options, backbone, images)
+    path = launch(pretraining.run, options.distributed, options.device, options, backbone, images, saves=True)
     if path is not None:
         print(f"The backbone is {path}. Next:\n{next_steps(options, backbone is not None, images)}")
     return path

@@ -191,6 +191,58 @@ def test_a_signal_saves_and_another_number_of_processes_goes_on(photos, alone, t
     assert_same_run(alone, out)
 
 
+def test_ctrl_c_at_a_terminal_saves_once(photos, tmp_path):
+    """A terminal sends it to the parent and to its processes: they must not take the parent's word for a second one."""
+    out = tmp_path / "ctrl-c"
+    process = start(*CACO, *pretrain(photos, out, "--distributed.processes", "2", "--epochs", "1000"))
+    wait_for(out, 4, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said = finish(process, status=75)
+    assert "--resume" in said and "Traceback" not in said
+    assert processes_of(out) == []
+
+
+def test_a_second_ctrl_c_ends_what_cannot_save(photos, tmp_path):
+    """One process is stopped, so the others wait for it for ever."""
+    out = tmp_path / "stuck"
+    process = start(*CACO, *pretrain(photos, out, "--distributed.processes", "2", "--epochs", "1000"))
+    wait_for(out, 4, process)
+    children = [pid for pid in processes_of(out) if pid != process.pid and is_worker(pid)]
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGSTOP)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    said = finish(process, status=130)
+    assert said.splitlines()[-1] == "caco: stopped" and "Traceback" not in said
+    assert processes_of(out) == []
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 4.0])
+def test_ctrl_c_ends_a_command_that_does_not_save(seconds, tmp_path):
+    """At any moment: while the processes start, too."""
+    out = tmp_path / "result.json"
+    line = ["knn", "random", "--backbone", "test_resnet", "--data", "textures:50000", "--out", str(out)]
+    process = start(*CACO, *line, "--device", "cpu", "--workers", "1", "--distributed.processes", "2")
+    deadline = time.monotonic() + 60
+    while len([pid for pid in processes_of(out) if is_worker(pid)]) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process, status=130).strip() == "caco: stopped"
+    assert processes_of(out) == []
+
+
+def is_worker(pid: int) -> bool:
+    """Return whether a process is one that caco has started for its work."""
+    try:
+        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
 def test_a_killed_parent_leaves_nobody_behind(photos, tmp_path):
     out = tmp_path / "orphans"
     process = start(*CACO, *pretrain(photos, out, "--distributed.processes", "2", "--epochs", "1000"))
