@@ -267,6 +267,16 @@ def test_nothing_left_to_hold_out(run, tmp_path):
         caco.knn(run, data=single)
 
 
+def test_a_rate_that_cannot_be_chosen_is_told_before_the_work(run, val, tmp_path, monkeypatch):
+    from caco.evaluate.encoder import UsableEncoder
+
+    single = make_photos(tmp_path / "single", 1)
+    assert caco.linear(run, data=single, val=val, lr=0.1, epochs=2)["train_images"] == 3
+    monkeypatch.setattr(UsableEncoder, "features", lambda *given: pytest.fail("features were made"))
+    with pytest.raises(UsageError, match="no class has two training images.*--lr 0.1"):
+        caco.linear(run, data=single, val=val, epochs=2)
+
+
 def test_the_result_is_asked_for_before_the_work(photos, tmp_path, monkeypatch):
     """A wrong --out is told before images are opened."""
     from caco import commands

@@ -31,7 +31,7 @@ from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder, load_encoder
 from caco.evaluate.features import labels_of
 from caco.evaluate.knn import held_out_split, knn_accuracy
-from caco.evaluate.linear import LEARNING_RATES, LinearResult, linear_probe
+from caco.evaluate.linear import LEARNING_RATES, LinearResult, check_choice, linear_probe
 from caco.evaluate.reference_probe import train_reference_probe
 from caco.files import check_writable, replace_file, replace_json
 from caco.train import pretrain as pretraining
@@ -197,6 +197,8 @@ def _cached_linear(
     options: Linear, encoder: UsableEncoder, train: ImageSource, val: ImageSource
 ) -> tuple[LinearResult, dict[str, Any]] | None:
     """Return the classifier on features made once, and what was judged (None but in the main process)."""
+    rates = LEARNING_RATES if options.lr == "auto" else [options.lr]
+    check_choice(torch.from_numpy(np.asarray(train.labels)), rates)  # before the features are made
     reference, queries = encoder.features(train), encoder.features(val)
     if not encoder.world.is_main:
         return None
@@ -208,7 +210,7 @@ def _cached_linear(
         queries.vectors,
         labels_of(queries),
         classes=len(train.classes),
-        learning_rates=LEARNING_RATES if options.lr == "auto" else [options.lr],
+        learning_rates=rates,
         epochs=options.epochs,
         batch_size=options.probe_batch_size or "auto",
         momentum=options.momentum,

@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from caco.after_training import LEAST_TEMPERATURE
 from caco.errors import CacoError, UsageError
 
 QUERY_CHUNK = 4096  # large, because the reference is made unit rows anew for each chunk of queries
 REFERENCE_CHUNK = 8192
-LEAST_TEMPERATURE = 0.0125  # exp(1/T) must stay within float32
 
 
 @dataclass(frozen=True, eq=False)
