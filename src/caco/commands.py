@@ -25,7 +25,7 @@ from caco.deliver.export import export as export_encoder
 from caco.deliver.next_steps import next_steps
 from caco.deliver.report import write_report
 from caco.distributed.launch import launch
-from caco.distributed.world import World, choose_device, choose_precision
+from caco.distributed.world import World, choose_device, choose_precision, precision_name
 from caco.errors import CacoError, UsageError
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder, load_encoder
@@ -249,7 +249,7 @@ def _reference_linear(
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         seed=options.seed,
-        precision="bf16" if encoder.precision == torch.bfloat16 else "fp32",
+        precision=precision_name(encoder.precision),
         on_epoch=say if encoder.world.is_main else None,
     )
     if not encoder.world.is_main:

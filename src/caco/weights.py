@@ -91,8 +91,8 @@ def load_backbone(
     if card is None:
         if not backbone:
             raise UsageError(f"{path} does not say which model it holds; name it with --backbone")
-        stem = stem_in(backbone, tensors)
-        card = BackboneCard(backbone=backbone, stem=stem, size=size or 224, resize=round((size or 224) * 256 / 224))
+        stem, side = stem_in(backbone, tensors), size or 224
+        card = BackboneCard(backbone=backbone, stem=stem, size=side, resize=usual_resize(side))
     if backbone and backbone != card.backbone:
         raise UsageError(f"{path} holds a {card.backbone}, not a {backbone}")
     if card.backbone == "own":

@@ -20,6 +20,7 @@ from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
 from caco.data.loader import epoch_order
+from caco.data.render import copy_to
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
@@ -30,9 +31,9 @@ from caco.evaluate.features import (
     evaluation_mode,
     extract,
     gather_features,
-    to_device,
 )
 from caco.evaluate.linear import INITIAL_STD, LinearResult, check_labels, judge_head
+from caco.optim import set_lr
 
 FORWARD_BATCH = 256  # images that go through the backbone at a time in each process, whatever the head's batch size
 
@@ -129,20 +130,12 @@ def train_reference_probe(
     optimizer = LayerWiseSGD(head.parameters(), 0.0, momentum, weight_decay)
     crops = _CroppedFeatures(backbone, train_source, train_labels, size, mean, std, seed, world, workers, precision)
     for epoch in range(epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * batch_size / 256 * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        losses, seen = [], 0
-        for features, labels in crops.batches(epoch, batch_size):
-            loss = F.cross_entropy(head(features), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach() * len(labels))
-            seen += len(labels)
-        if not seen:
+        set_lr(optimizer, learning_rate * batch_size / 256 * 0.5 * (1 + math.cos(math.pi * epoch / epochs)))
+        loss = _train_epoch(head, optimizer, crops.batches(epoch, batch_size))
+        if loss is None:
             raise CacoError(f"none of the {len(train_source):,} images of {train_source.name} can be read")
         if on_epoch is not None:
-            on_epoch(epoch, torch.stack(losses).sum().item() / seen)
+            on_epoch(epoch, loss.item())
 
     def judged_features(part: np.ndarray) -> Features:
         return extract(
@@ -163,6 +156,19 @@ def train_reference_probe(
     weight, bias = head.weight.detach(), head.bias.detach()
     result = judge_head(weight, bias, val.vectors, val.labels, learning_rate, (), epochs, batch_size, device)
     return ReferenceResult(result, crops.broken_of_all(), val.broken)
+
+
+def _train_epoch(head: nn.Linear, optimizer: Optimizer, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Take one step for each batch; return the mean loss of all images, None without any."""
+    losses, seen = [], 0
+    for features, labels in batches:
+        loss = F.cross_entropy(head(features), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach() * len(labels))
+        seen += len(labels)
+    return torch.stack(losses).sum() / seen if losses else None
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ class _CroppedFeatures:
         if not views:
             return torch.empty(0, _width(self.backbone), device=self.world.device)
         with evaluation_mode(self.backbone):
-            return backbone_features(self.backbone, to_device(torch.stack(views), self.world.device), self.precision)
+            return backbone_features(self.backbone, copy_to(self.world.device, torch.stack(views)), self.precision)
 
     def _labels(self, indices: list[int]) -> Int[Tensor, " B"]:
         return self.labels[indices].to(self.world.device)
