@@ -1,5 +1,6 @@
 """The command line as its users meet it: quick help, and errors of one line with exit status 2 before any work."""
 
+import os
 import re
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         ("pretrain --data {tmp} --out {tmp}/r --monitor.log-steps 0", "must be at least 1"),
         ("pretrain --data {tmp} --out {tmp}/r --monitor.held-out 1", "above 0 and below 1"),
         ("knn x --neighbours 0", "must be at least 1"),
-        ("knn x --temperature 0", "must be above 0"),
+        ("knn x --data y --temperature 0.01", "--temperature 0.01: must be at least 0.0125"),
         ("knn x --held-out 1.5", "above 0 and below 1"),
         ("pretrain --data {tmp} --out {tmp}/r --bank.lr -1", "--bank.lr -1.0: must be at least 0"),
         ("pretrain --data {tmp} --out {tmp}/r --bank.final-lr -1", "--bank.final-lr -1.0: must be at least 0"),
@@ -247,8 +248,47 @@ def test_a_line_break_in_a_name_does_not_break_the_line(capsys, tmp_path):
     assert "no such file" in told(capsys, "knn", "pixels", "--data", f"{tmp_path}/one\ntwo")
 
 
-def test_a_reader_that_leaves_is_no_error():
-    script = f"{sys.executable} -m caco pretrain --help | head -1"
-    done = subprocess.run(script, shell=True, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_what_a_terminal_cannot_show_is_printed_as_escapes(tmp_path, processes):
+    line = [
+        "knn",
+        "pixels",
+        "--data",
+        "textures:40",
+        "--size",
+        "8",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "été.json"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "caco", *line, "--distributed.processes", processes],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\\xe9t\\xe9.json\n")
+    assert (tmp_path / "été.json").exists()
+
+
+def with_no_reader(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run caco with a pipe as its output that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "caco", *arguments]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    return done
+
+
+@pytest.mark.parametrize("line", ["recipes", "recipes cifar", "recipes --help", "--help", "--version", "knn --help"])
+def test_a_reader_that_leaves_is_no_error(line):
+    done = with_no_reader(*line.split())
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_result_that_nobody_gets_is_an_error():
+    done = with_no_reader("knn", "pixels", "--data", "textures:40", "--size", "8", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (1, "caco: not all was told: whoever read the output has left\n")

@@ -230,6 +230,20 @@ def test_broken_images_are_listed_in_the_result(run, photos, tmp_path):
     assert result["broken"] == ["blue/zzz.jpg: empty: 0 bytes"]
 
 
+def test_the_reference_protocol_tells_of_broken_images_like_the_cached_one(run, val, tmp_path, capsys):
+    some = make_photos(tmp_path / "photos", 4)
+    for broken in (some / "blue" / "aaa.jpg", some / "red" / "zzz.jpg"):
+        broken.write_bytes(b"")
+    said = []
+    for protocol in ("cached", "reference"):
+        result = caco.linear(run, data=some, val=val, protocol=protocol, epochs=2)
+        check_report(result, 12, 12)
+        said.append((capsys.readouterr().err.splitlines()[-1], result["broken"]))
+    assert said[0] == said[1]
+    words = "2 of 14 images were skipped, the first: blue/aaa.jpg (empty: 0 bytes)"
+    assert said[1] == (words, ["blue/aaa.jpg: empty: 0 bytes", "red/zzz.jpg: empty: 0 bytes"])
+
+
 def test_a_class_that_training_images_lack(run, photos, tmp_path):
     some = make_photos(tmp_path / "val", 2, ("blue", "gren"))
     for command in (caco.knn, caco.linear):
@@ -251,6 +265,16 @@ def test_nothing_left_to_hold_out(run, tmp_path):
     single = make_photos(tmp_path / "single", 1)
     with pytest.raises(CacoError, match="no class has two images.*--val"):
         caco.knn(run, data=single)
+
+
+def test_a_rate_that_cannot_be_chosen_is_told_before_the_work(run, val, tmp_path, monkeypatch):
+    from caco.evaluate.encoder import UsableEncoder
+
+    single = make_photos(tmp_path / "single", 1)
+    assert caco.linear(run, data=single, val=val, lr=0.1, epochs=2)["train_images"] == 3
+    monkeypatch.setattr(UsableEncoder, "features", lambda *given: pytest.fail("features were made"))
+    with pytest.raises(UsageError, match="no class has two training images.*--lr 0.1"):
+        caco.linear(run, data=single, val=val, epochs=2)
 
 
 def test_the_result_is_asked_for_before_the_work(photos, tmp_path, monkeypatch):

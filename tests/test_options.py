@@ -136,6 +136,21 @@ def test_from_dictionary_refuses_unknown_settings(content):
         from_dictionary(Outer, content)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"rate": "8"}, "wrong setting in the configuration of Outer: rate='8': must be float."),
+        ({"inner": {"size": None}}, "wrong setting in the configuration of Inner: size=None: must be int."),
+        ({"inner": 5}, "5 is no group of settings in the configuration of Inner"),
+        ([1], "[1] is no group of settings in the configuration of Outer"),
+    ],
+)
+def test_from_dictionary_refuses_what_is_of_another_type(content, words):
+    with pytest.raises(UsageError) as caught:
+        from_dictionary(Outer, content)
+    assert str(caught.value) == words
+
+
 def test_values_from_python_are_fitted(tmp_path):
     given = {
         "name": tmp_path,

@@ -129,7 +129,7 @@ def test_every_usual_form_gives_the_same_features(tmp_path, backbone, images, fo
         torch.save(content, path, _use_new_zipfile_serialization=ending == ".pth")
     module, card = load_backbone(path, "test_resnet", SIZE)
     # A published file names its model, and was trained on views of 224 px.
-    expected = (224, 256) if form == "published checkpoint" else (SIZE, round(SIZE * 256 / 224))
+    expected = (224, 256) if form == "published checkpoint" else (SIZE, SIZE)  # small pictures are not enlarged first
     assert (card.backbone, card.size, card.resize) == ("test_resnet", *expected)
     assert_same_features(module, backbone, images)
 
@@ -319,6 +319,14 @@ def test_files_that_are_not_there(tmp_path):
         read_weights(tmp_path / "none.pt")
     with pytest.raises(UsageError, match="there is no file"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", "null", '{"backbone": "resnet18", "size": "8"}'])
+def test_a_damaged_card_is_told_with_its_file(tmp_path, text):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"caco-backbone-1": text})
+    with pytest.raises(UsageError, match=r"a\.safetensors.*its description of itself"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize("card", [{"backbone": "x", "colour": "red"}, {"size": 3}, {"backbone": "x", "mean": 3}])

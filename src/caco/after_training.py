@@ -11,6 +11,9 @@ from typing import Literal, Union
 
 from caco.config import Auto, DistributedOptions, Precision
 
+LEAST_TEMPERATURE = 0.0125
+"""Of kNN votes: exp(1 / temperature) must stay within float32."""
+
 
 @dataclass(frozen=True)
 class Evaluation:

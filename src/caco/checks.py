@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from caco.after_training import Evaluation, Export
+from caco.after_training import LEAST_TEMPERATURE, Evaluation, Export
 from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten
@@ -31,6 +31,7 @@ _LEAST: dict[str, float] = {
     "size": 0,
     "images": 2,
     "neighbours": 1,
+    "temperature": LEAST_TEMPERATURE,
     "probe_batch_size": 0,
     "weight_decay": 0,
     "views.brightness": 0,
@@ -60,7 +61,6 @@ _MOST: dict[str, float] = {"seed": 2**63 - 1, "views.hue": 0.5}
 """Seeds are 64-bit numbers in torch; half a turn of the hue is as far as it goes."""
 _ABOVE_ZERO = (
     "lr",
-    "temperature",
     "bank.temperature",
     "bank.slot_temperature",
     "bank.warm_start_temperature",

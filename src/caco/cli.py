@@ -6,6 +6,7 @@ Exit status: 0 done · 1 the work failed · 2 wrong usage, nothing was done · 7
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from caco.after_training import Embed, Evaluation, Export, Knn, Linear, Report
 from caco.checks import check, check_judged, check_numbers
 from caco.config import Demo, Pretrain
 from caco.errors import CacoError, UsageError, did_you_mean
-from caco.files import refused
+from caco.files import print_any_name, refused
 from caco.options import parse
 from caco.recipes import find_recipe, listing, whole
 
@@ -47,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def exit_status(work: Callable[[], int | None], program: str) -> int:
     """Do the work and return its exit status (None: 0); an error becomes one line that begins with the program's name."""
+    print_any_name()
     try:
-        return work() or 0
+        status = work() or 0
+        sys.stdout.flush()  # here it can still be told that nothing was written
+        return status
     except SystemExit as done:  # argparse, after --help
         return int(done.code or 0)
     except CacoError as error:
@@ -57,22 +61,42 @@ def exit_status(work: Callable[[], int | None], program: str) -> int:
     except KeyboardInterrupt:
         print(f"{program}: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has left: `caco recipes | head -1`
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:
+        print(f"{program}: not all was told: whoever read the output has left", file=sys.stderr)
+        return CacoError.exit_status
     except OSError as error:  # a full disk, a folder that may not be written to, ...
         print(f"{program}: {refused(error)}", file=sys.stderr)
         return CacoError.exit_status
+    finally:
+        _give_up_unwritten()
+
+
+def _give_up_unwritten() -> None:
+    """Throw away what is printed and cannot be written: when it ends, Python would try once more and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _show(text: str) -> None:
+    """Print what a command has to show and does nothing besides: a reader that has left (`| head -1`) has seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _give_up_unwritten()
 
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(OVERVIEW)
+        _show(OVERVIEW)
         return 0 if arguments else UsageError.exit_status
     if arguments[0] == "--version":
         from caco import __version__
 
-        print(f"caco {__version__}")
+        _show(f"caco {__version__}")
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
@@ -120,11 +144,11 @@ def _command(kind: type, name: str) -> Callable[[list[str]], None]:
 
 def _recipes(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: caco recipes [NAME]\n\nList the named recipes, or print one whole.")
+        _show("usage: caco recipes [NAME]\n\nList the named recipes, or print one whole.")
     elif len(arguments) > 1:
         raise UsageError(f"caco recipes takes one name, not {len(arguments)}")
     else:
-        print(whole(arguments[0]) if arguments else listing())
+        _show(whole(arguments[0]) if arguments else listing())
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -25,13 +25,13 @@ from caco.deliver.export import export as export_encoder
 from caco.deliver.next_steps import next_steps
 from caco.deliver.report import write_report
 from caco.distributed.launch import launch
-from caco.distributed.world import World, choose_device, choose_precision
+from caco.distributed.world import World, choose_device, choose_precision, precision_name
 from caco.errors import CacoError, UsageError
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder, load_encoder
-from caco.evaluate.features import Features, labels_of
+from caco.evaluate.features import labels_of
 from caco.evaluate.knn import held_out_split, knn_accuracy
-from caco.evaluate.linear import LEARNING_RATES, LinearResult, linear_probe
+from caco.evaluate.linear import LEARNING_RATES, LinearResult, check_choice, linear_probe
 from caco.evaluate.reference_probe import train_reference_probe
 from caco.files import check_writable, replace_file, replace_json
 from caco.train import pretrain as pretraining
@@ -47,7 +47,7 @@ def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: Image
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "
             "leave --val out"
         )
-    path = launch(pretraining.run, options.distributed, options.device, options, backbone, images)
+    path = launch(pretraining.run, options.distributed, options.device, options, backbone, images, saves=True)
     if path is not None:
         print(f"The backbone is {path}. Next:\n{next_steps(options, backbone is not None, images)}")
     return path
@@ -75,8 +75,8 @@ def _knn(world: World, options: Knn, own: nn.Module | None) -> dict[str, Any] | 
     reference, queries = encoder.features(train), encoder.features(val)
     if not world.is_main:
         return None
-    _say_broken(train, reference)
-    _say_broken(val, queries)
+    _say_broken(train, reference.broken)
+    _say_broken(val, queries.broken)
     results = knn_accuracy(
         reference.vectors.to(world.device),
         labels_of(reference),
@@ -96,7 +96,8 @@ def _knn(world: World, options: Knn, own: nn.Module | None) -> dict[str, Any] | 
         }
         for result in results
     ]
-    report = {**_described(options, reference, queries), **rows[0], "temperature": options.temperature, "all": rows}
+    counts = _described(options, len(reference.vectors), len(queries.vectors), reference.broken + queries.broken)
+    report = {**counts, **rows[0], "temperature": options.temperature, "all": rows}
     for row in rows:
         print(f"kNN ({row['neighbours']} neighbours) {_accuracy_line(row, len(train.classes))}, {_counts_line(report)}")
     return _deliver(report, options.out)
@@ -117,30 +118,11 @@ def linear(options: Linear, own: nn.Module | None = None) -> dict[str, Any] | No
 
 def _linear(world: World, options: Linear, own: nn.Module | None) -> dict[str, Any] | None:
     encoder, train, val = _prepare(world, options, own, options.val, options.held_out)
-    if options.protocol == "reference":
-        result, report = _reference_linear(options, encoder, train, val)
-        if not world.is_main:
-            return None
-    else:
-        reference, queries = encoder.features(train), encoder.features(val)
-        if not world.is_main:
-            return None
-        _say_broken(train, reference)
-        _say_broken(val, queries)
-        result = linear_probe(
-            reference.vectors,
-            labels_of(reference),
-            queries.vectors,
-            labels_of(queries),
-            classes=len(train.classes),
-            learning_rates=LEARNING_RATES if options.lr == "auto" else [options.lr],
-            epochs=options.epochs,
-            batch_size=options.probe_batch_size or "auto",
-            momentum=options.momentum,
-            seed=options.seed,
-            device=world.device,
-        )
-        report = _described(options, reference, queries)
+    probe = _reference_linear if options.protocol == "reference" else _cached_linear
+    judged = probe(options, encoder, train, val)
+    if judged is None:
+        return None
+    result, report = judged
     report |= {
         "protocol": options.protocol,
         "top1": 100 * result.top1,
@@ -173,7 +155,7 @@ def _embed(world: World, options: Embed, own: nn.Module | None) -> Path | None:
     features = _encoder(world, options, own).features(source)
     if not world.is_main:
         return None
-    _say_broken(source, features)
+    _say_broken(source, features.broken)
     if options.normalise:
         features.vectors.div_(features.vectors.norm(dim=1, keepdim=True).clamp_min(1e-12))
     write_features(path, features, source.classes)
@@ -211,9 +193,37 @@ def _open(options: Evaluation, data: str, split: str) -> ImageSource:
     return open_source(data, split=split, download=options.download)
 
 
+def _cached_linear(
+    options: Linear, encoder: UsableEncoder, train: ImageSource, val: ImageSource
+) -> tuple[LinearResult, dict[str, Any]] | None:
+    """Return the classifier on features made once, and what was judged (None but in the main process)."""
+    rates = LEARNING_RATES if options.lr == "auto" else [options.lr]
+    check_choice(torch.from_numpy(np.asarray(train.labels)), rates)  # before the features are made
+    reference, queries = encoder.features(train), encoder.features(val)
+    if not encoder.world.is_main:
+        return None
+    _say_broken(train, reference.broken)
+    _say_broken(val, queries.broken)
+    result = linear_probe(
+        reference.vectors,
+        labels_of(reference),
+        queries.vectors,
+        labels_of(queries),
+        classes=len(train.classes),
+        learning_rates=rates,
+        epochs=options.epochs,
+        batch_size=options.probe_batch_size or "auto",
+        momentum=options.momentum,
+        seed=options.seed,
+        device=encoder.world.device,
+    )
+    return result, _described(options, len(reference.vectors), len(queries.vectors), reference.broken + queries.broken)
+
+
 def _reference_linear(
     options: Linear, encoder: UsableEncoder, train: ImageSource, val: ImageSource
-) -> tuple[LinearResult, dict[str, Any]]:
+) -> tuple[LinearResult, dict[str, Any]] | None:
+    """Return the classifier of the published protocol, and what was judged (None but in the main process)."""
     if encoder.backbone is None:
         raise UsageError("the reference protocol judges encoders, not pixels; use --protocol cached")
     began = time.monotonic()
@@ -227,7 +237,7 @@ def _reference_linear(
         encoder.backbone,
         train,
         val,
-        device=encoder.world.device,
+        world=encoder.world,
         workers=encoder.workers,
         size=card.size,
         resize=card.resize,
@@ -239,17 +249,30 @@ def _reference_linear(
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         seed=options.seed,
-        precision="bf16" if encoder.precision == torch.bfloat16 else "fp32",
+        precision=precision_name(encoder.precision),
         on_epoch=say if encoder.world.is_main else None,
     )
-    counts = {"train_images": len(train), "val_images": len(result.correct)}
-    return result, {"run": options.run, "data": options.data, "val": options.val, **counts}
+    if not encoder.world.is_main:
+        return None
+    _say_broken(train, result.train_broken)
+    _say_broken(val, result.val_broken)
+    trained_on = len(train) - len(result.train_broken)
+    return result.head, _described(
+        options, trained_on, len(result.head.correct), result.train_broken + result.val_broken
+    )
 
 
-def _described(options: Knn | Linear, train: Features, val: Features) -> dict[str, Any]:
-    broken = [f"{key}: {reason}" for key, reason in [*train.broken, *val.broken]]
-    counts = {"train_images": len(train.vectors), "val_images": len(val.vectors), "broken": broken}
-    return {"run": options.run, "data": options.data, "val": options.val or f"held out: {options.held_out:g}", **counts}
+def _described(
+    options: Knn | Linear, train_images: int, val_images: int, broken: list[tuple[str, str]]
+) -> dict[str, Any]:
+    return {
+        "run": options.run,
+        "data": options.data,
+        "val": options.val or f"held out: {options.held_out:g}",
+        "train_images": train_images,
+        "val_images": val_images,
+        "broken": [f"{key}: {reason}" for key, reason in broken],
+    }
 
 
 def _number(value: float) -> float | None:
@@ -285,13 +308,10 @@ def _deliver(report: dict[str, Any], path: str) -> dict[str, Any]:
     return report
 
 
-def _say_broken(source: ImageSource, features: Features) -> None:
-    if features.broken:
-        key, reason = features.broken[0]
-        print(
-            f"{len(features.broken):,} of {len(source):,} images were skipped, the first: {key} ({reason})",
-            file=sys.stderr,
-        )
+def _say_broken(source: ImageSource, broken: list[tuple[str, str]]) -> None:
+    if broken:
+        key, reason = broken[0]
+        print(f"{len(broken):,} of {len(source):,} images were skipped, the first: {key} ({reason})", file=sys.stderr)
 
 
 def export(options: Export) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,3 +116,10 @@ def refused(error: OSError, path: Path | None = None) -> str:
         where = f"{os.path.abspath(name)} {'cannot be written' if path or error.errno in FULL else 'cannot be used'}"
     advice = "; free some space there" if error.errno in FULL else ""
     return f"{where}: {error.strerror or error}{advice}"
+
+
+def print_any_name() -> None:
+    """Let this process print every name of a file, as escapes where the terminal has no characters for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

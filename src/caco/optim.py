@@ -1,4 +1,4 @@
-"""Optimizers of the encoder and of the linear probe, and which parameters are decayed."""
+"""The encoder's optimizers, and which parameters are decayed."""
 
 from __future__ import annotations
 

@@ -116,18 +116,27 @@ def words(values: Any, before: Any = None) -> Iterator[tuple[str, ...]]:
             yield (f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,)))
 
 
-def from_dictionary(kind: type[T], values: dict[str, Any]) -> T:
-    """Return a `kind` from what `dataclasses.asdict` and JSON made of one. Unknown names raise UsageError."""
+def from_dictionary(kind: type[T], values: Any) -> T:
+    """Return a `kind` from what `dataclasses.asdict` and JSON made of one.
+
+    Raises UsageError for anything else: unknown names, values of another type.
+    """
+    where = f"in the configuration of {kind.__name__}"
+    if not isinstance(values, dict):
+        raise UsageError(f"{values!r:.60} is no group of settings {where}")
     hints = typing.get_type_hints(kind)
     unknown = set(values) - set(hints)
     if unknown:
-        raise UsageError(f"unknown setting {sorted(unknown)[0]!r} in the configuration of {kind.__name__}")
+        raise UsageError(f"unknown setting {sorted(unknown)[0]!r} {where}")
     arguments = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             arguments[name] = from_dictionary(hints[name], value)
-        else:
-            arguments[name] = tuple(value) if isinstance(value, list) else value
+            continue
+        try:
+            arguments[name] = _fitted(name, hints[name], value)
+        except UsageError as error:
+            raise UsageError(f"wrong setting {where}: {error}") from error
     return kind(**arguments)
 
 

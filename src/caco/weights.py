@@ -29,7 +29,7 @@ from caco.backbone import adopt_backbone, create_backbone, is_model, stem_in, ti
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, usual_resize
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import replace_file
-from caco.options import checked
+from caco.options import from_dictionary
 from caco.reference.pickled import HARMLESS
 
 CARD_FORMAT = "caco-backbone-1"
@@ -91,8 +91,8 @@ def load_backbone(
     if card is None:
         if not backbone:
             raise UsageError(f"{path} does not say which model it holds; name it with --backbone")
-        stem = stem_in(backbone, tensors)
-        card = BackboneCard(backbone=backbone, stem=stem, size=size or 224, resize=round((size or 224) * 256 / 224))
+        stem, side = stem_in(backbone, tensors), size or 224
+        card = BackboneCard(backbone=backbone, stem=stem, size=side, resize=usual_resize(side))
     if backbone and backbone != card.backbone:
         raise UsageError(f"{path} holds a {card.backbone}, not a {backbone}")
     if card.backbone == "own":
@@ -183,15 +183,19 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], BackboneCard | Non
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a safetensors file, or is damaged ({error})") from error
-    if CARD_FORMAT in header:
-        return tensors, _card(json.loads(header[CARD_FORMAT]), path)
-    return strip_prefix(tensors), None
-
-
-def _card(values: dict[str, Any], path: Path) -> BackboneCard:
+    if CARD_FORMAT not in header:
+        return strip_prefix(tensors), None
     try:
-        return BackboneCard(**checked(BackboneCard, values))
-    except (UsageError, KeyError, TypeError) as error:
+        card = json.loads(header[CARD_FORMAT])
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: its description of itself is no JSON") from error
+    return tensors, _card(card, path)
+
+
+def _card(values: Any, path: Path) -> BackboneCard:
+    try:
+        return from_dictionary(BackboneCard, values)
+    except (UsageError, TypeError) as error:  # TypeError: without the model's name
         raise UsageError(f"{path}: its description of itself is one that this version does not understand") from error
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from caco.data import decode
-from caco.data.decode import BrokenImage, decode_rgb, read_size
+from caco.data.decode import BrokenImage, decode_rgb
 from caco.errors import CacoError
 
 # Four patches of 24 x 32 pixels: red, green / blue, grey. Every turn and flip of it is another picture.
@@ -61,7 +61,6 @@ def assert_shows(data: bytes, expected: object, tolerance: int = 0, size: tuple[
     assert pixels.flags.c_contiguous
     colours = np.broadcast_to(np.asarray(expected).reshape(2, 2, -1), (2, 2, 3))
     assert np.abs(patches(pixels) - colours).max() <= tolerance, patches(pixels)
-    assert read_size(data, "picture") == size
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
@@ -321,15 +320,6 @@ def test_broken(data: bytes, reason: str) -> None:
 def test_smallest_side_is_the_callers() -> None:
     tiny = encoded(Image.fromarray(picture()[:2, :2]), "PNG")
     assert decode_rgb(tiny, "tiny", minimum_side=2).shape == (2, 2, 3)
-    assert read_size(tiny, "tiny") == (2, 2)
-    with pytest.raises(BrokenImage, match="too large"):
-        read_size(BOMB, "bomb")
-
-
-def test_size_of_a_truncated_image_is_still_told() -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    data = encoded(Image.fromarray(noise), "JPEG")
-    assert read_size(data[: len(data) // 2], "half") == (48, 64)
 
 
 def test_any_damage_ends_in_broken_image_or_pixels() -> None:

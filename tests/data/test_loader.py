@@ -268,6 +268,12 @@ def test_batches_are_made_ahead_but_not_all():
 def test_impossible_batches_are_usage_errors():
     with pytest.raises(UsageError, match="40 images, fewer than one batch; use --batch-size 40 or less"):
         views_of(Pictures(), batch_size=41)
+    with pytest.raises(UsageError, match="40 images, fewer than one batch; use --batch-size 39 or less"):
+        views_of(Pictures(), batch_size=42, rank=0, world_size=3)
+    with pytest.raises(UsageError, match="pictures has 1 image, too few to train on: a batch needs at least 2$"):
+        views_of(Pictures(count=1))
+    with pytest.raises(UsageError, match="pictures has 2 images, too few to train on: a batch needs at least 3$"):
+        views_of(Pictures(count=2), batch_size=9, rank=0, world_size=3)
     with pytest.raises(UsageError, match="--batch-size 8 cannot be divided among 3 processes"):
         views_of(Pictures(), rank=0, world_size=3)
 

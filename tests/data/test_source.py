@@ -104,9 +104,29 @@ class TestFolder:
     def test_hidden_and_other_files_are_ignored(self, class_folders: Path) -> None:
         for name in (".hidden.png", ".git/x.png", "__MACOSX/dog/a.png", "dog/._b.png", "dog/readme.md", "cat/noending"):
             write(class_folders / name, image_bytes(0))
-        os.symlink(class_folders / "nowhere.png", class_folders / "dog" / "dangling.png")
         (class_folders / "dog" / "folder.png").mkdir()
+        os.mkfifo(class_folders / "dog" / "pipe.png")  # to open it would wait for ever
+        os.symlink("pipe.png", class_folders / "dog" / "to a pipe.png")
         assert len(open_source(class_folders)) == 4
+
+    def test_links_that_lead_nowhere_end_nothing(self, class_folders: Path) -> None:
+        """Those with an image's ending count as broken images, like any file that cannot be read; others are no images."""
+        os.symlink("self", class_folders / "self")
+        os.symlink("nowhere", class_folders / "dog" / "gone")
+        os.symlink("nowhere.png", class_folders / "dog" / "c.png")
+        os.symlink("d.png", class_folders / "dog" / "d.png")
+        source = open_source(class_folders)
+        assert keys(source)[2:] == ["dog/a.PNG", "dog/b.png", "dog/c.png", "dog/d.png"]
+        assert labels(source) == [0, 0, 1, 1, 1, 1]
+        with pytest.raises(BrokenImage, match=r"^dog/c.png: cannot be read: No such file"):
+            source.load(4)
+        with pytest.raises(BrokenImage, match=r"^dog/d.png: cannot be read: Too many levels of symbolic links"):
+            source.load(5)
+
+    def test_a_folder_with_a_link_to_itself_alone(self, tmp_path: Path) -> None:
+        os.symlink("self", tmp_path / "self")
+        with pytest.raises(UsageError, match=r"holds no images; found: 1 without ending"):
+            open_source(tmp_path)
 
     def test_links_are_followed_but_not_round_in_circles(self, class_folders: Path, tmp_path: Path) -> None:
         outside = write(tmp_path / "elsewhere" / "far.png", image_bytes(5)).parent

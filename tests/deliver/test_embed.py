@@ -44,6 +44,14 @@ def test_parquet(tmp_path):
     assert table["class"].to_pylist() == ["dog", "cat", "dog"]
 
 
+def test_classes_need_not_be_utf8(tmp_path):
+    for name in ("f.npz", "f.parquet"):
+        write_features(tmp_path / name, features(), ("cat", "\udce9t\udce9"))
+    assert parquet.read_table(tmp_path / "f.parquet")["class"].to_pylist() == ["\ufffdt\ufffd", "cat", "\ufffdt\ufffd"]
+    with np.load(tmp_path / "f.npz") as file:
+        assert file["classes"].tolist() == ["cat", "\udce9t\udce9"]
+
+
 @pytest.mark.parametrize("name", ["f.npz", "f.parquet"])
 def test_without_labels(tmp_path, name):
     write_features(tmp_path / name, features(labels=False), ())

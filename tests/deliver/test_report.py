@@ -76,6 +76,16 @@ def page(finished):
     return path.read_text(encoding="utf-8")
 
 
+def test_names_need_not_be_utf8(run, photos, tmp_path):
+    renamed = shutil.copytree(photos, tmp_path / "photos")
+    for path in [*renamed.glob("*/*.jpg")]:
+        path.rename(path.with_name(f"caf\udce9 {path.name}"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "data": str(renamed)}))
+    (run / "index.npz").unlink()
+    assert r"caf\udce9 " in caco.report(run, device="cpu").read_text(encoding="utf-8")
+
+
 class Checker(HTMLParser):
     """Collects ids and tags; every opened tag must be closed in order."""
 

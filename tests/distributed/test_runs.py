@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from caco.cli import main
 
@@ -190,6 +191,58 @@ def test_a_signal_saves_and_another_number_of_processes_goes_on(photos, alone, t
     assert_same_run(alone, out)
 
 
+def test_ctrl_c_at_a_terminal_saves_once(photos, tmp_path):
+    """A terminal sends it to the parent and to its processes: they must not take the parent's word for a second one."""
+    out = tmp_path / "ctrl-c"
+    process = start(*CACO, *pretrain(photos, out, "--distributed.processes", "2", "--epochs", "1000"))
+    wait_for(out, 4, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said = finish(process, status=75)
+    assert "--resume" in said and "Traceback" not in said
+    assert processes_of(out) == []
+
+
+def test_a_second_ctrl_c_ends_what_cannot_save(photos, tmp_path):
+    """One process is stopped, so the others wait for it for ever."""
+    out = tmp_path / "stuck"
+    process = start(*CACO, *pretrain(photos, out, "--distributed.processes", "2", "--epochs", "1000"))
+    wait_for(out, 4, process)
+    children = [pid for pid in processes_of(out) if pid != process.pid and is_worker(pid)]
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGSTOP)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(2)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    said = finish(process, status=130)
+    assert said.splitlines()[-1] == "caco: stopped" and "Traceback" not in said
+    assert processes_of(out) == []
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 4.0])
+def test_ctrl_c_ends_a_command_that_does_not_save(seconds, tmp_path):
+    """At any moment: while the processes start, too."""
+    out = tmp_path / "result.json"
+    line = ["knn", "random", "--backbone", "test_resnet", "--data", "textures:50000", "--out", str(out)]
+    process = start(*CACO, *line, "--device", "cpu", "--workers", "1", "--distributed.processes", "2")
+    deadline = time.monotonic() + 60
+    while len([pid for pid in processes_of(out) if is_worker(pid)]) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process, status=130).strip() == "caco: stopped"
+    assert processes_of(out) == []
+
+
+def is_worker(pid: int) -> bool:
+    """Return whether a process is one that caco has started for its work."""
+    try:
+        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
 def test_a_killed_parent_leaves_nobody_behind(photos, tmp_path):
     out = tmp_path / "orphans"
     process = start(*CACO, *pretrain(photos, out, "--distributed.processes", "2", "--epochs", "1000"))
@@ -214,13 +267,17 @@ def is_zombie(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def judged(photos, alone, tmp_path_factory):
-    """kNN and embed, in one and in two processes."""
+    """kNN, embed and the published linear protocol, in one and in two processes."""
     folder = tmp_path_factory.mktemp("judged")
     common = [str(alone), "--data", str(photos), "--device", "cpu", "--workers", "1", "--batch-size", "7"]
     for command, suffix in (("knn", "json"), ("embed", "npz")):
         assert main([command, *common, "--out", str(folder / f"1.{suffix}")]) == 0
         two = ("--out", str(folder / f"2.{suffix}"), "--distributed.processes", "2")
         assert main([command, *common, *two]) == 0
+    linear = ["linear", *common, "--protocol", "reference", "--epochs", "3", "--probe-batch-size", "10", "--lr", "3"]
+    for number in ("1", "2"):
+        files = ("--out", str(folder / f"linear {number}.json"), "--head", str(folder / f"{number}.safetensors"))
+        assert main([*linear, *files, "--distributed.processes", number]) == 0
     return folder
 
 
@@ -239,3 +296,13 @@ def test_knn_is_the_same(judged):
     one, two = (json.loads((judged / f"{number}.json").read_text()) for number in (1, 2))
     assert one == two
     assert one["train_images"] + one["val_images"] == IMAGES - 1 and len(one["broken"]) == 1
+
+
+def test_the_reference_protocol_is_the_same(judged):
+    """The processes share the features of every epoch's crops, in order, and leave out the broken image alike."""
+    one, two = (json.loads((judged / f"linear {number}.json").read_text()) for number in (1, 2))
+    assert one == two
+    assert one["train_images"] + one["val_images"] == IMAGES - 1 and len(one["broken"]) == 1
+    heads = [load_file(judged / f"{number}.safetensors") for number in (1, 2)]
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(heads[1][name], heads[0][name], rtol=1e-4, atol=1e-6)

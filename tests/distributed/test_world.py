@@ -152,9 +152,14 @@ def kill_itself(world: World) -> None:
 def test_a_killed_process_is_named_and_nobody_hangs():
     began = time.monotonic()
     with pytest.raises(CacoError, match="^process 1 of 2 was killed.*--resume"):
-        launch(kill_itself, TWO, "cpu")
+        launch(kill_itself, TWO, "cpu", saves=True)
     assert time.monotonic() - began < 60
     assert multiprocessing.active_children() == []
+
+
+def test_what_does_not_save_is_not_told_to_resume():
+    with pytest.raises(CacoError, match=r"^process 1 of 2 was killed, so all others were stopped\.$"):
+        launch(kill_itself, TWO, "cpu")
 
 
 def test_wrong_numbers_are_told_before_anything_starts():

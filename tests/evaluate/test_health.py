@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from caco.evaluate import health
-from caco.evaluate.health import ChoiceWindow, alignment, rank_me, sphere_std, uniformity, verdict
+from caco.evaluate.health import ChoiceWindow, rank_me, verdict
 
 
 def random_features(count, width, seed=0):
@@ -27,38 +26,6 @@ def test_rank_me_of_known_cases():
     assert rank_me(collapsed).item() == pytest.approx(1, abs=1e-3)
     assert rank_me(torch.zeros(4, 3)).item() == 1
     assert rank_me(random_features(20_000, 4)).item() == pytest.approx(4, abs=0.01)  # more than one chunk
-
-
-def test_sphere_std():
-    features = random_features(4000, 16)
-    unit = features / features.norm(dim=1, keepdim=True)
-    plain = sum(unit[:, column].std(correction=0) for column in range(16)) / 16 * 4
-    assert sphere_std(features).item() == pytest.approx(plain.item(), rel=1e-5)
-    assert sphere_std(features).item() == pytest.approx(1, abs=0.01)
-    assert sphere_std(torch.ones(7, 5)).item() == pytest.approx(0, abs=1e-6)
-    mean_length = (features + 3).div((features + 3).norm(dim=1, keepdim=True)).mean(dim=0).norm()
-    assert sphere_std(features + 3).item() == pytest.approx((1 - mean_length.item() ** 2) ** 0.5, rel=0.02)
-
-
-@pytest.mark.parametrize("chunk", [2048, 3])
-def test_alignment_and_uniformity_equal_plain_loops(monkeypatch, chunk):
-    monkeypatch.setattr(health, "PAIR_CHUNK", chunk)
-    first, second = random_features(11, 5), random_features(11, 5, seed=1)
-    units = [[x / math.hypot(*row) for x in row] for row in first.tolist()]
-    others = [[x / math.hypot(*row) for x in row] for row in second.tolist()]
-    distances = [math.dist(a, b) ** 2 for a, b in zip(units, others, strict=True)]
-    assert alignment(first, second).item() == pytest.approx(sum(distances) / 11, rel=1e-5)
-    kernel = [math.exp(-2 * math.dist(a, b) ** 2) for i, a in enumerate(units) for b in units[i + 1 :]]
-    assert uniformity(first).item() == pytest.approx(math.log(sum(kernel) / len(kernel)), rel=1e-5)
-
-
-def test_alignment_and_uniformity_at_the_ends():
-    features = random_features(6, 4)
-    assert alignment(features, 5 * features).item() == pytest.approx(0, abs=1e-9)
-    assert alignment(features, -features).item() == pytest.approx(4, rel=1e-6)
-    assert uniformity(torch.ones(5, 3)).item() == pytest.approx(0, abs=1e-5)
-    with pytest.raises(ValueError, match="too few"):
-        uniformity(features[:1])
 
 
 def test_choice_window():

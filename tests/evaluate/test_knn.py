@@ -8,7 +8,7 @@ import torch
 
 from caco.errors import CacoError, UsageError
 from caco.evaluate import knn
-from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy, knn_votes, ranking
+from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy, knn_guesses
 
 
 def plain_votes(reference, labels, queries, classes, neighbours, temperature, forbidden=None):
@@ -26,11 +26,18 @@ def plain_votes(reference, labels, queries, classes, neighbours, temperature, fo
     return votes
 
 
+def votes_of(reference, labels, queries, classes, neighbours, temperature=0.2):
+    """All votes [M, C], as they are counted chunk by chunk."""
+    counts = [min(neighbours, len(reference))]
+    chunks = knn._votes_by_chunk(reference, labels, queries, classes, counts, temperature, False)
+    return torch.cat([votes for (votes,) in chunks])
+
+
 @pytest.mark.parametrize("neighbours", [20, 200])
 def test_rankings_of_the_reference(golden, neighbours):
     values = golden("knn")
-    votes = knn_votes(values["reference"], values["labels"], values["queries"], 7, neighbours)
-    assert torch.equal(ranking(votes), values[f"ranking_k{neighbours}"])
+    (guesses,) = knn_guesses(values["reference"], values["labels"], values["queries"], 7, neighbours=[neighbours])
+    assert torch.equal(guesses, values[f"ranking_k{neighbours}"][:, :5])
 
 
 @pytest.mark.parametrize(("queries", "images", "classes", "neighbours"), [(1, 1, 1, 1), (7, 23, 4, 5), (9, 30, 2, 99)])
@@ -44,7 +51,7 @@ def test_votes_equal_a_plain_loop(monkeypatch, queries, images, classes, neighbo
     asked = torch.randn(queries, 6, generator=generator, dtype=torch.float64)
     labels = torch.randint(classes, (images,), generator=generator)
     expected = plain_votes(reference, labels, asked, classes, neighbours, temperature)
-    votes = knn_votes(reference, labels, asked, classes, neighbours, temperature)
+    votes = votes_of(reference, labels, asked, classes, neighbours, temperature)
     torch.testing.assert_close(votes, expected, rtol=1e-12, atol=0)
 
 
@@ -52,7 +59,7 @@ def test_votes_equal_a_plain_loop(monkeypatch, queries, images, classes, neighbo
 def test_narrow_types_are_compared_in_float32(dtype):
     reference = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     labels = torch.arange(40) % 3
-    votes = knn_votes(reference, labels, reference[:5], 3, 10)
+    votes = votes_of(reference, labels, reference[:5], 3, 10)
     expected = plain_votes(reference.double(), labels, reference[:5].double(), 3, 10, 0.2)
     assert votes.dtype == torch.float32
     torch.testing.assert_close(votes.double(), expected, rtol=1e-5, atol=0)
@@ -81,9 +88,10 @@ def test_ties_take_the_earlier_neighbour_and_the_lower_class(monkeypatch, refere
     monkeypatch.setattr(knn, "REFERENCE_CHUNK", reference_chunk)
     same = torch.tensor([[1.0, 0.0]]).repeat(9, 1)
     labels = torch.tensor([2, 2, 1, 0, 0, 0, 0, 0, 0])
-    votes = knn_votes(same, labels, same[:1], 3, 3)
+    votes = votes_of(same, labels, same[:1], 3, 3)
     torch.testing.assert_close(votes, torch.tensor([[0.0, 1.0, 2.0]]) * math.exp(5))
-    assert ranking(torch.tensor([[1.0, 2.0, 2.0, 0.0, 0.0]])).tolist() == [[1, 2, 0, 3, 4]]
+    (guesses,) = knn_guesses(same, torch.tensor([2, 2, 1, 1, 0, 3, 3, 0, 0]), same[:1], 4, neighbours=[5])
+    assert guesses.tolist() == [[1, 2, 0, -1]]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4, 40])
@@ -117,11 +125,11 @@ def test_one_class_is_always_right():
 def test_wrong_input_is_told():
     features, labels = torch.eye(4), torch.tensor([0, 1, 2, 3])
     with pytest.raises(CacoError, match="label 3 of the reference is outside 0-2"):
-        knn_votes(features, labels, features, 3, 1)
+        knn_guesses(features, labels, features, 3)
     with pytest.raises(CacoError, match="label -1 of the queries"):
         knn_accuracy(features, labels, features, torch.tensor([0, -1, 1, 1]))
     with pytest.raises(CacoError, match="at least one labelled image"):
-        knn_votes(features[:0], labels[:0], features, 4, 1)
+        knn_guesses(features[:0], labels[:0], features, 4)
     with pytest.raises(CacoError, match="at least one labelled image"):
         knn_accuracy(features[:1], labels[:1], features[:1], labels[:1], leave_one_out=True)
     with pytest.raises(CacoError, match="at least one image to judge"):
@@ -129,9 +137,9 @@ def test_wrong_input_is_told():
     with pytest.raises(CacoError, match="leave-one-out"):
         knn_accuracy(features, labels, features[:2], labels[:2], leave_one_out=True)
     with pytest.raises(UsageError, match="at least 1"):
-        knn_votes(features, labels, features, 4, 0)
+        knn_guesses(features, labels, features, 4, neighbours=[0])
     with pytest.raises(UsageError, match="temperature"):
-        knn_votes(features, labels, features, 4, 1, temperature=0.0)
+        knn_guesses(features, labels, features, 4, temperature=0.0)
 
 
 def test_first_share_of_each_class():

@@ -167,8 +167,9 @@ def test_wrong_input_is_told():
         linear_probe(train, labels, train[:0], labels[:0])
     with pytest.raises(CacoError, match="diverged at learning rate 1e\\+38"):
         linear_probe(train, labels, train, labels, learning_rates=[1e38], epochs=3)
-    with pytest.raises(CacoError, match="no class has two images"):
+    with pytest.raises(UsageError, match="no class has two training images.*--lr"):
         linear_probe(train[:4], labels[:4], train, labels)
+    assert linear_probe(train[:4], labels[:4], train, labels, learning_rates=[0.1], epochs=1).trials == ()
     with pytest.raises(UsageError, match="at least one learning rate above 0"):
         linear_probe(train, labels, train, labels, learning_rates=[])
     with pytest.raises(UsageError, match="batch size"):

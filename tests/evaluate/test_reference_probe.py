@@ -12,12 +12,14 @@ from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
 from caco.data.loader import epoch_order
+from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
 from caco.evaluate import reference_probe
 from caco.evaluate.features import extract
 from caco.evaluate.reference_probe import LayerWiseSGD, train_reference_probe
 
-OPTIONS = {"device": "cpu", "workers": 2, "size": 16, "resize": 20}
+VIEWS = {"workers": 2, "size": 16, "resize": 20}
+OPTIONS = {"world": World(torch.device("cpu")), **VIEWS}
 
 
 class Stripes:
@@ -91,7 +93,7 @@ def test_a_run_equals_plain_steps(monkeypatch, broken, batch_size, forward):
     train, val, backbone = Stripes(21, 0, broken), Stripes(15, 1, broken=(2,)), Edges()
     backbone.train()
     losses = []
-    result = train_reference_probe(
+    trained = train_reference_probe(
         backbone,
         train,
         val,
@@ -102,7 +104,9 @@ def test_a_run_equals_plain_steps(monkeypatch, broken, batch_size, forward):
         on_epoch=lambda epoch, loss: losses.append((epoch, loss)),
         **OPTIONS,
     )
-    used = min(batch_size, 21)
+    assert trained.train_broken == [(f"stripes {index}", "made so") for index in broken]
+    assert trained.val_broken == [("stripes 2", "made so")]
+    result, used = trained.head, min(batch_size, 21)
     head = nn.Linear(6, 2)
     with torch.no_grad():
         head.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(4))
@@ -131,7 +135,7 @@ def test_a_run_equals_plain_steps(monkeypatch, broken, batch_size, forward):
     torch.testing.assert_close(result.weight, head.weight.detach(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(result.bias, head.bias.detach(), rtol=1e-4, atol=1e-7)
 
-    seen = extract(backbone, val, mean=IMAGENET_MEAN, std=IMAGENET_STD, **OPTIONS)
+    seen = extract(backbone, val, mean=IMAGENET_MEAN, std=IMAGENET_STD, device="cpu", **VIEWS)
     correct = (seen.vectors @ result.weight.T + result.bias).argmax(dim=1) == seen.labels
     assert torch.equal(result.correct, correct)
     assert len(correct) == 14  # the broken one is not judged, no other is judged twice
@@ -151,7 +155,7 @@ def test_it_learns():
         learning_rate=100.0,
         on_epoch=lambda epoch, loss: losses.append(loss),
         **OPTIONS,
-    )
+    ).head
     assert losses[-1] < 0.5 * losses[0]
     assert result.top1 > 0.9
     assert result.per_class.shape == (2,)

@@ -94,18 +94,6 @@ def _plain_jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
     return pixels if pixels.shape == (height, width, 3) else None
 
 
-def read_size(data: bytes, key: str) -> tuple[int, int]:
-    """Return the upright (height, width) of an encoded image in pixels, from its header alone.
-
-    Raises BrokenImage if that cannot be read; the rest of the image may still be broken.
-    """
-    image = _open(data, key)
-    try:
-        return _upright_size(image)
-    finally:
-        image.close()
-
-
 class _explained:
     """Turn whatever Pillow raises inside `with` into a BrokenImage with a reason in plain words."""
 

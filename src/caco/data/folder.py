@@ -59,8 +59,9 @@ def ending(name: str) -> str:
 def list_folder(root: str) -> Listing:
     """Return everything below a folder, except hidden files and folders and `__MACOSX`.
 
-    Links are followed, but not back into a folder they are inside of. Nothing is opened. Raises UsageError for a folder
-    that may not be read.
+    Links are followed, but not back into a folder they are inside of. One with an image's ending that leads nowhere is
+    listed: it counts as a broken image, and no picture is missed in silence. Nothing is opened. Raises UsageError for a
+    folder that may not be read.
     """
     images: list[str] = []
     containers: list[str] = []
@@ -81,11 +82,11 @@ def list_folder(root: str) -> Listing:
                     name = entry.name
                     if name[0] == "." or name == "__MACOSX":
                         continue
-                    kind = ending(name)
-                    if entry.is_dir():
+                    kind, leads_to = ending(name), _leads_to(entry)
+                    if leads_to == "folder":
                         waiting.append((f"{prefix}{name}/", above | {identity}))
                     elif kind in ENDINGS:
-                        if entry.is_file():  # not a link to nothing, a socket, ...
+                        if leads_to != "other":
                             images.append(prefix + name)
                     elif kind in CONTAINERS:
                         containers.append(prefix + name)
@@ -94,6 +95,18 @@ def list_folder(root: str) -> Listing:
         except OSError as problem:
             raise UsageError(f"the folder {folder} cannot be read: {problem.strerror}") from problem
     return Listing(sorted(images), sorted(containers), others, stamps)
+
+
+def _leads_to(entry: os.DirEntry[str]) -> str:
+    """Return "folder", "file", "nothing" (a link to what is not there, or to itself) or "other" (a socket, ...)."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError:  # links in a circle
+        return "nothing"
+    return "other" if os.path.exists(entry.path) else "nothing"
 
 
 def folder_source(root: Path, name: str, index_cache: Path | None = None) -> FileSource | list[Path]:

@@ -39,10 +39,13 @@ def check_batch_size(source: ImageSource, batch_size: int, world_size: int) -> N
     """Raise UsageError when a batch is more than all images, or cannot be divided among the processes."""
     if batch_size % world_size:
         raise UsageError(f"--batch-size {batch_size} cannot be divided among {world_size} processes")
-    if len(source) < batch_size:
-        raise UsageError(
-            f"--data {source.name} has {len(source):,} images, fewer than one batch; use --batch-size {len(source)} or less"
-        )
+    if len(source) >= batch_size:
+        return
+    found = f"--data {source.name} has {len(source):,} image{'s' if len(source) > 1 else ''}"
+    largest = len(source) // world_size * world_size
+    if largest < 2:
+        raise UsageError(f"{found}, too few to train on: a batch needs at least {max(world_size, 2)}")
+    raise UsageError(f"{found}, fewer than one batch; use --batch-size {largest} or less")
 
 
 class TrainingViews:

@@ -41,13 +41,20 @@ def write_features(path: Path, features: Features, classes: tuple[str, ...]) -> 
     else:
         pyarrow, parquet = _pyarrow()
         flat = pyarrow.array(vectors.ravel())
-        keys = [key.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for key in features.keys]
-        columns = {"key": keys, "vector": pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])}
+        columns = {
+            "key": [_readable(key) for key in features.keys],
+            "vector": pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+        }
         if features.labels is not None:
             numbers = features.labels.tolist()
-            columns |= {"label": numbers, "class": [classes[number] for number in numbers]}
+            columns |= {"label": numbers, "class": [_readable(classes[number]) for number in numbers]}
         parquet.write_table(pyarrow.table(columns), buffer)
     replace_file(path, buffer.getvalue())
+
+
+def _readable(name: str) -> str:
+    """Return a file's name as UTF-8 has it; in one that is none, a mark stands for what cannot be shown."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _pyarrow() -> tuple:  # type: ignore[type-arg]

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from caco.backbone import Encoder, create_backbone, projector
 from caco.config import Pretrain
 from caco.data.augment import centre_view, normalise
+from caco.data.render import copy_to
 from caco.data.source import ImageSource
 from caco.deliver.pictures import Pixels
 from caco.errors import CacoError, UsageError
-from caco.evaluate.features import ahead, evaluation_mode, in_batches, to_device
+from caco.evaluate.features import ahead, evaluation_mode, in_batches
 from caco.model import embed
 from caco.train.checkpoint import CheckpointFolder
 from caco.weights import load_backbone
@@ -130,7 +131,7 @@ def look(
         for places, views in in_batches(ahead(view, chosen, broken, 2 * BATCH, workers), BATCH):
             taken += places
             thumbnails += [thumbnail for _, thumbnail, _ in views]
-            batch = to_device(torch.from_numpy(np.stack([centre for centre, _, _ in views])), device)
+            batch = copy_to(device, torch.from_numpy(np.stack([centre for centre, _, _ in views])))
             ready = normalise(batch, config.views.mean, config.views.std)
             pixels = torch.from_numpy(np.stack([small.ravel() for _, _, small in views])).float()
             features = F.normalize(backbone(ready).float(), dim=1).cpu()

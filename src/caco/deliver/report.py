@@ -59,7 +59,7 @@ def write_report(folder: Path, *, images: int, device: torch.device, workers: in
         sections.citation(),
     ]
     path = folder / "report.html"
-    replace_file(path, whole_page(f"{name} · CaCo", body).encode())
+    replace_file(path, whole_page(f"{name} · CaCo", body).encode(errors="backslashreplace"))  # names need not be UTF-8
     gallery = slots if slots.rows else neighbours
     if gallery.rows:
         replace_file(folder / "gallery.png", gallery_picture(gallery.title, gallery.rows[:GALLERY_ROWS]))

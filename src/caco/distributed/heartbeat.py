@@ -25,7 +25,8 @@ LOST_AFTER = 20.0
 EXIT_STATUS = 76
 """Of a process that has lost another (EX_PROTOCOL)."""
 
-HINT = "Start again with --resume to go on from the last checkpoint."
+HINT = " Start again with --resume to go on from the last checkpoint."
+"""What to do when a process of a run that saves was lost."""
 
 
 def say(message: str) -> None:
@@ -51,6 +52,9 @@ class Heartbeat:
 
     tell: ClassVar[Callable[[str], None]] = staticmethod(say)
     """Called with the reason before the process exits; a started process tells its parent instead of the terminal."""
+
+    hint: ClassVar[str] = ""
+    """What to do, said after the reason: HINT for a run that saves."""
 
     def __init__(self, place: Place, timeout: float) -> None:
         """Place: with the address and port of the store, which process 0 holds."""
@@ -141,7 +145,9 @@ class Heartbeat:
         if self._stopped.is_set():
             return
         comma = "," if why.startswith("which") else ""
-        Heartbeat.tell(f"process {self.place.rank} of {self.place.size} stops: process {rank}{comma} {why}. {HINT}")
+        Heartbeat.tell(
+            f"process {self.place.rank} of {self.place.size} stops: process {rank}{comma} {why}.{Heartbeat.hint}"
+        )
         os._exit(EXIT_STATUS)
 
 

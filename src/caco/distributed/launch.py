@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from caco.config import DistributedOptions
 from caco.distributed.heartbeat import EXIT_STATUS, HINT, Heartbeat, name_lost_process
 from caco.distributed.world import Place, World, choose_device, find_place, join, leave
 from caco.errors import CacoError, Interrupted, UsageError
+from caco.files import print_any_name
 from caco.memory import out_of_memory_is_told
 
 T = TypeVar("T")
@@ -30,16 +32,21 @@ PATIENCE = 8.0
 """Seconds that processes have to end by themselves after one has failed."""
 
 
-def launch(function: Callable[..., T], options: DistributedOptions, device: str, *arguments: Any) -> T | None:
+def launch(
+    function: Callable[..., T], options: DistributedOptions, device: str, *arguments: Any, saves: bool = False
+) -> T | None:
     """Call function(world, *arguments) in every process of the run; return the main process's result (None elsewhere).
 
     Started by torchrun or SLURM, this process is one of the run's. Otherwise one process for each GPU (or as many as
     asked for) is started here; a single one runs in this process, without a process group. Errors of any process come
     back as the CacoError they were.
+
+    saves: the function saves when it gets SIGTERM, and can resume. Otherwise a signal to this process ends all at once,
+    and has its usual effect here: Ctrl-C is a KeyboardInterrupt.
     """
     place = find_place(os.environ)
     if place is not None:
-        return _run_in(place, options.timeout, function, device, arguments)
+        return _run_in(place, options.timeout, function, device, arguments, saves)
     processes = _processes(options, device)
     if options.machines == 1 and processes == 1:
         with out_of_memory_is_told():
@@ -48,7 +55,7 @@ def launch(function: Callable[..., T], options: DistributedOptions, device: str,
     first = options.machine * processes
     size, supervised = options.machines * processes, options.machines == 1
     places = [Place(first + number, size, number, address, port, supervised) for number in range(processes)]
-    return _spawn(places, options.timeout, function, device, arguments)
+    return _spawn(places, options.timeout, function, device, arguments, saves)
 
 
 def _processes(options: DistributedOptions, device: str) -> int:
@@ -73,8 +80,9 @@ def _meeting_point(options: DistributedOptions) -> tuple[str, int]:
 
 
 def _run_in(
-    place: Place, timeout: float, function: Callable[..., T], device: str, arguments: tuple[Any, ...]
+    place: Place, timeout: float, function: Callable[..., T], device: str, arguments: tuple[Any, ...], saves: bool
 ) -> T | None:
+    Heartbeat.hint = HINT if saves else ""
     world = join(place, device, timeout)
     try:
         with out_of_memory_is_told():
@@ -85,7 +93,7 @@ def _run_in(
             raise
         lost = name_lost_process()
         leave(PATIENCE / 2)
-        raise CacoError(f"process {world.rank} of {world.size} stops: {lost}. {HINT}") from error
+        raise CacoError(f"process {world.rank} of {world.size} stops: {lost}.{Heartbeat.hint}") from error
     except BaseException:
         leave(PATIENCE / 2)  # the others may be waiting in an exchange, and end only when this process does
         raise
@@ -106,18 +114,19 @@ def _child(
     function: Callable[..., Any],
     device: str,
     arguments: tuple[Any, ...],
+    saves: bool,
 ) -> None:
     """The main function of a started process: send ("done", result) or (kind of error, message) to the parent."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent passes on one SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    print_any_name()
 
     def tell(reason: str) -> None:
         pipe.send_bytes(pickle.dumps(("CacoError", reason)))
 
     Heartbeat.tell = staticmethod(tell)
     try:
-        message: tuple[str, Any] = "done", _run_in(place, timeout, function, device, arguments)
+        message: tuple[str, Any] = "done", _run_in(place, timeout, function, device, arguments, saves)
         status = 0
     except CacoError as error:
         message, status = (type(error).__name__, str(error)), error.exit_status
@@ -136,23 +145,42 @@ def _end_with_parent() -> None:
 
 
 def _spawn(
-    places: list[Place], timeout: float, function: Callable[..., T], device: str, arguments: tuple[Any, ...]
+    places: list[Place],
+    timeout: float,
+    function: Callable[..., T],
+    device: str,
+    arguments: tuple[Any, ...],
+    saves: bool,
 ) -> T | None:
     context = multiprocessing.get_context("spawn")
-    processes, pipes = [], []
-    for place in places:
-        receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_child, args=(sending, place, len(places), timeout, function, device, arguments)
-        )
-        process.start()
-        sending.close()
-        processes.append(process)
-        pipes.append(receiving)
-    with _PassOnSignals(processes):
+    processes: list[Any] = []
+    pipes = []
+    with _Signals(processes, saves) as signals:
+        for place in places:
+            receiving, sending = context.Pipe(duplex=False)
+            work = (sending, place, len(places), timeout, function, device, arguments, saves)
+            process = context.Process(target=_child, args=work)
+            with _without_ctrl_c():
+                process.start()
+                processes.append(process)
+            sending.close()
+            pipes.append(receiving)
         messages = _collect(processes, pipes)
-    result: T | None = _outcome(messages, places)
+    if None in messages.values():
+        signals.take_effect()
+    result: T | None = _outcome(messages, places, HINT if saves else "")
     return result
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """While entered, Ctrl-C waits. A process started here never gets one: the terminal sends it to all, and only the
+    parent decides what it means."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(processes: list[Any], pipes: list[Any]) -> dict[int, tuple[str, Any] | None]:
@@ -186,14 +214,14 @@ def _collect(processes: list[Any], pipes: list[Any]) -> dict[int, tuple[str, Any
     return messages
 
 
-def _outcome(messages: dict[int, tuple[str, Any] | None], places: list[Place]) -> Any:
+def _outcome(messages: dict[int, tuple[str, Any] | None], places: list[Place], hint: str) -> Any:
     """Return the main process's result, or raise the cause of a failure: not what others said of losing a process."""
     kinds: dict[str, type[CacoError]] = {"UsageError": UsageError, "Interrupted": Interrupted, "CacoError": CacoError}
     said = [message for message in messages.values() if message is not None and message[0] != "done"]
     said.sort(key=lambda message: " stops: process " in message[1] or " stops: another process" in message[1])
     killed = [places[number].rank for number, message in messages.items() if message is None]
     if killed and (not said or " stops: " in said[0][1]):
-        raise CacoError(f"process {killed[0]} of {places[0].size} was killed, so all others were stopped. {HINT}")
+        raise CacoError(f"process {killed[0]} of {places[0].size} was killed, so all others were stopped.{hint}")
     for kind, text in said:
         if kind == "crash":
             raise RuntimeError(f"a process failed:\n{text}")
@@ -202,23 +230,38 @@ def _outcome(messages: dict[int, tuple[str, Any] | None], places: list[Place]) -
     return message[1] if message else None
 
 
-class _PassOnSignals:
-    """While entered, SIGTERM and Ctrl-C to this process reach its children as one SIGTERM."""
+class _Signals:
+    """While entered, SIGTERM and Ctrl-C to this process reach its children: as SIGTERM where they save, else as SIGKILL.
 
-    def __init__(self, processes: list[Any]) -> None:
-        self.processes = processes
+    A second Ctrl-C is always SIGKILL.
+    """
+
+    def __init__(self, processes: list[Any], saves: bool) -> None:
+        """processes: those started so far; may grow."""
+        self.processes, self.saves = processes, saves
+        self._last: int | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._pass_on)
+        return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def take_effect(self) -> None:
+        """Do what the last signal, if there was one, does to a process that does not catch it."""
+        if self._last == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._last is not None:
+            signal.raise_signal(self._last)
+
     def _pass_on(self, number: int, frame: Any) -> None:
+        kill = not self.saves or (self._last is not None and number == signal.SIGINT)
+        self._last = number
         for process in self.processes:
             if process.is_alive():
-                process.terminate()
+                process.kill() if kill else process.terminate()

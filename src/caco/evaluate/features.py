@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from caco.data.augment import centre_view, normalise
 from caco.data.decode import BrokenImage
+from caco.data.render import copy_to
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import CacoError
@@ -77,7 +78,7 @@ def extract(
     with evaluation_mode(backbone):
         for places, views in in_batches(ahead(view, chosen, broken, 2 * batch_size + workers, workers), batch_size):
             taken += places
-            images = to_device(torch.from_numpy(np.stack(views)), device)
+            images = copy_to(device, torch.from_numpy(np.stack(views)))
             waiting.append(backbone_features(backbone, normalise(images, mean, std), precision))
             if len(waiting) == BATCHES_ON_DEVICE:
                 finished.append(torch.cat(waiting).cpu())
@@ -206,11 +207,6 @@ def _at_a_time(images: Float[Tensor, "B 3 S S"]) -> int:
         return len(images)
     share = PIXELS_A_THREAD // images[0, 0].numel()
     return torch.get_num_threads() * min(max(share, 1), IMAGES_A_THREAD)
-
-
-def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Copy images from the CPU without waiting for the device."""
-    return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
 
 
 def _collect(source: ImageSource, taken: list[int], broken: list[tuple[str, str]], finished: list[Tensor]) -> Features:

@@ -5,7 +5,6 @@ Measures stay on the device as scalar tensors, so that they can be taken in the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,9 +12,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
-
-PAIR_CHUNK = 2048
 
 
 def rank_me(embeddings: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
@@ -37,45 +33,6 @@ def rank_me(embeddings: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return _perplexity(share)
-
-
-def sphere_std(embeddings: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """Return √D · the mean over dimensions of the standard deviation of L2-normalised embeddings.
-
-    0 when all images have one embedding (collapse), near 1 when they spread evenly over the sphere.
-    Source: Chen & He 2021, arXiv:2011.10566, section 4.1 (there without the factor √D).
-    """
-    unit = F.normalize(embeddings.float(), dim=1)
-    return unit.std(dim=0, correction=0).mean() * math.sqrt(unit.shape[1])
-
-
-def alignment(first: Float[Tensor, "N D"], second: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
-    """Return the mean squared distance of two views' L2-normalised embeddings: 0 (the same) to 4 (opposite).
-
-    Source: Wang & Isola 2020, arXiv:2005.10242, equation 1 with α = 2.
-    """
-    distance = F.normalize(first.float(), dim=1) - F.normalize(second.float(), dim=1)
-    return distance.square().sum(dim=1).mean()
-
-
-def uniformity(embeddings: Float[Tensor, "N D"], temperature: float = 2.0) -> Float[Tensor, ""]:
-    """Return log of the mean of exp(−t·‖x − y‖²) over all pairs of different images; 0 is collapse, lower is better.
-
-    Embeddings are L2-normalised here. Streamed: never more than 2,048 rows of pairs at once.
-    Raises ValueError for N < 2.
-    Source: Wang & Isola 2020, arXiv:2005.10242, equation 2 with t = 2.
-    """
-    count = len(embeddings)
-    if count < 2:
-        raise ValueError(f"uniformity compares pairs of images; {count} is too few")
-    unit = F.normalize(embeddings.float(), dim=1)
-    total = unit.new_zeros(())
-    for start in range(0, count, PAIR_CHUNK):
-        # On the sphere ‖x − y‖² = 2 − 2·cosine.
-        kernel = (2 * temperature * (unit[start : start + PAIR_CHUNK] @ unit.T - 1)).exp_()
-        kernel.diagonal(start).zero_()
-        total += kernel.sum()
-    return (total / (count * (count - 1))).log()
 
 
 def _perplexity(share: Float[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -158,7 +115,7 @@ def verdict(
     """Return what is wrong with a run, worst first; nothing when it is healthy. Judges what it is given.
 
     slots, used, perplexity, choices: of the bank and a window of choices (`Usage`), judged together; fewer than 100
-    choices are not judged. spread: `sphere_std`, about √(1 − ‖mean embedding‖²). rank, dimensions: `rank_me` of
+    choices are not judged. spread: √(1 − ‖mean embedding‖²), as the records have it. rank, dimensions: `rank_me` of
     embeddings of that width.
     """
     findings = []

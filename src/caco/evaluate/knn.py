@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from caco.after_training import LEAST_TEMPERATURE
 from caco.errors import CacoError, UsageError
 
 QUERY_CHUNK = 4096  # large, because the reference is made unit rows anew for each chunk of queries
 REFERENCE_CHUNK = 8192
-LEAST_TEMPERATURE = 0.0125  # exp(1/T) must stay within float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,42 +58,47 @@ def knn_accuracy(
     if classes is None:
         classes = int(torch.cat([reference_labels.cpu(), query_labels.cpu()]).amax()) + 1 if len(queries) else 1
     _check_labels(query_labels, classes, "queries")
-    counts = _usable_neighbours(reference, reference_labels, queries, classes, neighbours, temperature, leave_one_out)
-    guesses: list[list[Tensor]] = [[] for _ in counts]
-    for chunk in _votes_by_chunk(reference, reference_labels, queries, classes, counts, temperature, leave_one_out):
-        for place, votes in enumerate(chunk):
-            weight, best = _largest(votes, min(5, classes))
-            guesses[place].append(torch.where(weight > 0, best, -1))
+    guesses = knn_guesses(
+        reference,
+        reference_labels,
+        queries,
+        classes,
+        neighbours=neighbours,
+        temperature=temperature,
+        leave_one_out=leave_one_out,
+    )
     results = []
-    for asked, count, chunks in zip(neighbours, counts, guesses, strict=True):
-        hits = torch.cat(chunks).cpu() == query_labels.cpu()[:, None]
+    for asked, guessed in zip(neighbours, guesses, strict=True):
+        hits = guessed == query_labels.cpu()[:, None]
+        count = min(asked, len(reference) - leave_one_out)
         note = "" if count == asked else f"only {count} reference images: all of them vote ({asked} were asked for)"
         top5 = hits.any(dim=1).double().mean().item()
         results.append(KnnResult(count, hits[:, 0].double().mean().item(), top5, hits[:, 0], note))
     return tuple(results)
 
 
-def knn_votes(
+def knn_guesses(
     reference: Float[Tensor, "N F"],
     reference_labels: Int[Tensor, " N"],
     queries: Float[Tensor, "M F"],
     classes: int,
-    neighbours: int,
+    *,
+    neighbours: Sequence[int] = (20,),
     temperature: float = 0.2,
-) -> Float[Tensor, "M C"]:
-    """Return every class's votes for every query: the sum of exp(cosine/temperature) over its nearest neighbours.
+    leave_one_out: bool = False,
+) -> list[Int[Tensor, "M G"]]:
+    """Return, for each number of neighbours, the (up to five) classes that get the most votes, most first; −1: no vote.
 
-    Features are L2-normalised here; computed in their dtype, float32 at least, on the device of `reference`. Of equally
-    near neighbours the earlier one is taken. More neighbours than images: all vote. Raises CacoError as `knn_accuracy`.
+    A vote is exp(cosine/temperature). Features are L2-normalised here; computed in their dtype, float32 at least. Of
+    equally near neighbours the earlier one is taken, of classes with equal votes the lower. All else as `knn_accuracy`.
     """
-    counts = _usable_neighbours(reference, reference_labels, queries, classes, [neighbours], temperature, False)
-    chunks = _votes_by_chunk(reference, reference_labels, queries, classes, counts, temperature, False)
-    return torch.cat([votes for (votes,) in chunks])
-
-
-def ranking(votes: Float[Tensor, "M C"]) -> Int[Tensor, "M C"]:
-    """Return the classes ordered by votes, most first; of equal classes the lower comes first."""
-    return votes.argsort(dim=1, descending=True, stable=True)
+    counts = _usable_neighbours(reference, reference_labels, queries, classes, neighbours, temperature, leave_one_out)
+    guesses: list[list[Tensor]] = [[] for _ in counts]
+    for chunk in _votes_by_chunk(reference, reference_labels, queries, classes, counts, temperature, leave_one_out):
+        for place, votes in enumerate(chunk):
+            weight, best = _largest(votes, min(5, classes))
+            guesses[place].append(torch.where(weight > 0, best, -1))
+    return [torch.cat(chunks).cpu() for chunks in guesses]
 
 
 def first_share_of_each_class(labels: np.ndarray | Tensor, share: float) -> np.ndarray:

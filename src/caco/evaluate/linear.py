@@ -77,9 +77,11 @@ def linear_probe(
     over all steps; weight ~ N(0, 0.01), bias 0. `held_out` is the share of each class of train on which the rate is
     chosen; with one rate nothing is held out. classes: None takes the largest train label + 1. device: None trains
     where `train` is. The same input gives the same result on the same machine. Raises CacoError on labels out of range,
-    nothing to train on or to judge, and a head that diverges; UsageError on options that cannot be.
+    nothing to train on or to judge, and a head that diverges; UsageError on options that cannot be, and on
+    several rates where no class of train has two images.
     """
     classes = check_labels(train_labels, val_labels, classes)
+    check_choice(train_labels, learning_rates)
     if not learning_rates or min(learning_rates) <= 0 or epochs < 1:
         raise UsageError("the linear probe needs at least one learning rate above 0 and one epoch")
     target = torch.device(device) if device is not None else train.device
@@ -185,6 +187,15 @@ def judge_head(
         epochs=epochs,
         batch_size=batch_size,
     )
+
+
+def check_choice(train_labels: Tensor, learning_rates: Sequence[float]) -> None:
+    """Raise UsageError when a learning rate must be chosen and no training image can be held out for it."""
+    if len(learning_rates) > 1 and len(train_labels.unique()) == len(train_labels):
+        raise UsageError(
+            "no class has two training images, so none can be held out to choose the learning rate on; name one rate, "
+            "for example --lr 0.1"
+        )
 
 
 def check_labels(train_labels: Tensor, val_labels: Tensor, classes: int | None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +18,34 @@ from torch.optim import Optimizer
 
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 from caco.data.augment import draw_parameters, render_views
+from caco.data.decode import BrokenImage
 from caco.data.loader import epoch_order
+from caco.data.render import copy_to
 from caco.data.source import ImageSource
+from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
-from caco.evaluate.features import ahead, backbone_features, evaluation_mode, extract, in_batches, to_device
+from caco.evaluate.features import (
+    Features,
+    ahead,
+    backbone_features,
+    evaluation_mode,
+    extract,
+    gather_features,
+)
 from caco.evaluate.linear import INITIAL_STD, LinearResult, check_labels, judge_head
+from caco.optim import set_lr
 
-FORWARD_BATCH = 256  # images that go through the backbone at a time, whatever the head's batch size
+FORWARD_BATCH = 256  # images that go through the backbone at a time in each process, whatever the head's batch size
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceResult:
+    """The head that the published protocol has trained, and which images it could not see."""
+
+    head: LinearResult
+    train_broken: list[tuple[str, str]]
+    """Key and reason of each training image that could not be read, in the source's order."""
+    val_broken: list[tuple[str, str]]
 
 
 class LayerWiseSGD(Optimizer):
@@ -73,7 +96,7 @@ def train_reference_probe(
     train_source: ImageSource,
     val_source: ImageSource,
     *,
-    device: torch.device | str,
+    world: World,
     workers: int,
     size: int = 224,
     resize: int = 256,
@@ -87,55 +110,65 @@ def train_reference_probe(
     seed: int = 0,
     precision: Literal["fp32", "bf16"] = "fp32",
     on_epoch: Callable[[int, float], None] | None = None,
-) -> LinearResult:
+) -> ReferenceResult:
     """Train the published linear head on a frozen backbone in evaluation mode and judge it on the validation set.
 
     Train views: a random crop of 8-100 % of the area, resized to `size`, flipped half of the time. The rate is
     learning_rate · batch_size / 256, a cosine to 0 by epochs. A batch larger than the training set is the whole set.
     on_epoch(epoch, mean loss) is called after each epoch, counted from 0. The result's head is that of the last epoch.
+    The processes of `world` share the features' work; each trains the same head on all of them, and has the result.
     Raises CacoError without labels, on labels out of range, or when no image can be read.
     """
-    device = torch.device(device)
+    device = world.device
     train_labels, val_labels = _labels(train_source), _labels(val_source)
     classes = check_labels(train_labels, val_labels, len(train_source.classes) or None)
     if epochs < 1 or batch_size < 1:
         raise UsageError("the linear probe needs at least one epoch and a batch size of at least 1")
     batch_size = min(batch_size, len(train_source))
     backbone.to(device)
-    width = backbone.num_features
-    assert isinstance(width, int)  # of every backbone: architecture.md
-    head = _new_head(width, classes, seed, device)
+    head = _new_head(_width(backbone), classes, seed, device)
     optimizer = LayerWiseSGD(head.parameters(), 0.0, momentum, weight_decay)
-    crops = _CroppedFeatures(backbone, train_source, train_labels, size, mean, std, seed, device, workers, precision)
+    crops = _CroppedFeatures(backbone, train_source, train_labels, size, mean, std, seed, world, workers, precision)
     for epoch in range(epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * batch_size / 256 * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        losses, seen = [], 0
-        for features, labels in crops.batches(epoch, batch_size):
-            loss = F.cross_entropy(head(features), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach() * len(labels))
-            seen += len(labels)
-        if not seen:
+        set_lr(optimizer, learning_rate * batch_size / 256 * 0.5 * (1 + math.cos(math.pi * epoch / epochs)))
+        loss = _train_epoch(head, optimizer, crops.batches(epoch, batch_size))
+        if loss is None:
             raise CacoError(f"none of the {len(train_source):,} images of {train_source.name} can be read")
         if on_epoch is not None:
-            on_epoch(epoch, torch.stack(losses).sum().item() / seen)
-    val = extract(
-        backbone,
-        val_source,
-        size=size,
-        resize=resize,
-        mean=mean,
-        std=std,
-        device=device,
-        workers=workers,
-        precision=precision,
-    )
+            on_epoch(epoch, loss.item())
+
+    def judged_features(part: np.ndarray) -> Features:
+        return extract(
+            backbone,
+            val_source,
+            size=size,
+            resize=resize,
+            mean=mean,
+            std=std,
+            device=device,
+            workers=workers,
+            indices=part,
+            precision=precision,
+        )
+
+    val = gather_features(judged_features, len(val_source), world)
     assert val.labels is not None  # _labels refused a source without
     weight, bias = head.weight.detach(), head.bias.detach()
-    return judge_head(weight, bias, val.vectors, val.labels, learning_rate, (), epochs, batch_size, device)
+    result = judge_head(weight, bias, val.vectors, val.labels, learning_rate, (), epochs, batch_size, device)
+    return ReferenceResult(result, crops.broken_of_all(), val.broken)
+
+
+def _train_epoch(head: nn.Linear, optimizer: Optimizer, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Take one step for each batch; return the mean loss of all images, None without any."""
+    losses, seen = [], 0
+    for features, labels in batches:
+        loss = F.cross_entropy(head(features), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach() * len(labels))
+        seen += len(labels)
+    return torch.stack(losses).sum() / seen if losses else None
 
 
 @dataclass(frozen=True)
@@ -149,39 +182,63 @@ class _CroppedFeatures:
     mean: Sequence[float]
     std: Sequence[float]
     seed: int
-    device: torch.device
+    world: World
     workers: int
     precision: Literal["fp32", "bf16"]
+    broken: dict[int, str] = field(default_factory=dict)
+    """Of the images that this process has met: which could not be read, and why."""
 
     def batches(self, epoch: int, batch_size: int) -> Iterator[tuple[Float[Tensor, "B F"], Int[Tensor, " B"]]]:
         """Yield features and labels of an epoch's batches on the device; the last may be smaller."""
-        recipe = _crop_and_flip(self.size)
-
-        def view(index: int) -> Tensor:
-            image = self.source.load(index)
-            height, width = image.shape[:2]
-            parameters = draw_parameters(
-                recipe, [height], [width], seed=self.seed, epoch=epoch, indices=[index], view=0
-            )
-            return render_views([image], parameters, recipe, self.mean, self.std)[0]
-
-        order = [int(index) for index in epoch_order(len(self.source), self.seed, epoch)]
-        views = ahead(view, order, [], 2 * FORWARD_BATCH + self.workers, self.workers)
-        waiting = torch.empty(0, device=self.device)
+        waiting = torch.empty(0, device=self.world.device)
         indices: list[int] = []
-        for places, group in in_batches(views, FORWARD_BATCH):
-            features = self._forward(group)
+        for places, features in self._good_images(epoch):
             waiting = torch.cat([waiting, features]) if len(waiting) else features
             indices += places
             while len(indices) >= batch_size:
-                yield waiting[:batch_size], self.labels[indices[:batch_size]].to(self.device)
+                yield waiting[:batch_size], self._labels(indices[:batch_size])
                 waiting, indices = waiting[batch_size:], indices[batch_size:]
         if indices:
-            yield waiting, self.labels[indices].to(self.device)
+            yield waiting, self._labels(indices)
+
+    def broken_of_all(self) -> list[tuple[str, str]]:
+        """Return key and reason of the broken images that all processes have met, in the source's order."""
+        met = {index: reason for broken in self.world.gather_objects(self.broken) for index, reason in broken.items()}
+        return [(self.source.key(index), met[index]) for index in sorted(met)]
+
+    def _good_images(self, epoch: int) -> Iterator[tuple[list[int], Float[Tensor, "B F"]]]:
+        """Yield indices and features in the epoch's order; of each group every process makes a contiguous part."""
+        order, group = epoch_order(len(self.source), self.seed, epoch), FORWARD_BATCH * self.world.size
+        parts = [self.world.part(order[first : first + group]).tolist() for first in range(0, len(order), group)]
+        own = (index for part in parts for index in part)
+        views = ahead(partial(self._crop, epoch), own, [], 2 * FORWARD_BATCH + self.workers, self.workers)
+        for part in parts:
+            good = [(index, view) for index, view in islice(views, len(part)) if view is not None]
+            features = self._forward([view for _, view in good])
+            places = self.world.gather_objects([index for index, _ in good])
+            yield [index for others in places for index in others], self.world.gather_parts(features)
+
+    def _crop(self, epoch: int, index: int) -> Float[Tensor, "3 S S"] | None:
+        """Return the epoch's crop of an image; None, noted in `broken`, where it cannot be read."""
+        try:
+            image = self.source.load(index)
+        except BrokenImage as error:  # not left to `ahead`: what it skips would shift the parts that follow
+            self.broken[index] = error.reason
+            return None
+        recipe = _crop_and_flip(self.size)
+        parameters = draw_parameters(
+            recipe, [image.shape[0]], [image.shape[1]], seed=self.seed, epoch=epoch, indices=[index], view=0
+        )
+        return render_views([image], parameters, recipe, self.mean, self.std)[0]
 
     def _forward(self, views: list[Tensor]) -> Float[Tensor, "B F"]:
+        if not views:
+            return torch.empty(0, _width(self.backbone), device=self.world.device)
         with evaluation_mode(self.backbone):
-            return backbone_features(self.backbone, to_device(torch.stack(views), self.device), self.precision)
+            return backbone_features(self.backbone, copy_to(self.world.device, torch.stack(views)), self.precision)
+
+    def _labels(self, indices: list[int]) -> Int[Tensor, " B"]:
+        return self.labels[indices].to(self.world.device)
 
 
 def _crop_and_flip(size: int) -> ViewRecipe:
@@ -209,6 +266,12 @@ def _new_head(features: int, classes: int, seed: int, device: torch.device) -> n
         head.weight.normal_(0, INITIAL_STD, generator=torch.Generator().manual_seed(seed))
         head.bias.zero_()
     return head.to(device)
+
+
+def _width(backbone: nn.Module) -> int:
+    width = backbone.num_features
+    assert isinstance(width, int)  # of every backbone: architecture.md
+    return width
 
 
 def _labels(source: ImageSource) -> Int[Tensor, " N"]:

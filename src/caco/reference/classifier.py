@@ -15,7 +15,7 @@ from caco.backbone import create_backbone
 from caco.config import usual_resize
 from caco.data.labels import Relabelled
 from caco.data.source import open_source
-from caco.distributed.world import World, choose_device, choose_precision
+from caco.distributed.world import World, choose_device, choose_precision, precision_name
 from caco.errors import UsageError
 from caco.evaluate.encoder import load_encoder
 from caco.evaluate.features import extract
@@ -62,7 +62,6 @@ def judge(path: Path, config: Linear) -> tuple[float, float]:
     device = choose_device(config.device)
     classes = tuple(open_source(config.data).classes)
     val = Relabelled(open_source(config.val, split="val"), classes)
-    bf16 = choose_precision(config.precision, device) == torch.bfloat16
     features = extract(
         backbone.to(device),
         val,
@@ -72,7 +71,7 @@ def judge(path: Path, config: Linear) -> tuple[float, float]:
         std=card.std,
         device=device,
         workers=World(device).worker_count(config.workers),
-        precision="bf16" if bf16 else "fp32",
+        precision=precision_name(choose_precision(config.precision, device)),
     )
     if features.labels is None:
         raise UsageError(f"--data: {config.val} has no labels (a folder for each class)")

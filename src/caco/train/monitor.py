@@ -12,7 +12,7 @@ from torch import nn
 from caco.config import MonitorOptions, Views
 from caco.data.labels import Relabelled
 from caco.data.source import ImageSource
-from caco.distributed.world import World
+from caco.distributed.world import World, precision_name
 from caco.evaluate.features import Features, extract, gather_features, labels_of
 from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy
 
@@ -69,7 +69,7 @@ class KnnMonitor:
                 device=self.world.device,
                 workers=self.workers,
                 indices=part,
-                precision="bf16" if self.precision == torch.bfloat16 else "fp32",
+                precision=precision_name(self.precision),
             )
 
         return gather_features(make, len(source), self.world, indices)

@@ -125,7 +125,7 @@ def read_config(folder: Path) -> Pretrain:
         return from_dictionary(Pretrain, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UsageError(f"there is no run in {folder} (no config.json)") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UsageError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
 
 
