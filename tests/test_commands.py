@@ -383,18 +383,18 @@ def test_a_refused_resume_changes_nothing(photos, tmp_path):
         assert snapshot(tmp_path / "run") == before
 
 
-def test_too_many_broken_images_leave_a_run_that_can_be_started_anew(tmp_path):
-    """Pictures of one size are decoded before the first step: the list is written, and the folder still is a run's."""
+def test_too_many_broken_images_of_one_size_are_told_before_the_run_begins(tmp_path):
+    """Pictures of one size are decoded first: no folder is made yet, and one of the broken ones is named."""
     folder = tmp_path / "photos"
     for number in range(16):
         (folder / "all").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (number, 0, 0)).save(folder / "all" / f"{number:02}.png")
     for number in range(4):
         (folder / "all" / f"{number:02}.png").write_bytes(b"")
-    with pytest.raises(CacoError, match=r"images are broken.*skipped\.txt"):
+    with pytest.raises(CacoError, match=r"images are broken.*among them all/0\d\.png: empty: 0 bytes"):
         caco.pretrain(folder, tmp_path / "run", **TINY)
-    assert len((tmp_path / "run" / "skipped.txt").read_text().splitlines()) == 2
+    assert not (tmp_path / "run").exists()
     monitor = {"broken_share": 0.5}
-    path = caco.pretrain(folder, tmp_path / "run", overwrite=True, monitor=monitor, **TINY)
+    path = caco.pretrain(folder, tmp_path / "run", monitor=monitor, **TINY)
     assert path.exists()
     assert len((tmp_path / "run" / "skipped.txt").read_text().splitlines()) == 4

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -176,6 +177,7 @@ def _spawn(
 def _without_ctrl_c() -> Iterator[None]:
     """While entered, Ctrl-C waits. A process started here never gets one: the terminal sends it to all, and only the
     parent decides what it means."""
+    resource_tracker.ensure_running()  # the first process would start it, and it lets Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
