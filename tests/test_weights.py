@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 from caco.backbone import adopt_backbone, create_backbone
+from caco.data.augment import centre_view
 from caco.errors import CacoError, UsageError
 from caco.weights import (
     BackboneCard,
@@ -72,6 +74,23 @@ def test_our_file_is_plain_safetensors_with_timms_names(tmp_path, backbone):
     save_backbone(tmp_path / "backbone.safetensors", backbone, CARD)
     tensors = safetensors.torch.load_file(tmp_path / "backbone.safetensors")
     timm.create_model("test_resnet", num_classes=0).load_state_dict(tensors, strict=True)
+
+
+@pytest.mark.parametrize(("size", "resize"), [(224, 256), (96, 110), (64, 73), (32, 32)])
+def test_timm_prepares_pictures_as_we_do(tmp_path, size, resize):
+    import timm.data
+
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((300, 260), Image.Resampling.BICUBIC)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    card = BackboneCard(backbone="test_resnet", size=size, resize=resize, mean=mean, std=std)
+    save_backbone(tmp_path / "b.safetensors", create_backbone("test_resnet", size), card)
+    module, _ = load_backbone(tmp_path / "b.safetensors")
+    prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(module))
+    ours = torch.from_numpy(centre_view(np.asarray(picture), resize, size).copy()).permute(2, 0, 1) / 255
+    ours = (ours - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert prepare(picture).shape == (3, size, size)
+    assert (prepare(picture) - ours).abs().mean() < 0.02  # crop and resize in one, or one after the other
 
 
 @pytest.mark.parametrize("stem", ["small", "standard"])

@@ -82,7 +82,10 @@ def report(run: str | Path, **options: Any) -> Path:
 
 
 def load_backbone(path: str | Path) -> nn.Module:
-    """Return the backbone of a run folder or file, in eval mode: [B, 3, S, S] → [B, num_features]."""
+    """Return the backbone of a run folder or file, in eval mode: [B, 3, S, S] → [B, num_features].
+
+    How a picture is prepared for it, timm can tell: `timm.data.create_transform(**timm.data.resolve_model_data_config(it))`.
+    """
     from caco.evaluate.encoder import find_weights
 
     return _load_backbone(find_weights(Path(path)))[0]

@@ -10,6 +10,8 @@ from typing import Any
 from caco import commands
 from caco.after_training import Knn, Linear, Report
 from caco.config import Demo, Pretrain
+from caco.deliver.next_steps import program
+from caco.errors import UsageError
 from caco.files import replace_json
 from caco.recipes import find_recipe
 
@@ -21,6 +23,8 @@ def demo(options: Demo) -> dict[str, Any]:
 
     Returns the accuracies in percent and the seconds of each part; also in RUN/demo.json.
     """
+    if (Path(options.out) / "config.json").exists() and not options.overwrite:
+        raise UsageError(f"--out {options.out} holds a run; delete it with --overwrite, or choose another folder")
     began = time.monotonic()
     config = replace(
         find_recipe("demo"), data=TRAIN, val=TEST, out=options.out, seed=options.seed, overwrite=options.overwrite
@@ -31,9 +35,12 @@ def demo(options: Demo) -> dict[str, Any]:
     commands.pretrain(config)
     trained = time.monotonic()
     rows = {
-        "raw pixels": _judge("pixels", config, linear=False),
-        "untrained encoder": _judge("random", config),
-        "pre-trained encoder": _judge(options.out, config),
+        name: _judge(name, run, config)
+        for name, run in (
+            ("raw pixels", "pixels"),
+            ("untrained encoder", "random"),
+            ("pre-trained encoder", options.out),
+        )
     }
     page = commands.report(Report(run=options.out))
     seconds = {"pre-training": round(trained - began, 1), "judging": round(time.monotonic() - trained, 1)}
@@ -43,15 +50,16 @@ def demo(options: Demo) -> dict[str, Any]:
     return result
 
 
-def _judge(run: str, config: Pretrain, linear: bool = True) -> dict[str, float]:
-    """Return the kNN and (if asked for) linear top-1 accuracy, in percent."""
+def _judge(name: str, run: str, config: Pretrain) -> dict[str, float]:
+    """Return the kNN and (but for raw pixels) linear top-1 accuracy, in percent."""
+    print(f"{name}:")
     options = {"run": run, "data": TRAIN, "val": TEST, "size": config.views.size, "seed": config.seed}
     if run == "random":
         options["backbone"] = config.backbone
     judged = commands.knn(Knn(**options))  # type: ignore[arg-type]
     assert judged is not None
     result = {"knn": round(judged["top1"], 2)}
-    if linear:
+    if run != "pixels":
         judged = commands.linear(Linear(**options, epochs=20))  # type: ignore[arg-type]
         assert judged is not None
         result["linear"] = round(judged["top1"], 2)
@@ -66,6 +74,6 @@ def _table(rows: dict[str, dict[str, float]], out: str, seconds: dict[str, float
     lines += [
         "",
         f"Ten classes: chance is 10 %. Pre-training took {seconds['pre-training']:.0f} s, judging {seconds['judging']:.0f} s.",
-        f"Look at {page}. Then try your own pictures: caco pretrain --data FOLDER --out runs/first",
+        f"Look at {page}. Then try your own pictures: {program()} pretrain --data FOLDER --out runs/first",
     ]
     return "\n".join(lines)

@@ -99,7 +99,22 @@ def load_backbone(
         raise UsageError(f"{path} holds a module of your own; load it from Python: caco.load_weights(module, path)")
     module = create_backbone(card.backbone, card.size, card.stem)
     load_into(module, tensors, str(path))
+    module.pretrained_cfg = _for_timm(card)  # type: ignore[assignment]
     return module.eval(), card
+
+
+def _for_timm(card: BackboneCard) -> dict[str, Any]:
+    """Return what `timm.data.resolve_model_data_config` asks a model for: how a picture is prepared for it."""
+    return {
+        "architecture": card.backbone,
+        "input_size": (3, card.size, card.size),
+        "mean": card.mean,
+        "std": card.std,
+        "interpolation": "bilinear",
+        # timm resizes to floor(size / crop_pct); half a pixel more keeps that from falling one short.
+        "crop_pct": card.size / (card.resize + 0.5),
+        "crop_mode": "center",
+    }
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:

@@ -11,7 +11,9 @@ import termios
 
 import pytest
 
+from caco.config import Views
 from caco.train.journal import Forecast, Journal, ProgressBar, Stopwatch
+from caco.train.trainer import warm_start_cost
 
 
 def lines(path):
@@ -173,12 +175,28 @@ def test_a_long_run_is_foretold_once(monkeypatch, seconds, new, said):
 
     now = [50.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    forecast, told = Forecast(0, 12_000, 15, new), []
+    forecast, told = Forecast(15, new), []
     for step in range(1, 61):
         now[0] += seconds if step > 1 else 1e6  # the first step may compile
-        told.append(forecast.note(step, measured=step % 10 == 0))
+        told.append(forecast.note(12_000 - step, measured=step % 10 == 0))
     assert [text for text in told if text] == ([said] if said else [])
     assert told[29] == said
+
+
+def test_the_warm_start_foretells_the_training(monkeypatch):
+    """A step of the warm start with two views costs half a training step."""
+    import time
+
+    now = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    cost, forecast, told = warm_start_cost(Views()), Forecast(15, new=True), []
+    assert cost == 0.5
+    for step in range(1, 41):
+        now[0] += 1.2
+        told.append(forecast.note(12_000 + (200 - step) * cost, measured=step % 10 == 0, cost=cost))
+    assert [text for text in told if text] == [
+        "about 8 h to go at this speed; Ctrl-C saves, --resume goes on; --epochs 100 takes about an hour"
+    ]
 
 
 def test_time_left_is_told_from_the_steps_of_this_start(tmp_path, capsys, monkeypatch):

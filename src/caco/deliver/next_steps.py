@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from caco.config import Pretrain
@@ -30,7 +32,7 @@ def next_steps(options: Pretrain, own_backbone: bool = False, images: ImageSourc
     else:
         hint = "To judge it, name labelled images, a folder for each class: caco knn RUN --data FOLDER"
         return "\n".join([embed, _line("report", run), hint])
-    return "\n".join([_line("knn", run, *judged), _line("linear", run, *judged), embed])
+    return "\n".join([_line("knn", run, *judged), _line("linear", run, *judged), embed, _line("report", run)])
 
 
 def _is_labelled(options: Pretrain) -> bool:
@@ -41,4 +43,9 @@ def _is_labelled(options: Pretrain) -> bool:
 
 
 def _line(*arguments: str) -> str:
-    return f"  {shlex.join(['caco', *arguments])}"
+    return f"  {shlex.join([program(), *arguments])}"
+
+
+def program() -> str:
+    """Return the name to call caco by here: as it was called, where the shell does not find it by its name."""
+    return "caco" if shutil.which("caco") or Path(sys.argv[0]).name != "caco" else sys.argv[0]

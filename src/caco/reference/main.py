@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,7 +97,8 @@ def _main(arguments: list[str]) -> None:
         )
     if commands.pretrain(config) is not None:
         path = write_reference(Path(config.out), int(config.epochs))
-        print(f"In the published format: {path}. Next:\n  python linear.py -a {config.backbone} --pretrained {path}")
+        next_command = ["python", "linear.py", "-a", config.backbone, "--pretrained", str(path), "--data", flags.data]
+        print(f"In the published format: {path}. Next:\n  {shlex.join(next_command)}")
 
 
 def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:

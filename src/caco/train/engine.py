@@ -39,13 +39,18 @@ class Trial:
 
 
 def choose_engine(
-    config: Pretrain, backbone: nn.Module, device: torch.device, passes: int, batch: int
+    config: Pretrain,
+    backbone: nn.Module,
+    device: torch.device,
+    passes: int,
+    batch: int,
+    say: Callable[[str], object] = lambda text: None,
 ) -> tuple[Pretrain, str]:
     """Return the configuration with numbers and names in place of every "auto" of the engine, and why, in words.
 
-    passes: forward-and-backward passes of one view that the run will make in this process. batch: images in each.
-    The backbone is not changed, nor are random states. A short run is not worth a trial and gets the defaults. Raises
-    UsageError for choices that exclude each other.
+    passes: forward-and-backward passes of one view that the run will make in this process. batch: images in each. say:
+    told before what takes a while. The backbone is not changed, nor are random states. A short run is not worth a trial
+    and gets the defaults. Raises UsageError for choices that exclude each other.
     """
     if config.engine.compile == "on" and config.engine.checkpointing:
         raise UsageError("--engine.compile on and --engine.checkpointing exclude each other; leave one out")
@@ -60,6 +65,7 @@ def choose_engine(
         work = first * passes * batch / min(batch, TRIAL_BATCH)
         chosen, why = choices[0], f"{choices[0].precision}, {choices[0].layout}"
         if len(choices) > 1 and work > SHORT_RUN:
+            say(f"a long run: {len(choices)} ways to compute the encoder are timed first")
             times = measure(backbone, choices, device, config.views.size, min(batch, TRIAL_BATCH))
             chosen = fastest(choices, times)
             work *= times[choices.index(chosen)] / times[0]
@@ -69,6 +75,7 @@ def choose_engine(
             )
         compiled = config.engine.compile == "on"
         if config.engine.compile == "auto" and work > LONG_RUN and can_compile(device):
+            say("a very long run: torch.compile is tried, which takes a minute or two")
             compiled, words = try_compiling(backbone, chosen, device, config.views.size, batch)
             why += "; " + words
     finally:

@@ -150,7 +150,8 @@ class ProgressBar:
         if time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             left = (self._last_line - self._began) / max(step - self._first, 1) * (self._steps - step)
-            self._tell(f"{self._unit} {step:,}/{self._steps:,} {text}, {_duration(left)} left")
+            of_what = " in the warm start" if self._unit != "step" else ""
+            self._tell(f"{self._unit} {step:,}/{self._steps:,} {text}, {_duration(left)} left{of_what}")
 
 
 def _has_columns() -> bool:
@@ -168,21 +169,28 @@ class Forecast:
     LONG = 3600.0
     """Seconds of work left from which it is told."""
 
-    def __init__(self, done: int, steps: int, steps_per_epoch: int, new: bool) -> None:
+    def __init__(self, steps_per_epoch: int, new: bool) -> None:
         """New: a run's number of epochs can still be chosen; that of a resumed one cannot."""
-        self._first, self._steps, self._per_epoch, self._new = done + 1, steps, steps_per_epoch, new
+        self._per_epoch, self._new = steps_per_epoch, new
         self._began: float | None = None
+        self._done = 0.0
         self._told = False
 
-    def note(self, step: int, measured: bool) -> str:
-        """Take note of a step; return what is to be said, or "". measured: the device has done all steps up to here."""
-        if self._began is None:
+    def note(self, steps_left: float, measured: bool, cost: float = 1.0) -> str:
+        """Take note of a step; return what is to be said, or "".
+
+        steps_left: training steps to go, those of the warm start by their cost. measured: the device has done all steps
+        up to here. cost: of this step, in training steps.
+        """
+        if self._began is None:  # the first step makes kernels and buffers
             self._began = time.monotonic()
-        if self._told or not measured or step - self._first < self.STEPS:
+            return ""
+        self._done += cost
+        if self._told or not measured or self._done < self.STEPS * cost:
             return ""
         self._told = True
-        seconds = (time.monotonic() - self._began) / (step - self._first)
-        left = seconds * (self._steps - step)
+        seconds = (time.monotonic() - self._began) / self._done
+        left = seconds * steps_left
         if left < self.LONG:
             return ""
         an_hour = int(round(3600 / (seconds * self._per_epoch), 3))

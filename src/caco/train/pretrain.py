@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,7 +210,11 @@ def _open(config: Pretrain, data: str, world: World, **options: Any) -> ImageSou
 def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: int) -> tuple[Pretrain, str]:
     passes = steps * config.accumulate * (config.views.large + config.views.small)
     batch = config.batch_size // (world.size * config.accumulate)
-    return world.share(lambda: choose_engine(config, backbone, world.device, passes, batch))
+    return world.share(lambda: choose_engine(config, backbone, world.device, passes, batch, _say))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:

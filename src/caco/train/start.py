@@ -59,6 +59,8 @@ def start_from(
         return
     snapshot = read_snapshot(start_file(config.weights))
     if snapshot is None:
+        if world.is_main:
+            print(f"--weights {config.weights}: took over backbone", file=sys.stderr)
         return
     taken = take_over(state, snapshot)
     if "bank" in taken:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caco.config import Pretrain
+from caco.config import Pretrain, Views
 from caco.distributed.data_parallel import data_parallel
 from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, UsageError
@@ -45,7 +45,9 @@ class Trainer:
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.monitor.keep_checkpoints)
         self.last_saved = time.monotonic()
         self.last_spread = 1.0
+        self.broken_told = 0
         self.told: set[str] = set()
+        self.forecast = Forecast(self.loader.steps_per_epoch, new=not config.resume)
         metrics_bytes, problems = self._resume() if config.resume else (0, ())
         self.state.knn_is_owed &= self.monitor is not None  # it can have been switched off meanwhile
         tensorboard = config.monitor.tensorboard
@@ -63,6 +65,7 @@ class Trainer:
             self.state.model.train()
             self._warm_start()
             self._train_epochs()
+            self._tell_broken()
             self.journal.note("the run is finished")
         finally:
             self.journal.close()
@@ -112,7 +115,11 @@ class Trainer:
                     if done == steps:
                         state.model.copy_to_key_encoder()
                     bar.advance()
-                    if self._is_logged(done) or done == steps:
+                    logged = self._is_logged(done) or done == steps
+                    cost = warm_start_cost(self.config.views)
+                    if said := self.forecast.note(self.steps - state.step + (steps - done) * cost, logged, cost):
+                        self.journal.say(said)
+                    if logged:
                         self._stop_if_not_finite(self.state.meters.bad_step(self.world))
                         mean = float(self.world.sum(loss)) / self.world.size
                         self.journal.record("warm start", done, loss=mean)
@@ -124,7 +131,7 @@ class Trainer:
         network = data_parallel(state.model, self.world, apart=["bank.weight"] if self.config.bank.sharded else [])
         if state.knn_is_owed:  # the run was stopped between the end of an epoch and its check
             self._save_when_due(state.step, known_to_all=True, best=self._check(state.step // per_epoch - 1))
-        clock, forecast = Stopwatch(), Forecast(state.step, self.steps, per_epoch, new=not self.config.resume)
+        clock = Stopwatch()
         with ProgressBar(self.journal, self.steps, state.step) as bar:
             for epoch in range(state.step // per_epoch, self.epochs):
                 rates, next_rates = self.schedules.at(epoch), self.schedules.at(epoch + 1)
@@ -141,7 +148,7 @@ class Trainer:
                         self.journal.record_speed(state.step, speed, wait)
                         text += f", {speed:,.1f} images/s, {wait:.0%} waiting for data"
                         bar.show(state.step, text)
-                    if said := forecast.note(state.step, logged):
+                    if said := self.forecast.note(self.steps - state.step, logged):
                         self.journal.say(said)
                     if last:
                         self.journal.note(f"epoch {epoch + 1}/{self.epochs}: step {state.step:,}, {text}")
@@ -173,6 +180,7 @@ class Trainer:
             if finding.advice not in self.told:  # once is enough
                 self.told.add(finding.advice)
                 self.journal.say(f"epoch {epoch + 1}: {finding}")
+        self._tell_broken()
         if self.monitor is None or not knn_is_due(epoch, self.epochs, self.config.monitor):
             return False
         self.state.knn_is_owed = True
@@ -190,6 +198,13 @@ class Trainer:
         best = result["top1"] > self.state.best_knn
         self.state.best_knn = max(self.state.best_knn, result["top1"])
         return best
+
+    def _tell_broken(self) -> None:
+        """Say how many images were skipped, when they have become more."""
+        if len(self.broken) > self.broken_told:
+            self.broken_told = len(self.broken)
+            count = "1 image was" if self.broken_told == 1 else f"{self.broken_told:,} images were"
+            self.journal.say(f"{count} broken and skipped so far; which, and why: {self.folder / 'skipped.txt'}")
 
     def _save_when_due(self, step: int, known_to_all: bool, best: bool = False) -> None:
         """Save when it is time to, or when asked to stop; then stop.
@@ -253,6 +268,15 @@ class Trainer:
                 f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
                 "or --precision fp32."
             )
+
+
+def warm_start_cost(views: Views) -> float:
+    """Return what a step of the warm start costs, in training steps: of one query and one key, by their pixels.
+
+    A query's forward and backward pass is three times its forward pass.
+    """
+    queries = views.large + views.small * (views.small_size / views.size) ** 2
+    return (3 + 1) / (3 * queries + 2)
 
 
 def warm_start_steps(config: Pretrain, steps_per_epoch: int) -> int:
