@@ -5,8 +5,8 @@
 
 Each part is one of the other benchmarks with its own command, which is printed, limited in time, and whose output goes
 into FOLDER/NAME.log and FOLDER/NAME.json. A part that fails or takes too long is said so; the others go on. Exit status 1
-if any failed. Parts for which no time is left are named, to be taken with --only. ResNet-50 at batch 1024 needs a GPU of
-more than 80 GB (two views' activations); on a smaller one --batch 512 is taken.
+if any failed. Parts for which no time is left are named, to be taken with --only. ResNet-50 at batch 1024 needs some
+50 GiB (`memory.py`); on a smaller GPU --batch 256 is taken.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
             f"step.py {RESNET50} --batch {batch} --rounds 1 --no-stages --accumulate {accumulate}"
             + " --checkpointing" * again,
         )
-        for batch, again, accumulate in [(256, 0, 1), (256, 1, 1), (1024, 1, 1), (1024, 0, 8), (1024, 1, 4)]
+        for batch, again, accumulate in [(256, 0, 1), (256, 1, 1), (1024, 1, 1), (1024, 0, 4), (1024, 1, 4)]
     }
     others = {
         "bank": (120, "bank.py --slots 65536 1048576 --width 128 --batch 512 --rounds 5"),
@@ -77,9 +77,9 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
 
 
 def largest_batch(device: str) -> int:
-    """Return the batch of ResNet-50 at 224 px whose activations a device holds at once: 1024 at some 82 GiB."""
-    large = device == "cpu" or torch.cuda.get_device_properties(device).total_memory > 100 * 2**30
-    return 1024 if large else 512
+    """Return the batch of ResNet-50 at 224 px whose activations a device holds at once: 1024 at some 50 GiB."""
+    large = device == "cpu" or torch.cuda.get_device_properties(device).total_memory > 60 * 2**30
+    return 1024 if large else 256
 
 
 def main() -> int:
