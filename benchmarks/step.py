@@ -82,14 +82,7 @@ class Step:
             device=device,
             broken=BrokenImages(len(source), 0.0),
         )
-        self.batches = self._batches()
-
-    def _batches(self) -> Iterator[list[Tensor]]:
-        epoch = 0
-        while True:
-            for batch in self.loader.batches(epoch):
-                yield batch.views
-            epoch += 1
+        self.batches: Iterator[list[Tensor]] = (batch.views for batch in self.loader.batches(0, 0, 10**6))
 
     def whole(self) -> None:
         train_step(

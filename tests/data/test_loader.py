@@ -134,6 +134,13 @@ def test_start_inside_an_epoch(equal, first):
     assert_equal_batches(whole[first : first + 1], views_of(source).batches(2, first, min(first + 1, 5)))
 
 
+def test_steps_run_on_into_the_next_epochs():
+    source = Pictures()
+    whole = [batch for epoch in (3, 4, 5) for batch in views_of(source).batches(epoch)]
+    views = views_of(source)
+    assert_equal_batches(whole[2:], views.batches(3, 2, 3 * views.steps_per_epoch))
+
+
 def test_epochs_and_seeds_differ():
     source = Pictures()
     first, again = (next(views_of(source).batches(0)) for _ in range(2))

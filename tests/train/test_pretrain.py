@@ -170,7 +170,7 @@ def test_a_run_starts_from_another_runs_folder(tmp_path, capfd):
         caco.pretrain(source, first, backbone="test_resnet", weights=first / "checkpoints", overwrite=True, **SMALL)
     shutil.rmtree(first / "checkpoints")
     caco.pretrain(source, tmp_path / "third", backbone="test_resnet", weights=first, **SMALL)
-    assert "took over" not in capfd.readouterr().err
+    assert "took over backbone\n" in capfd.readouterr().err
     with pytest.raises(UsageError, match="there is no run folder or file"):
         caco.pretrain(source, tmp_path / "fourth", backbone="test_resnet", weights=tmp_path / "none", **SMALL)
 

@@ -6,7 +6,7 @@ be saved for a resume, and it is the same for any number of threads or processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -89,14 +89,25 @@ class TrainingViews:
             # Here and not in the thread that makes batches, because torch compiles in one thread at a time.
             self._from_device(self._resident, np.arange(batch_size // world_size), epoch=0)
 
-    def batches(self, epoch: int, first_step: int = 0, last_step: int | None = None) -> Iterator[Batch]:
-        """Yield an epoch's batches first_step … last_step − 1 (None: all); two are prepared ahead in the background."""
-        order = epoch_order(len(self.source), self.seed, epoch)
+    def batches(self, epoch: int, first_step: int = 0, last_step: int | None = None) -> Generator[Batch, None, None]:
+        """Yield the batches of steps first_step … last_step − 1, counted from the start of an epoch.
+
+        None: to its end. Later steps belong to the epochs that follow. Two batches are prepared ahead in the background,
+        those of the next epoch, too, so that none has to be waited for when it begins.
+        """
         steps = range(first_step, self.steps_per_epoch if last_step is None else last_step)
         with ThreadPoolExecutor(self._workers, thread_name_prefix="views") as pool:
-            yield from ahead(
-                (self._batch(pool, self._part(order, step), epoch) for step in steps), self.device, self._stream
-            )
+            batches = (self._batch(pool, part, of) for of, part in self._parts(epoch, steps))
+            yield from ahead(batches, self.device, self._stream)
+
+    def _parts(self, epoch: int, steps: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield for each step its epoch and this process's images; steps are counted from the start of `epoch`."""
+        ordered, order = -1, np.empty(0, dtype=np.int64)
+        for step in steps:
+            of = epoch + step // self.steps_per_epoch
+            if of != ordered:
+                ordered, order = of, epoch_order(len(self.source), self.seed, of)
+            yield of, self._part(order, step % self.steps_per_epoch)
 
     def _part(self, order: np.ndarray, step: int) -> np.ndarray:
         """Return this process's images of a step."""

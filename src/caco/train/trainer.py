@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,29 +103,29 @@ class Trainer:
         network = data_parallel(
             WarmStart(state.model, self.config.bank.warm_start_temperature), self.world, apart=["model.bank.weight"]
         )
-        with ProgressBar(self.journal, steps, state.warm_start_step, "warm-start step") as bar:
-            for epoch in range(state.warm_start_step // per_epoch, math.ceil(steps / per_epoch)):
-                last = min(steps - epoch * per_epoch, per_epoch)
-                first = state.warm_start_step - epoch * per_epoch
-                for batch in self.loader.batches(WARM_START_EPOCH + epoch, first, last):
-                    lr, momentum = self.schedules.warm_start_lr, self.config.bank.warm_start_key_momentum
-                    loss = warm_start_step(
-                        state, network, batch.views, lr, momentum, self.precision, self.world, self.config.accumulate
-                    )
-                    done = state.warm_start_step
-                    if done == steps:
-                        state.model.copy_to_key_encoder()
-                    bar.advance()
-                    logged = self._is_logged(done) or done == steps
-                    cost = warm_start_cost(self.config.views)
-                    if said := self.forecast.note(self.steps - state.step + (steps - done) * cost, logged, cost):
-                        self.journal.say(said)
-                    if logged:
-                        self._stop_if_not_finite(self.state.meters.bad_step(self.world))
-                        mean = float(self.world.sum(loss)) / self.world.size
-                        self.journal.record("warm start", done, loss=mean)
-                        bar.show(done, f"loss {mean:.3f}")
-                    self._save_when_due(done, known_to_all=done == steps)
+        lr, momentum = self.schedules.warm_start_lr, self.config.bank.warm_start_key_momentum
+        cost = warm_start_cost(self.config.views)
+        with (
+            ProgressBar(self.journal, steps, state.warm_start_step, "warm-start step") as bar,
+            closing(self.loader.batches(WARM_START_EPOCH, state.warm_start_step, steps)) as batches,
+        ):
+            for batch in batches:
+                loss = warm_start_step(
+                    state, network, batch.views, lr, momentum, self.precision, self.world, self.config.accumulate
+                )
+                done = state.warm_start_step
+                if done == steps:
+                    state.model.copy_to_key_encoder()
+                bar.advance()
+                logged = self._is_logged(done) or done == steps
+                if said := self.forecast.note(self.steps - state.step + (steps - done) * cost, logged, cost):
+                    self.journal.say(said)
+                if logged:
+                    self._stop_if_not_finite(self.state.meters.bad_step(self.world))
+                    mean = float(self.world.sum(loss)) / self.world.size
+                    self.journal.record("warm start", done, loss=mean)
+                    bar.show(done, f"loss {mean:.3f}")
+                self._save_when_due(done, known_to_all=done == steps)
 
     def _train_epochs(self) -> None:
         state, per_epoch = self.state, self.loader.steps_per_epoch
@@ -132,29 +133,33 @@ class Trainer:
         if state.knn_is_owed:  # the run was stopped between the end of an epoch and its check
             self._save_when_due(state.step, known_to_all=True, best=self._check(state.step // per_epoch - 1))
         clock = Stopwatch()
-        with ProgressBar(self.journal, self.steps, state.step) as bar:
-            for epoch in range(state.step // per_epoch, self.epochs):
-                rates, next_rates = self.schedules.at(epoch), self.schedules.at(epoch + 1)
-                for batch in clock.waiting(self.loader.batches(epoch, state.step - epoch * per_epoch)):
-                    last = state.step + 1 == (epoch + 1) * per_epoch
-                    momentum = (next_rates if last else rates).key_momentum
-                    train_step(state, network, batch.views, rates, momentum, self.precision, self.config.accumulate)
-                    clock.images += self.config.batch_size
-                    bar.advance()
-                    logged = self._is_logged(state.step) or last
-                    if logged:
-                        text = self._log(epoch, rates)
-                        speed, wait = clock.take()
-                        self.journal.record_speed(state.step, speed, wait)
-                        text += f", {speed:,.1f} images/s, {wait:.0%} waiting for data"
-                        bar.show(state.step, text)
-                    if said := self.forecast.note(self.steps - state.step, logged):
-                        self.journal.say(said)
-                    if last:
-                        self.journal.note(f"epoch {epoch + 1}/{self.epochs}: step {state.step:,}, {text}")
-                    best = last and self._end_epoch(epoch)
-                    self._save_when_due(state.step, known_to_all=last, best=best)
-                clock.restart()
+        with (
+            ProgressBar(self.journal, self.steps, state.step) as bar,
+            closing(self.loader.batches(0, state.step, self.steps)) as batches,
+        ):
+            for batch in clock.waiting(batches):
+                epoch, step = divmod(state.step, per_epoch)
+                last, rates = step + 1 == per_epoch, self.schedules.at(epoch)
+                next_rates = self.schedules.at(epoch + 1) if last else rates
+                momentum, accumulate = next_rates.key_momentum, self.config.accumulate
+                train_step(state, network, batch.views, rates, momentum, self.precision, accumulate)
+                clock.images += self.config.batch_size
+                bar.advance()
+                logged = self._is_logged(state.step) or last
+                if logged:
+                    text = self._log(epoch, rates)
+                    speed, wait = clock.take()
+                    self.journal.record_speed(state.step, speed, wait)
+                    text += f", {speed:,.1f} images/s, {wait:.0%} waiting for data"
+                    bar.show(state.step, text)
+                if said := self.forecast.note(self.steps - state.step, logged):
+                    self.journal.say(said)
+                if last:
+                    self.journal.note(f"epoch {epoch + 1}/{self.epochs}: step {state.step:,}, {text}")
+                best = last and self._end_epoch(epoch)
+                self._save_when_due(state.step, known_to_all=last, best=best)
+                if last:
+                    clock.restart()
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.monitor.log_steps == 0
