@@ -40,8 +40,6 @@ from caco.train import pretrain as pretraining
 def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: ImageSource | None = None) -> Path | None:
     """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
     check(options)
-    if options.out and Path(options.out).is_dir():
-        check_writable("--out", Path(options.out) / "config.json")
     if options.val and not _may_be_labelled(options):
         raise UsageError(
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "

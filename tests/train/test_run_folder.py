@@ -173,7 +173,7 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="exists and is not a run"):
         open_run(config(tmp_path / "file", overwrite=True))
-    with pytest.raises(UsageError, match="cannot be made: Not a directory"):
+    with pytest.raises(UsageError, match="cannot be written: Not a directory"):
         open_run(config(tmp_path / "file" / "run"))
     assert (tmp_path / "file").read_text() == "x"
 

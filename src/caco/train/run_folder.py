@@ -18,7 +18,7 @@ from pathlib import Path
 
 from caco.config import Pretrain
 from caco.errors import UsageError
-from caco.files import replace_json
+from caco.files import check_writable, replace_json
 from caco.options import flatten, from_dictionary
 from caco.train.lock import LOCK, RunLock
 
@@ -62,6 +62,7 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
             raise UsageError(
                 f"--weights {config.weights} lies in the run that --overwrite deletes; choose another --out"
             )
+    check_writable("--out", folder / "config.json")
     if config.resume and not _has_saved(folder):
         if not restarted:
             check_same_mathematics(read_config(folder), config)
@@ -73,14 +74,11 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
 def open_run_folder(config: Pretrain, lock: RunLock) -> Path:
     """Return the run's folder, taken by `lock`, ready for a new run (the old one is deleted) or for `--resume`.
 
-    Raises UsageError as `check_run_folder` does, or when the folder cannot be made or is in use.
+    Raises UsageError as `check_run_folder` does, or when the folder is in use.
     """
     check_run_folder(config)
     folder = Path(config.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder} cannot be made: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     lock.take(folder)
     if not config.resume:
         _delete_run(folder)
