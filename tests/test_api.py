@@ -1,5 +1,6 @@
 """The commands as Python functions: `import caco` is light, options are checked, own modules and sources work."""
 
+import json
 import subprocess
 import sys
 
@@ -164,6 +165,95 @@ def test_a_dataset_with_labels_is_checked_by_them(tmp_path):
     options = {**TINY, "monitor": {"knn_epochs": 1}}
     caco.pretrain(Pictures(), tmp_path / "run", backbone="test_resnet", **options)
     assert '"kind": "knn"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+class Sorted(Pictures):
+    """Labelled pictures, a class after another, as folders list them; one of a class has a little more of a colour."""
+
+    def __init__(self, per_class=8, seed=0):
+        super().__init__()
+        self.images = np.random.default_rng(seed).integers(0, 90, (3 * per_class, 10, 10, 3), dtype=np.uint8)
+        self.targets = [number // per_class for number in range(3 * per_class)]
+        for image, label in zip(self.images, self.targets, strict=True):
+            image[:, :, label] += 6
+
+    def write(self, folder):
+        for number, label in enumerate(self.targets):
+            path = folder / self.classes[label] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(self.images[number]).save(path)
+        return folder
+
+    def source(self):
+        return ArraySource(self.images, self.targets, self.classes)
+
+
+@pytest.mark.parametrize(("command", "options"), [("knn", {"neighbours": 3}), ("linear", {"epochs": 5})])
+def test_own_images_are_judged_as_the_same_pictures_in_folders(command, options, tmp_path):
+    train, val = Sorted(), Sorted(4, seed=1)
+    judge = getattr(caco, command)
+    caco.pretrain(train, tmp_path / "run", backbone="test_resnet", **TINY)
+    folders = train.write(tmp_path / "train"), val.write(tmp_path / "val")
+    options = {"device": "cpu", "workers": 1, **options}
+    wanted = judge(tmp_path / "run", folders[0], val=folders[1], **options)
+    for data, queries, named in [
+        (train, val, ("Sorted", "Sorted")),
+        (train.source(), val.source(), ("array", "array")),
+        (folders[0], val, (str(folders[0]), "Sorted")),
+    ]:
+        result = judge(tmp_path / "run", data, val=queries, out=tmp_path / "result.json", **options)
+        assert (result["data"], result["val"]) == named
+        assert result == json.loads((tmp_path / "result.json").read_text())
+        assert {**result, "data": 0, "val": 0} == {**wanted, "data": 0, "val": 0}
+    held_out = judge(tmp_path / "run", train, **options)
+    assert held_out["val"] == "held out: 0.2"
+    assert held_out["top1"] == judge(tmp_path / "run", folders[0], **options)["top1"]
+
+
+def test_own_images_are_embedded(tmp_path):
+    pictures = Sorted(4)
+    photos = pictures.write(tmp_path / "photos")
+    forms = [photos, pictures, pictures.source(), pictures.images, sorted(photos.glob("*/*.png"))]
+    written = []
+    for number, data in enumerate(forms):
+        written.append(np.load(caco.embed("pixels", data, size=8, out=tmp_path / f"{number}.npz")))
+    for one in written[1:]:
+        np.testing.assert_array_equal(one["vectors"], written[0]["vectors"])
+    np.testing.assert_array_equal(written[1]["labels"], written[0]["labels"])
+
+
+def test_own_images_are_judged_by_several_processes():
+    train, val = Sorted(), Sorted(4, seed=1)
+    options = {"size": 8, "device": "cpu", "workers": 1}
+    one = caco.knn("pixels", train.source(), val=val.source(), **options)
+    assert caco.knn("pixels", train.source(), val=val.source(), distributed={"processes": 2}, **options) == one
+
+
+@pytest.mark.parametrize(
+    ("data", "val", "words"),
+    [
+        (Sorted().images, None, "--data array has no labels (caco.data.arrays.ArraySource(images, labels))"),
+        (Pictures(labelled=False), None, "--data Pictures has no labels (the Dataset's `targets` or `labels`"),
+        (Sorted(), Sorted().images, "array has no labels (caco.data.arrays.ArraySource(images, labels))"),
+        (
+            (Sorted().images, [0] * 24),
+            None,
+            "labels go with their images: caco.data.arrays.ArraySource(images, labels)",
+        ),
+        (np.zeros((0, 8, 8, 3), np.uint8), None, "array holds no images"),
+        (Sorted(), 5, "val is a int; it must be a path"),
+    ],
+)
+def test_own_images_that_cannot_be_judged(data, val, words):
+    for judge in (caco.knn, caco.linear):
+        with pytest.raises(UsageError) as caught:
+            judge("pixels", data, val=val, size=8)
+        assert words in str(caught.value)
+
+
+def test_embedding_takes_no_val():
+    with pytest.raises(UsageError, match="unknown option val"):
+        caco.embed("pixels", "textures:40", val="textures:20", out="features.npz")
 
 
 @pytest.mark.parametrize(

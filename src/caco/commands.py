@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from caco.after_training import Embed, Evaluation, Export, Knn, Linear, Report
 from caco.checks import check
 from caco.config import Pretrain
-from caco.data.labels import Relabelled, Subset
+from caco.data.labels import Relabelled, Subset, where_labels_come_from
 from caco.data.source import ImageSource, open_source
 from caco.deliver.embed import check_features_path, write_features
 from caco.deliver.export import check_export_path
@@ -37,7 +38,19 @@ from caco.files import check_writable, replace_file, replace_json
 from caco.train import pretrain as pretraining
 
 
-def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: ImageSource | None = None) -> Path | None:
+@dataclass(frozen=True)
+class Own:
+    """What a Python caller gave as an object, in the place of what the options name; None: as they name it."""
+
+    backbone: nn.Module | None = None
+    data: ImageSource | None = None
+    val: ImageSource | None = None
+
+
+NOTHING = Own()
+
+
+def pretrain(options: Pretrain, own: Own = NOTHING) -> Path | None:
     """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
     check(options)
     if options.out and Path(options.out).is_dir():
@@ -47,9 +60,9 @@ def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: Image
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "
             "leave --val out"
         )
-    path = launch(pretraining.run, options.distributed, options.device, options, backbone, images, saves=True)
+    path = launch(pretraining.run, options.distributed, options.device, options, own.backbone, own.data, saves=True)
     if path is not None:
-        print(f"The backbone is {path}. Next:\n{next_steps(options, backbone is not None, images)}")
+        print(f"The backbone is {path}. Next:\n{next_steps(options, own.backbone is not None, own.data)}")
     return path
 
 
@@ -61,7 +74,7 @@ def _may_be_labelled(options: Pretrain) -> bool:
         return True
 
 
-def knn(options: Knn, own: nn.Module | None = None) -> dict[str, Any] | None:
+def knn(options: Knn, own: Own = NOTHING) -> dict[str, Any] | None:
     """Judge an encoder by nearest neighbours; print, write --out if given, and return the result (percent).
 
     Returns None but in the main process.
@@ -70,8 +83,8 @@ def knn(options: Knn, own: nn.Module | None = None) -> dict[str, Any] | None:
     return launch(_knn, options.distributed, options.device, options, own)
 
 
-def _knn(world: World, options: Knn, own: nn.Module | None) -> dict[str, Any] | None:
-    encoder, train, val = _prepare(world, options, own, options.val, options.held_out)
+def _knn(world: World, options: Knn, own: Own) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, own)
     reference, queries = encoder.features(train), encoder.features(val)
     if not world.is_main:
         return None
@@ -103,7 +116,7 @@ def _knn(world: World, options: Knn, own: nn.Module | None) -> dict[str, Any] | 
     return _deliver(report, options.out)
 
 
-def linear(options: Linear, own: nn.Module | None = None) -> dict[str, Any] | None:
+def linear(options: Linear, own: Own = NOTHING) -> dict[str, Any] | None:
     """Judge an encoder by a linear classifier; print, write --out if given, and return the result (percent).
 
     Returns None but in the main process.
@@ -116,8 +129,8 @@ def linear(options: Linear, own: nn.Module | None = None) -> dict[str, Any] | No
     return launch(_linear, options.distributed, options.device, options, own)
 
 
-def _linear(world: World, options: Linear, own: nn.Module | None) -> dict[str, Any] | None:
-    encoder, train, val = _prepare(world, options, own, options.val, options.held_out)
+def _linear(world: World, options: Linear, own: Own) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, own)
     probe = _reference_linear if options.protocol == "reference" else _cached_linear
     judged = probe(options, encoder, train, val)
     if judged is None:
@@ -143,16 +156,16 @@ def _linear(world: World, options: Linear, own: nn.Module | None) -> dict[str, A
     return _deliver(report, options.out)
 
 
-def embed(options: Embed, own: nn.Module | None = None) -> Path | None:
+def embed(options: Embed, own: Own = NOTHING) -> Path | None:
     """Write the features of every image to --out and return its path (None but in the main process)."""
     check_features_path(options.out)
     return launch(_embed, options.distributed, options.device, options, own)
 
 
-def _embed(world: World, options: Embed, own: nn.Module | None) -> Path | None:
+def _embed(world: World, options: Embed, own: Own) -> Path | None:
     path = Path(options.out)
-    source = _open(options, options.data, "train")
-    features = _encoder(world, options, own).features(source)
+    source = _open(options, own.data, options.data, "train")
+    features = _encoder(world, options, own.backbone).features(source)
     if not world.is_main:
         return None
     _say_broken(source, features.broken)
@@ -175,22 +188,20 @@ def _encoder(world: World, options: Evaluation, own: nn.Module | None) -> Usable
     )
 
 
-def _prepare(
-    world: World, options: Evaluation, own: nn.Module | None, val_data: str, held_out: float
-) -> tuple[UsableEncoder, ImageSource, ImageSource]:
+def _prepare(world: World, options: Knn | Linear, own: Own) -> tuple[UsableEncoder, ImageSource, ImageSource]:
     """Return the encoder, labelled training images and labelled test images in the same classes."""
-    train = _open(options, options.data, "train")
+    train = _open(options, own.data, options.data, "train")
     if train.labels is None:
-        raise UsageError(f"--data {options.data} has no labels (class folders, or a label column); judging needs them")
-    encoder = _encoder(world, options, own)
-    if val_data:
-        return encoder, train, Relabelled(_open(options, val_data, "val"), train.classes)
-    kept, asked = held_out_split(np.asarray(train.labels), held_out, options.seed)
+        raise UsageError(f"--data {options.data} has no labels ({where_labels_come_from(train)}); judging needs them")
+    encoder = _encoder(world, options, own.backbone)
+    if options.val:
+        return encoder, train, Relabelled(_open(options, own.val, options.val, "val"), train.classes)
+    kept, asked = held_out_split(np.asarray(train.labels), options.held_out, options.seed)
     return encoder, Subset(train, kept), Subset(train, asked)
 
 
-def _open(options: Evaluation, data: str, split: str) -> ImageSource:
-    return open_source(data, split=split, download=options.download)
+def _open(options: Evaluation, own: ImageSource | None, data: str, split: str) -> ImageSource:
+    return open_source(data, split=split, download=options.download) if own is None else own
 
 
 def _cached_linear(

@@ -23,11 +23,13 @@ class ArraySource:
         classes: Sequence[str] = (),
         name: str = "array",
     ) -> None:
-        """labels: N whole numbers from 0 on; classes: their names. Raises UsageError for another shape or dtype."""
+        """labels: N whole numbers from 0 on; classes: their names. Raises UsageError for another shape or dtype, or none."""
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
             raise UsageError(
                 f"{name}: images must be uint8 [N, H, W, 3] or [N, H, W], not {images.dtype} {list(images.shape)}"
             )
+        if len(images) == 0:
+            raise UsageError(f"{name} holds no images")
         self.name = name
         self.images = images
         self.labels: Labels = None
