@@ -1,4 +1,8 @@
-"""The commands as Python functions. Options are those of the command line; groups are dictionaries."""
+"""The commands as Python functions. Options are those of the command line; groups are dictionaries.
+
+Those that take `distributed` start processes where there are several GPUs or several processes are asked for. Each of
+these imports the script again, so there the call stands under `if __name__ == "__main__":`, as with multiprocessing.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,8 @@ def pretrain(data: Any, out: str | Path, *, backbone: str | nn.Module | None = N
     (caco.data.datasets.DatasetSource), or an image source of your own (caco.data.source.ImageSource). backbone: a timm
     name, or a module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W]. Options that are None count as not
     given. Returns None but in the main process.
+    With several processes (`distributed={"processes": 2}`, or several GPUs) the call must be under
+    `if __name__ == "__main__":`, for each process imports the script again; and data must be picklable.
     Example: `pretrain("photos/", "runs/first", recipe="cifar", bank_size=8192, views={"size": 64})`.
     Raises caco.errors.UsageError for wrong options, CacoError when the run cannot go on.
     """
@@ -55,6 +61,8 @@ def knn(
     data, val: labelled images, in any form that `pretrain` takes. The labels of an array come with it:
     `caco.data.arrays.ArraySource(images, labels)`; those of a Dataset are its `targets` or `labels`.
     backbone: a timm name, for a file that does not say it, or the module of your own that the run trained.
+    With several processes (`distributed={"processes": 2}`, or several GPUs) the call must be under
+    `if __name__ == "__main__":`, for each process imports the script again; and data must be picklable.
     Example: `knn("runs/first", "train/", val="val/", neighbours=20)`.
     """
     return commands.knn(*_judged(Knn(), run, data, backbone, options, val))
@@ -65,7 +73,7 @@ def linear(
 ) -> dict[str, Any] | None:
     """Judge an encoder by a linear classifier and return the result, accuracies in percent (`caco linear`).
 
-    data, val, backbone: as for `knn`.
+    data, val, backbone, and several processes: as for `knn`.
     """
     return commands.linear(*_judged(Linear(), run, data, backbone, options, val))
 
@@ -73,7 +81,7 @@ def linear(
 def embed(run: str | Path = "", data: Any = None, *, backbone: str | nn.Module = "", **options: Any) -> Path | None:
     """Write one feature vector for each image and return the file's path (`caco embed`).
 
-    data: images in any form that `pretrain` takes, with labels or without. backbone: as for `knn`.
+    data: images in any form that `pretrain` takes, with labels or without. backbone, and several processes: as for `knn`.
     """
     return commands.embed(*_judged(Embed(), run, data, backbone, options))
 
