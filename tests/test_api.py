@@ -116,6 +116,24 @@ def test_own_modules_are_trained_and_come_back(tmp_path):
     assert judged["val_images"] == 16 and 0 <= judged["top1"] <= 100
 
 
+def test_own_modules_are_named_in_the_errors_about_them(tmp_path):
+    caco.pretrain("textures:32", tmp_path / "run", backbone=Own(), **TINY)
+    for judge in (caco.knn, caco.linear, caco.embed):
+        with pytest.raises(UsageError, match="take it as backbone=module"):
+            judge(tmp_path / "run", "textures:32", out=tmp_path / ("a.npz" if judge is caco.embed else "a.json"))
+    for kind in ("timm", "torchvision"):
+        with pytest.raises(UsageError, match=r"caco.load_weights\(module, path\) and save module.state_dict\(\)"):
+            caco.export(tmp_path / "run", format=kind, out=tmp_path / "a.safetensors")
+
+
+def test_errors_speak_of_switches_as_python_has_them(tmp_path):
+    caco.pretrain("textures:32", tmp_path / "--resume", backbone="test_resnet", **TINY)
+    with pytest.raises(UsageError) as caught:
+        caco.pretrain("textures:32", tmp_path / "--resume", backbone="test_resnet", **TINY)
+    words = f"--out {tmp_path}/--resume holds a run; go on with resume=True, or delete it with overwrite=True"
+    assert str(caught.value) == words
+
+
 def test_own_modules_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match="does not take pictures of 8 x 8 pixels"):
         caco.pretrain("textures:32", tmp_path / "run", backbone=nn.Linear(5, 5), **TINY)
@@ -260,10 +278,20 @@ def test_embedding_takes_no_val():
     ("data", "words"),
     [
         (5, "data is a int; it must be a path, a list of files"),
-        (np.zeros((4, 8, 8, 3), np.float32), "images must be uint8"),
+        (
+            np.zeros((4, 8, 8, 3), np.float32),
+            '(255 * images).round().astype("uint8") makes bytes of numbers from 0 to 1',
+        ),
+        (
+            np.zeros((4, 3, 8, 8), np.uint8),
+            "not uint8 [4, 3, 8, 8]: images.transpose(0, 2, 3, 1) puts the channels last",
+        ),
+        (np.zeros((4, 1, 8, 8), np.uint8), "images[:, 0] takes away the axis"),
         ([], "no files given"),
         (["nowhere.png"], "nowhere.png is no file"),
-        (torch.zeros(4, 3, 8, 8), "leave out the Dataset's own transform"),
+        (torch.zeros(4, 3, 8, 8), "data is a Tensor; use .numpy(), uint8 [N, H, W, 3]: images.transpose(0, 2, 3, 1)"),
+        ([torch.zeros(3, 8, 8)], "leave out the Dataset's own transform"),
+        (None, "--data is missing"),
     ],
 )
 def test_what_is_no_images_is_a_usage_error(data, words, tmp_path):
@@ -283,6 +311,13 @@ def test_auto_means_what_the_run_to_resume_has_decided(tmp_path):
     before = path.read_bytes()
     auto = {"epochs": "auto", "precision": "auto", "engine": {"compile": "auto", "layout": "auto"}}
     assert caco.pretrain("textures:32", tmp_path / "run", resume=True, **auto).read_bytes() == before
+
+
+def test_a_run_is_resumed_without_naming_its_data(tmp_path):
+    path = caco.pretrain("textures:32", tmp_path / "run", backbone="test_resnet", **TINY)
+    before = path.read_bytes()
+    path.unlink()
+    assert caco.pretrain(out=tmp_path / "run", resume=True).read_bytes() == before
 
 
 def test_paths_may_be_paths_everywhere(tmp_path):

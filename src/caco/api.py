@@ -6,9 +6,12 @@ these imports the script again, so there the call stands under `if __name__ == "
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -20,22 +23,44 @@ from caco.commands import Own
 from caco.config import Pretrain
 from caco.data.datasets import own_source
 from caco.data.source import ImageSource
-from caco.errors import UsageError, did_you_mean
+from caco.errors import CacoError, UsageError, did_you_mean
 from caco.options import checked, flatten, override
 from caco.weights import load_backbone as _load_backbone
 from caco.weights import load_into, read_weights
 
 T = TypeVar("T")
+P = ParamSpec("P")
 E = TypeVar("E", Knn, Linear, Embed)
 
+_SWITCH = re.compile(r"(?<![\w/-])--(resume|overwrite|download)(?![\w/-])")
 
-def pretrain(data: Any, out: str | Path, *, backbone: str | nn.Module | None = None, **options: Any) -> Path | None:
+
+def _in_python(function: Callable[P, T]) -> Callable[P, T]:
+    """Let the errors of a function speak of switches as Python has them: resume=True, not --resume."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return function(*arguments, **options)
+        except CacoError as error:
+            text = str(error)
+            if "caco pretrain" not in text:  # not in a command to paste
+                error.args = (_SWITCH.sub(r"\1=True", text),)
+            raise
+
+    return call
+
+
+@_in_python
+def pretrain(
+    data: Any = None, out: str | Path = "", *, backbone: str | nn.Module | None = None, **options: Any
+) -> Path | None:
     """Pre-train an encoder on images and return the path of the finished backbone (`caco pretrain`).
 
     data: what --data takes, a sequence of such files, an array uint8 [N, H, W, 3], a torch Dataset of pictures
-    (caco.data.datasets.DatasetSource), or an image source of your own (caco.data.source.ImageSource). backbone: a timm
-    name, or a module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W]. Options that are None count as not
-    given. Returns None but in the main process.
+    (caco.data.datasets.DatasetSource), or an image source of your own (caco.data.source.ImageSource); with resume=True it
+    may be left out where it was a path or a name. backbone: a timm name, or a module of your own that maps [B, 3, S, S]
+    to [B, F] or [B, F, H, W]. Options that are None count as not given. Returns None but in the main process.
     With several processes (`distributed={"processes": 2}`, or several GPUs) the call must be under
     `if __name__ == "__main__":`, for each process imports the script again; and data must be picklable.
     Example: `pretrain("photos/", "runs/first", recipe="cifar", bank_size=8192, views={"size": 64})`.
@@ -53,6 +78,7 @@ def pretrain(data: Any, out: str | Path, *, backbone: str | nn.Module | None = N
     return commands.pretrain(override(start, given), own)
 
 
+@_in_python
 def knn(
     run: str | Path = "", data: Any = None, *, val: Any = None, backbone: str | nn.Module = "", **options: Any
 ) -> dict[str, Any] | None:
@@ -68,6 +94,7 @@ def knn(
     return commands.knn(*_judged(Knn(), run, data, backbone, options, val))
 
 
+@_in_python
 def linear(
     run: str | Path = "", data: Any = None, *, val: Any = None, backbone: str | nn.Module = "", **options: Any
 ) -> dict[str, Any] | None:
@@ -78,6 +105,7 @@ def linear(
     return commands.linear(*_judged(Linear(), run, data, backbone, options, val))
 
 
+@_in_python
 def embed(run: str | Path = "", data: Any = None, *, backbone: str | nn.Module = "", **options: Any) -> Path | None:
     """Write one feature vector for each image and return the file's path (`caco embed`).
 

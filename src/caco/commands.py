@@ -27,7 +27,7 @@ from caco.deliver.next_steps import next_steps
 from caco.deliver.report import write_report
 from caco.distributed.launch import launch
 from caco.distributed.world import World, choose_device, choose_precision, precision_name
-from caco.errors import CacoError, UsageError
+from caco.errors import CacoError, UsageError, counted
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder, load_encoder
 from caco.evaluate.features import labels_of
@@ -144,7 +144,8 @@ def _linear(world: World, options: Linear, own: Own) -> dict[str, Any] | None:
         "learning_rate": result.learning_rate,
         "epochs": result.epochs,
         "per_class": {
-            name: _number(100 * share) for name, share in zip(train.classes, result.per_class.tolist(), strict=True)
+            name: _number(round(100 * share, 4))
+            for name, share in zip(train.classes, result.per_class.tolist(), strict=True)
         },
         "rates_tried": [{name: _number(value) for name, value in vars(trial).items()} for trial in result.trials],
     }
@@ -153,6 +154,7 @@ def _linear(world: World, options: Linear, own: Own) -> dict[str, Any] | None:
     if options.head:
         head = {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()}
         replace_file(Path(options.head), safetensors.torch.save(head, {"classes": json.dumps(train.classes)}))
+        print(f"the classifier is written to {options.head}")
     return _deliver(report, options.out)
 
 
@@ -172,7 +174,7 @@ def _embed(world: World, options: Embed, own: Own) -> Path | None:
     if options.normalise:
         features.vectors.div_(features.vectors.norm(dim=1, keepdim=True).clamp_min(1e-12))
     write_features(path, features, source.classes)
-    print(f"{len(features.vectors):,} vectors of {features.vectors.shape[1]:,} numbers are in {path}")
+    print(f"{path} holds {counted(len(features.vectors), 'vector')} of {counted(features.vectors.shape[1], 'number')}")
     return path
 
 
@@ -302,7 +304,7 @@ def _accuracy_line(row: dict[str, Any], classes: int) -> str:
 
 
 def _counts_line(report: dict[str, Any]) -> str:
-    return f"{report['val_images']:,} images judged by {report['train_images']:,}"
+    return f"{counted(report['val_images'], 'image')} judged by {report['train_images']:,}"
 
 
 def _check_result_path(path: str) -> None:
@@ -315,7 +317,7 @@ def _check_result_path(path: str) -> None:
 def _deliver(report: dict[str, Any], path: str) -> dict[str, Any]:
     if path:
         replace_json(Path(path), report)
-        print(f"written to {path}")
+        print(f"the result is written to {path}")
     return report
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from caco.data.arrays import ArraySource
+from caco.data.arrays import ArraySource, remedy
 from caco.data.decode import BrokenImage, Pixels, Shrink
 from caco.data.encoded import Labels, labels_by_number
 from caco.data.source import ImageSource, open_source
@@ -25,6 +26,8 @@ def own_source(data: Any, option: str = "data") -> ImageSource:
         return ArraySource(data)
     if isinstance(data, ImageSource):
         return data
+    if isinstance(data, Tensor):
+        raise UsageError(f"{option} is a Tensor; use .numpy(), uint8 [N, H, W, 3]{remedy(data)}")
     if isinstance(data, tuple) and data and isinstance(data[0], np.ndarray) and data[0].ndim == 4:
         raise UsageError(
             f"{option} is a tuple of arrays; labels go with their images: caco.data.arrays.ArraySource(images, labels)"
