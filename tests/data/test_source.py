@@ -579,7 +579,7 @@ class TestUnknown:
             ("photos/dog/b.png/c", r"no such file"),
             ("pots/", r"no such file or folder\.( Did you mean photos\?)?$"),
             ("cifr10.tar", r"no such file or folder\.$"),
-            ("./pets", r"no such file or folder\.$"),
+            ("./cifar10", r"no such file or folder\.$"),
             ("qqqqqqqq", "Named sets: textures, aircraft, cifar10"),
             ("/qqqqqqqq/rrrr", "no such file"),
             ("", "no images named"),
