@@ -1,5 +1,6 @@
 """The commands as Python functions: `import caco` is light, options are checked, own modules and sources work."""
 
+import json
 import subprocess
 import sys
 
@@ -115,6 +116,24 @@ def test_own_modules_are_trained_and_come_back(tmp_path):
     assert judged["val_images"] == 16 and 0 <= judged["top1"] <= 100
 
 
+def test_own_modules_are_named_in_the_errors_about_them(tmp_path):
+    caco.pretrain("textures:32", tmp_path / "run", backbone=Own(), **TINY)
+    for judge in (caco.knn, caco.linear, caco.embed):
+        with pytest.raises(UsageError, match="take it as backbone=module"):
+            judge(tmp_path / "run", "textures:32", out=tmp_path / ("a.npz" if judge is caco.embed else "a.json"))
+    for kind in ("timm", "torchvision"):
+        with pytest.raises(UsageError, match=r"caco.load_weights\(module, path\) and save module.state_dict\(\)"):
+            caco.export(tmp_path / "run", format=kind, out=tmp_path / "a.safetensors")
+
+
+def test_errors_speak_of_switches_as_python_has_them(tmp_path):
+    caco.pretrain("textures:32", tmp_path / "--resume", backbone="test_resnet", **TINY)
+    with pytest.raises(UsageError) as caught:
+        caco.pretrain("textures:32", tmp_path / "--resume", backbone="test_resnet", **TINY)
+    words = f"--out {tmp_path}/--resume holds a run; go on with resume=True, or delete it with overwrite=True"
+    assert str(caught.value) == words
+
+
 def test_own_modules_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match="does not take pictures of 8 x 8 pixels"):
         caco.pretrain("textures:32", tmp_path / "run", backbone=nn.Linear(5, 5), **TINY)
@@ -166,14 +185,113 @@ def test_a_dataset_with_labels_is_checked_by_them(tmp_path):
     assert '"kind": "knn"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+class Sorted(Pictures):
+    """Labelled pictures, a class after another, as folders list them; one of a class has a little more of a colour."""
+
+    def __init__(self, per_class=8, seed=0):
+        super().__init__()
+        self.images = np.random.default_rng(seed).integers(0, 90, (3 * per_class, 10, 10, 3), dtype=np.uint8)
+        self.targets = [number // per_class for number in range(3 * per_class)]
+        for image, label in zip(self.images, self.targets, strict=True):
+            image[:, :, label] += 6
+
+    def write(self, folder):
+        for number, label in enumerate(self.targets):
+            path = folder / self.classes[label] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(self.images[number]).save(path)
+        return folder
+
+    def source(self):
+        return ArraySource(self.images, self.targets, self.classes)
+
+
+@pytest.mark.parametrize(("command", "options"), [("knn", {"neighbours": 3}), ("linear", {"epochs": 5})])
+def test_own_images_are_judged_as_the_same_pictures_in_folders(command, options, tmp_path):
+    train, val = Sorted(), Sorted(4, seed=1)
+    judge = getattr(caco, command)
+    caco.pretrain(train, tmp_path / "run", backbone="test_resnet", **TINY)
+    folders = train.write(tmp_path / "train"), val.write(tmp_path / "val")
+    options = {"device": "cpu", "workers": 1, **options}
+    wanted = judge(tmp_path / "run", folders[0], val=folders[1], **options)
+    for data, queries, named in [
+        (train, val, ("Sorted", "Sorted")),
+        (train.source(), val.source(), ("array", "array")),
+        (folders[0], val, (str(folders[0]), "Sorted")),
+    ]:
+        result = judge(tmp_path / "run", data, val=queries, out=tmp_path / "result.json", **options)
+        assert (result["data"], result["val"]) == named
+        assert result == json.loads((tmp_path / "result.json").read_text())
+        assert {**result, "data": 0, "val": 0} == {**wanted, "data": 0, "val": 0}
+    held_out = judge(tmp_path / "run", train, **options)
+    assert held_out["val"] == "held out: 0.2"
+    assert held_out["top1"] == judge(tmp_path / "run", folders[0], **options)["top1"]
+
+
+def test_own_images_are_embedded(tmp_path):
+    pictures = Sorted(4)
+    photos = pictures.write(tmp_path / "photos")
+    forms = [photos, pictures, pictures.source(), pictures.images, sorted(photos.glob("*/*.png"))]
+    written = []
+    for number, data in enumerate(forms):
+        written.append(np.load(caco.embed("pixels", data, size=8, out=tmp_path / f"{number}.npz")))
+    for one in written[1:]:
+        np.testing.assert_array_equal(one["vectors"], written[0]["vectors"])
+    np.testing.assert_array_equal(written[1]["labels"], written[0]["labels"])
+
+
+def test_own_images_are_judged_by_several_processes():
+    train, val = Sorted(), Sorted(4, seed=1)
+    options = {"size": 8, "device": "cpu", "workers": 1}
+    one = caco.knn("pixels", train.source(), val=val.source(), **options)
+    assert caco.knn("pixels", train.source(), val=val.source(), distributed={"processes": 2}, **options) == one
+
+
+@pytest.mark.parametrize(
+    ("data", "val", "words"),
+    [
+        (Sorted().images, None, "--data array has no labels (caco.data.arrays.ArraySource(images, labels))"),
+        (Pictures(labelled=False), None, "--data Pictures has no labels (the Dataset's `targets` or `labels`"),
+        (Sorted(), Sorted().images, "array has no labels (caco.data.arrays.ArraySource(images, labels))"),
+        (
+            (Sorted().images, [0] * 24),
+            None,
+            "labels go with their images: caco.data.arrays.ArraySource(images, labels)",
+        ),
+        (np.zeros((0, 8, 8, 3), np.uint8), None, "array holds no images"),
+        (Sorted(), 5, "val is a int; it must be a path"),
+    ],
+)
+def test_own_images_that_cannot_be_judged(data, val, words):
+    for judge in (caco.knn, caco.linear):
+        with pytest.raises(UsageError) as caught:
+            judge("pixels", data, val=val, size=8)
+        assert words in str(caught.value)
+
+
+def test_embedding_takes_no_val():
+    with pytest.raises(UsageError, match="unknown option val"):
+        caco.embed("pixels", "textures:40", val="textures:20", out="features.npz")
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         (5, "data is a int; it must be a path, a list of files"),
-        (np.zeros((4, 8, 8, 3), np.float32), "images must be uint8"),
+        (
+            np.zeros((4, 8, 8, 3), np.float32),
+            '(255 * images).round().astype("uint8") makes bytes of numbers from 0 to 1',
+        ),
+        (
+            np.zeros((4, 3, 8, 8), np.uint8),
+            "not uint8 [4, 3, 8, 8]: images.transpose(0, 2, 3, 1) puts the channels last",
+        ),
+        (np.zeros((4, 1, 8, 8), np.uint8), "images[:, 0] takes away the axis"),
         ([], "no files given"),
         (["nowhere.png"], "nowhere.png is no file"),
-        (torch.zeros(4, 3, 8, 8), "leave out the Dataset's own transform"),
+        (torch.zeros(4, 3, 8, 8), "data is a Tensor; use .numpy(), uint8 [N, H, W, 3]: images.transpose(0, 2, 3, 1)"),
+        ([torch.zeros(3, 8, 8)], "leave out the Dataset's own transform"),
+        (None, "--data is missing"),
     ],
 )
 def test_what_is_no_images_is_a_usage_error(data, words, tmp_path):
@@ -193,6 +311,13 @@ def test_auto_means_what_the_run_to_resume_has_decided(tmp_path):
     before = path.read_bytes()
     auto = {"epochs": "auto", "precision": "auto", "engine": {"compile": "auto", "layout": "auto"}}
     assert caco.pretrain("textures:32", tmp_path / "run", resume=True, **auto).read_bytes() == before
+
+
+def test_a_run_is_resumed_without_naming_its_data(tmp_path):
+    path = caco.pretrain("textures:32", tmp_path / "run", backbone="test_resnet", **TINY)
+    before = path.read_bytes()
+    path.unlink()
+    assert caco.pretrain(out=tmp_path / "run", resume=True).read_bytes() == before
 
 
 def test_paths_may_be_paths_everywhere(tmp_path):

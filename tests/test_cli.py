@@ -73,6 +73,12 @@ def test_every_command_has_help(name, capsys):
     assert captured.err == ""
 
 
+@pytest.mark.parametrize("name", ["knn", "linear", "embed", "export"])
+def test_help_begins_with_all_that_the_command_takes(name, capsys):
+    main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: caco {name} RUN|FILE [options]\n")
+
+
 @pytest.mark.parametrize(("name", "kind"), {"pretrain": Pretrain, "knn": Knn, "linear": Linear, "embed": Embed}.items())
 def test_help_lists_every_option_with_its_default(name, kind, capsys):
     main([name, "--help"])
@@ -172,7 +178,7 @@ def test_unset_variables(capsys):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("pretrain --data {tmp}/nope --out {tmp}/r", "{tmp}/nope: no such file, folder or named set"),
+        ("pretrain --data {tmp}/nope --out {tmp}/r", "{tmp}/nope: no such file or folder"),
         ("pretrain --data texture --out {tmp}/r", "Did you mean textures"),
         ("pretrain --data textures:128", "--out is missing"),
         ("pretrain --data textures:128 --out {tmp}/r --backbone resnet19", "Did you mean resnet"),
@@ -180,6 +186,8 @@ def test_unset_variables(capsys):
             "pretrain --data textures:128 --out {tmp}/r --device cdua",
             "--device cdua: no such kind of device. Did you mean cuda?",
         ),
+        ("pretrain --data textures:128 --out {tmp}/r --device gpu", "no such kind of device. Did you mean cuda?"),
+        ("pretrain --data textures:128 --out {tmp}/r --device GPU:1", "no such kind of device. Did you mean cuda:1?"),
         (
             "pretrain --data textures:128 --out {tmp}/r --weights {tmp}/none.pt",
             "there is no run folder or file {tmp}/none.pt",

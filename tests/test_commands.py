@@ -11,6 +11,7 @@ from PIL import Image
 
 import caco
 from caco.cli import main
+from caco.commands import _counts_line
 from caco.errors import CacoError, UsageError
 
 CLASSES = ("blue", "green", "red")
@@ -139,6 +140,28 @@ def test_linear_of_a_run(run, photos, val, tmp_path, capsys):
 def test_linear_with_one_rate_tries_no_other(run, photos, val):
     result = caco.linear(run, data=photos, val=val, epochs=2, lr=0.1)
     assert (result["rates_tried"], result["learning_rate"]) == ([], 0.1)
+
+
+def test_every_file_that_is_written_is_named(photos, val, tmp_path, capsys):
+    head, out = tmp_path / "head.safetensors", tmp_path / "linear.json"
+    caco.linear("pixels", photos, val=val, size=8, epochs=2, head=head, out=out)
+    said = capsys.readouterr().out
+    assert f"the classifier is written to {head}\n" in said and f"the result is written to {out}\n" in said
+    assert head.exists() and out.exists()
+
+
+def test_percents_are_round_numbers(photos, tmp_path):
+    queries = make_photos(tmp_path / "val", 20, seed=2)
+    rng = np.random.default_rng(0)
+    for path in sorted(queries.glob("*/*.jpg")):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    result = caco.linear("pixels", photos, val=queries, size=8, epochs=2)
+    assert all(share % 5 == 0 for share in result["per_class"].values())
+
+
+def test_a_single_image_is_judged():
+    assert _counts_line({"val_images": 1, "train_images": 20}) == "1 image judged by 20"
+    assert _counts_line({"val_images": 2000, "train_images": 20}) == "2,000 images judged by 20"
 
 
 def test_a_class_without_judged_images_is_null_in_json(photos, tmp_path):

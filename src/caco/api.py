@@ -1,9 +1,17 @@
-"""The commands as Python functions. Options are those of the command line; groups are dictionaries."""
+"""The commands as Python functions. Options are those of the command line; groups are dictionaries.
+
+Those that take `distributed` start processes where there are several GPUs or several processes are asked for. Each of
+these imports the script again, so there the call stands under `if __name__ == "__main__":`, as with multiprocessing.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -11,64 +19,118 @@ from caco import commands
 from caco.after_training import Embed, Export, Knn, Linear, Report
 from caco.checks import check_judged
 from caco.cli import pretrain_start
+from caco.commands import Own
 from caco.config import Pretrain
 from caco.data.datasets import own_source
-from caco.errors import UsageError, did_you_mean
+from caco.data.source import ImageSource
+from caco.errors import CacoError, UsageError, did_you_mean
 from caco.options import checked, flatten, override
 from caco.weights import load_backbone as _load_backbone
 from caco.weights import load_into, read_weights
 
 T = TypeVar("T")
+P = ParamSpec("P")
 E = TypeVar("E", Knn, Linear, Embed)
 
+_SWITCH = re.compile(r"(?<![\w/-])--(resume|overwrite|download)(?![\w/-])")
 
-def pretrain(data: Any, out: str | Path, *, backbone: str | nn.Module | None = None, **options: Any) -> Path | None:
+
+def _in_python(function: Callable[P, T]) -> Callable[P, T]:
+    """Let the errors of a function speak of switches as Python has them: resume=True, not --resume."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return function(*arguments, **options)
+        except CacoError as error:
+            text = str(error)
+            if "caco pretrain" not in text:  # not in a command to paste
+                error.args = (_SWITCH.sub(r"\1=True", text),)
+            raise
+
+    return call
+
+
+@_in_python
+def pretrain(
+    data: Any = None, out: str | Path = "", *, backbone: str | nn.Module | None = None, **options: Any
+) -> Path | None:
     """Pre-train an encoder on images and return the path of the finished backbone (`caco pretrain`).
 
     data: what --data takes, a sequence of such files, an array uint8 [N, H, W, 3], a torch Dataset of pictures
-    (caco.data.datasets.DatasetSource), or an image source of your own (caco.data.source.ImageSource). backbone: a timm
-    name, or a module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W]. Options that are None count as not
-    given. Returns None but in the main process.
+    (caco.data.datasets.DatasetSource), or an image source of your own (caco.data.source.ImageSource); with resume=True it
+    may be left out where it was a path or a name. backbone: a timm name, or a module of your own that maps [B, 3, S, S]
+    to [B, F] or [B, F, H, W]. Options that are None count as not given. Returns None but in the main process.
+    With several processes (`distributed={"processes": 2}`, or several GPUs) the call must be under
+    `if __name__ == "__main__":`, for each process imports the script again; and data must be picklable.
     Example: `pretrain("photos/", "runs/first", recipe="cifar", bank_size=8192, views={"size": 64})`.
     Raises caco.errors.UsageError for wrong options, CacoError when the run cannot go on.
     """
-    images = None if isinstance(data, (str, Path)) else own_source(data)
-    given = _given(Pretrain(), {"data": data if images is None else images.name, "out": out, **options})
-    if isinstance(backbone, nn.Module):
+    name, images = _named("data", data)
+    given = _given(Pretrain(), {"data": name, "out": out, **options})
+    own = Own(backbone if isinstance(backbone, nn.Module) else None, images)
+    if own.backbone is not None:
         given["backbone"] = "own"
     elif backbone is not None:
         given["backbone"] = backbone
     given = checked(Pretrain, given)
     start = pretrain_start(given)
-    own = backbone if isinstance(backbone, nn.Module) else None
-    return commands.pretrain(override(start, given), own, images)
+    return commands.pretrain(override(start, given), own)
 
 
-def knn(run: str | Path = "", *, backbone: str | nn.Module = "", **options: Any) -> dict[str, Any] | None:
+@_in_python
+def knn(
+    run: str | Path = "", data: Any = None, *, val: Any = None, backbone: str | nn.Module = "", **options: Any
+) -> dict[str, Any] | None:
     """Judge an encoder by nearest neighbours and return the result, accuracies in percent (`caco knn`).
 
+    data, val: labelled images, in any form that `pretrain` takes. The labels of an array come with it:
+    `caco.data.arrays.ArraySource(images, labels)`; those of a Dataset are its `targets` or `labels`.
     backbone: a timm name, for a file that does not say it, or the module of your own that the run trained.
+    With several processes (`distributed={"processes": 2}`, or several GPUs) the call must be under
+    `if __name__ == "__main__":`, for each process imports the script again; and data must be picklable.
+    Example: `knn("runs/first", "train/", val="val/", neighbours=20)`.
     """
-    return commands.knn(*_judged(Knn(), run, backbone, options))
+    return commands.knn(*_judged(Knn(), run, data, backbone, options, val))
 
 
-def linear(run: str | Path = "", *, backbone: str | nn.Module = "", **options: Any) -> dict[str, Any] | None:
-    """Judge an encoder by a linear classifier and return the result, accuracies in percent (`caco linear`)."""
-    return commands.linear(*_judged(Linear(), run, backbone, options))
+@_in_python
+def linear(
+    run: str | Path = "", data: Any = None, *, val: Any = None, backbone: str | nn.Module = "", **options: Any
+) -> dict[str, Any] | None:
+    """Judge an encoder by a linear classifier and return the result, accuracies in percent (`caco linear`).
+
+    data, val, backbone, and several processes: as for `knn`.
+    """
+    return commands.linear(*_judged(Linear(), run, data, backbone, options, val))
 
 
-def embed(run: str | Path = "", *, backbone: str | nn.Module = "", **options: Any) -> Path | None:
-    """Write one feature vector for each image and return the file's path (`caco embed`)."""
-    return commands.embed(*_judged(Embed(), run, backbone, options))
+@_in_python
+def embed(run: str | Path = "", data: Any = None, *, backbone: str | nn.Module = "", **options: Any) -> Path | None:
+    """Write one feature vector for each image and return the file's path (`caco embed`).
+
+    data: images in any form that `pretrain` takes, with labels or without. backbone, and several processes: as for `knn`.
+    """
+    return commands.embed(*_judged(Embed(), run, data, backbone, options))
 
 
 def _judged(
-    defaults: E, run: str | Path, backbone: str | nn.Module, options: dict[str, Any]
-) -> tuple[E, nn.Module | None]:
-    """Return the checked configuration of an evaluation, and the user's own module if one was given."""
+    defaults: E, run: str | Path, data: Any, backbone: str | nn.Module, options: dict[str, Any], val: Any = None
+) -> tuple[E, Own]:
+    """Return the checked configuration of a command that uses an encoder, and what was given as objects."""
+    (data_name, images), (val_name, val_images) = _named("data", data), _named("val", val)
+    named = {"data": data_name, "val": val_name, **options}
     if isinstance(backbone, nn.Module):
-        return check_judged(_config(defaults, run, options)), backbone
-    return check_judged(_config(defaults, run, {**options, "backbone": backbone})), None
+        return check_judged(_config(defaults, run, named)), Own(backbone, images, val_images)
+    return check_judged(_config(defaults, run, {**named, "backbone": backbone})), Own(None, images, val_images)
+
+
+def _named(option: str, data: Any) -> tuple[Any, ImageSource | None]:
+    """Return images as an option names them, and their source where they were given as an object."""
+    if data is None or isinstance(data, (str, os.PathLike)):
+        return data, None
+    images = own_source(data, option)
+    return images.name, images
 
 
 def export(run: str | Path = "", **options: Any) -> Path:

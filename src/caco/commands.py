@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from caco.after_training import Embed, Evaluation, Export, Knn, Linear, Report
 from caco.checks import check
 from caco.config import Pretrain
-from caco.data.labels import Relabelled, Subset
+from caco.data.labels import Relabelled, Subset, where_labels_come_from
 from caco.data.source import ImageSource, open_source
 from caco.deliver.embed import check_features_path, write_features
 from caco.deliver.export import check_export_path
@@ -26,7 +27,7 @@ from caco.deliver.next_steps import next_steps
 from caco.deliver.report import write_report
 from caco.distributed.launch import launch
 from caco.distributed.world import World, choose_device, choose_precision, precision_name
-from caco.errors import CacoError, UsageError
+from caco.errors import CacoError, UsageError, counted
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder, load_encoder
 from caco.evaluate.features import labels_of
@@ -37,7 +38,19 @@ from caco.files import check_writable, replace_file, replace_json
 from caco.train import pretrain as pretraining
 
 
-def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: ImageSource | None = None) -> Path | None:
+@dataclass(frozen=True)
+class Own:
+    """What a Python caller gave as an object, in the place of what the options name; None: as they name it."""
+
+    backbone: nn.Module | None = None
+    data: ImageSource | None = None
+    val: ImageSource | None = None
+
+
+NOTHING = Own()
+
+
+def pretrain(options: Pretrain, own: Own = NOTHING) -> Path | None:
     """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
     check(options)
     if options.val and not _may_be_labelled(options):
@@ -45,9 +58,9 @@ def pretrain(options: Pretrain, backbone: nn.Module | None = None, images: Image
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "
             "leave --val out"
         )
-    path = launch(pretraining.run, options.distributed, options.device, options, backbone, images, saves=True)
+    path = launch(pretraining.run, options.distributed, options.device, options, own.backbone, own.data, saves=True)
     if path is not None:
-        print(f"The backbone is {path}. Next:\n{next_steps(options, backbone is not None, images)}")
+        print(f"The backbone is {path}. Next:\n{next_steps(options, own.backbone is not None, own.data)}")
     return path
 
 
@@ -59,7 +72,7 @@ def _may_be_labelled(options: Pretrain) -> bool:
         return True
 
 
-def knn(options: Knn, own: nn.Module | None = None) -> dict[str, Any] | None:
+def knn(options: Knn, own: Own = NOTHING) -> dict[str, Any] | None:
     """Judge an encoder by nearest neighbours; print, write --out if given, and return the result (percent).
 
     Returns None but in the main process.
@@ -68,8 +81,8 @@ def knn(options: Knn, own: nn.Module | None = None) -> dict[str, Any] | None:
     return launch(_knn, options.distributed, options.device, options, own)
 
 
-def _knn(world: World, options: Knn, own: nn.Module | None) -> dict[str, Any] | None:
-    encoder, train, val = _prepare(world, options, own, options.val, options.held_out)
+def _knn(world: World, options: Knn, own: Own) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, own)
     reference, queries = encoder.features(train), encoder.features(val)
     if not world.is_main:
         return None
@@ -101,7 +114,7 @@ def _knn(world: World, options: Knn, own: nn.Module | None) -> dict[str, Any] | 
     return _deliver(report, options.out)
 
 
-def linear(options: Linear, own: nn.Module | None = None) -> dict[str, Any] | None:
+def linear(options: Linear, own: Own = NOTHING) -> dict[str, Any] | None:
     """Judge an encoder by a linear classifier; print, write --out if given, and return the result (percent).
 
     Returns None but in the main process.
@@ -114,8 +127,8 @@ def linear(options: Linear, own: nn.Module | None = None) -> dict[str, Any] | No
     return launch(_linear, options.distributed, options.device, options, own)
 
 
-def _linear(world: World, options: Linear, own: nn.Module | None) -> dict[str, Any] | None:
-    encoder, train, val = _prepare(world, options, own, options.val, options.held_out)
+def _linear(world: World, options: Linear, own: Own) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, own)
     probe = _reference_linear if options.protocol == "reference" else _cached_linear
     judged = probe(options, encoder, train, val)
     if judged is None:
@@ -129,7 +142,8 @@ def _linear(world: World, options: Linear, own: nn.Module | None) -> dict[str, A
         "learning_rate": result.learning_rate,
         "epochs": result.epochs,
         "per_class": {
-            name: _number(100 * share) for name, share in zip(train.classes, result.per_class.tolist(), strict=True)
+            name: _number(round(100 * share, 4))
+            for name, share in zip(train.classes, result.per_class.tolist(), strict=True)
         },
         "rates_tried": [{name: _number(value) for name, value in vars(trial).items()} for trial in result.trials],
     }
@@ -138,26 +152,27 @@ def _linear(world: World, options: Linear, own: nn.Module | None) -> dict[str, A
     if options.head:
         head = {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()}
         replace_file(Path(options.head), safetensors.torch.save(head, {"classes": json.dumps(train.classes)}))
+        print(f"the classifier is written to {options.head}")
     return _deliver(report, options.out)
 
 
-def embed(options: Embed, own: nn.Module | None = None) -> Path | None:
+def embed(options: Embed, own: Own = NOTHING) -> Path | None:
     """Write the features of every image to --out and return its path (None but in the main process)."""
     check_features_path(options.out)
     return launch(_embed, options.distributed, options.device, options, own)
 
 
-def _embed(world: World, options: Embed, own: nn.Module | None) -> Path | None:
+def _embed(world: World, options: Embed, own: Own) -> Path | None:
     path = Path(options.out)
-    source = _open(options, options.data, "train")
-    features = _encoder(world, options, own).features(source)
+    source = _open(options, own.data, options.data, "train")
+    features = _encoder(world, options, own.backbone).features(source)
     if not world.is_main:
         return None
     _say_broken(source, features.broken)
     if options.normalise:
         features.vectors.div_(features.vectors.norm(dim=1, keepdim=True).clamp_min(1e-12))
     write_features(path, features, source.classes)
-    print(f"{len(features.vectors):,} vectors of {features.vectors.shape[1]:,} numbers are in {path}")
+    print(f"{path} holds {counted(len(features.vectors), 'vector')} of {counted(features.vectors.shape[1], 'number')}")
     return path
 
 
@@ -173,22 +188,20 @@ def _encoder(world: World, options: Evaluation, own: nn.Module | None) -> Usable
     )
 
 
-def _prepare(
-    world: World, options: Evaluation, own: nn.Module | None, val_data: str, held_out: float
-) -> tuple[UsableEncoder, ImageSource, ImageSource]:
+def _prepare(world: World, options: Knn | Linear, own: Own) -> tuple[UsableEncoder, ImageSource, ImageSource]:
     """Return the encoder, labelled training images and labelled test images in the same classes."""
-    train = _open(options, options.data, "train")
+    train = _open(options, own.data, options.data, "train")
     if train.labels is None:
-        raise UsageError(f"--data {options.data} has no labels (class folders, or a label column); judging needs them")
-    encoder = _encoder(world, options, own)
-    if val_data:
-        return encoder, train, Relabelled(_open(options, val_data, "val"), train.classes)
-    kept, asked = held_out_split(np.asarray(train.labels), held_out, options.seed)
+        raise UsageError(f"--data {options.data} has no labels ({where_labels_come_from(train)}); judging needs them")
+    encoder = _encoder(world, options, own.backbone)
+    if options.val:
+        return encoder, train, Relabelled(_open(options, own.val, options.val, "val"), train.classes)
+    kept, asked = held_out_split(np.asarray(train.labels), options.held_out, options.seed)
     return encoder, Subset(train, kept), Subset(train, asked)
 
 
-def _open(options: Evaluation, data: str, split: str) -> ImageSource:
-    return open_source(data, split=split, download=options.download)
+def _open(options: Evaluation, own: ImageSource | None, data: str, split: str) -> ImageSource:
+    return open_source(data, split=split, download=options.download) if own is None else own
 
 
 def _cached_linear(
@@ -289,7 +302,7 @@ def _accuracy_line(row: dict[str, Any], classes: int) -> str:
 
 
 def _counts_line(report: dict[str, Any]) -> str:
-    return f"{report['val_images']:,} images judged by {report['train_images']:,}"
+    return f"{counted(report['val_images'], 'image')} judged by {report['train_images']:,}"
 
 
 def _check_result_path(path: str) -> None:
@@ -302,7 +315,7 @@ def _check_result_path(path: str) -> None:
 def _deliver(report: dict[str, Any], path: str) -> dict[str, Any]:
     if path:
         replace_json(Path(path), report)
-        print(f"written to {path}")
+        print(f"the result is written to {path}")
     return report
 
 

@@ -28,3 +28,8 @@ def did_you_mean(name: str, choices: Iterable[str], most: int = 3) -> str:
     """Return ``" Did you mean a, b?"`` with the nearest choices, or an empty string."""
     near = difflib.get_close_matches(name, list(choices), n=most, cutoff=0.6)
     return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+def counted(number: int, word: str) -> str:
+    """Return "1 image" or "1,000 images"."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"

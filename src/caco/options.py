@@ -40,7 +40,7 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, start: Callable[[d
     """
     parser = _Parser(
         prog=prog,
-        usage="%(prog)s [options]",
+        usage=" ".join(["%(prog)s", *_positionals(kind), "[options]"]),
         description=inspect.getdoc(kind),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -56,6 +56,10 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, start: Callable[[d
         raise UsageError(f"{what} (all options: {prog} --help)")
     given = vars(namespace)
     return override(start(given), given)
+
+
+def _positionals(kind: type) -> list[str]:
+    return [field.metadata["positional"] for field in dataclasses.fields(kind) if "positional" in field.metadata]
 
 
 def _stray(word: str) -> str:

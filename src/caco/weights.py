@@ -96,7 +96,10 @@ def load_backbone(
     if backbone and backbone != card.backbone:
         raise UsageError(f"{path} holds a {card.backbone}, not a {backbone}")
     if card.backbone == "own":
-        raise UsageError(f"{path} holds a module of your own; load it from Python: caco.load_weights(module, path)")
+        raise UsageError(
+            f"{path} holds a module of your own, which only Python can build: caco.knn, linear and embed take it as "
+            "backbone=module; caco.load_weights(module, path) loads it"
+        )
     module = create_backbone(card.backbone, card.size, card.stem)
     load_into(module, tensors, str(path))
     module.pretrained_cfg = _for_timm(card)  # type: ignore[assignment]

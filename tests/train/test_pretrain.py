@@ -166,7 +166,7 @@ def test_a_run_starts_from_another_runs_folder(tmp_path, capfd):
     capfd.readouterr()
     caco.pretrain(source, tmp_path / "second", backbone="test_resnet", weights=first, **SMALL)
     assert "took over backbone, projector, key encoder, bank, momenta" in capfd.readouterr().err
-    with pytest.raises(UsageError, match="lies in the run that --overwrite deletes"):
+    with pytest.raises(UsageError, match="lies in the run that overwrite=True deletes"):
         caco.pretrain(source, first, backbone="test_resnet", weights=first / "checkpoints", overwrite=True, **SMALL)
     shutil.rmtree(first / "checkpoints")
     caco.pretrain(source, tmp_path / "third", backbone="test_resnet", weights=first, **SMALL)

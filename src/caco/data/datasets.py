@@ -8,26 +8,36 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from caco.data.arrays import ArraySource
+from caco.data.arrays import ArraySource, remedy
 from caco.data.decode import BrokenImage, Pixels, Shrink
 from caco.data.encoded import Labels, labels_by_number
 from caco.data.source import ImageSource, open_source
 from caco.errors import UsageError
 
 
-def own_source(data: Any) -> ImageSource:
-    """Return what a Python caller names by other means than a text, as an image source. Raises UsageError."""
+def own_source(data: Any, option: str = "data") -> ImageSource:
+    """Return what a Python caller gives as an object, not as a text, as an image source. Raises UsageError.
+
+    option: the option that it was given for.
+    """
     if isinstance(data, np.ndarray):
         return ArraySource(data)
     if isinstance(data, ImageSource):
         return data
+    if isinstance(data, Tensor):
+        raise UsageError(f"{option} is a Tensor; use .numpy(), uint8 [N, H, W, 3]{remedy(data)}")
+    if isinstance(data, tuple) and data and isinstance(data[0], np.ndarray) and data[0].ndim == 4:
+        raise UsageError(
+            f"{option} is a tuple of arrays; labels go with their images: caco.data.arrays.ArraySource(images, labels)"
+        )
     if isinstance(data, Sequence) and all(isinstance(item, (str, Path)) for item in data):
         return open_source(list(data))
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return DatasetSource(data)
     raise UsageError(
-        f"data is a {type(data).__name__}; it must be a path, a list of files, an array uint8 [N, H, W, 3], a Dataset "
+        f"{option} is a {type(data).__name__}; it must be a path, a list of files, an array uint8 [N, H, W, 3], a Dataset "
         "with a length and numbered pictures, or an ImageSource"
     )
 

@@ -7,8 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from caco.data.arrays import ArraySource
+from caco.data.datasets import DatasetSource
 from caco.data.source import ImageSource
 from caco.errors import UsageError, did_you_mean
+
+
+def where_labels_come_from(source: ImageSource) -> str:
+    """Return in words what gives a source of this kind its labels."""
+    if isinstance(source, ArraySource):
+        return "caco.data.arrays.ArraySource(images, labels)"
+    if isinstance(source, DatasetSource):
+        return "the Dataset's `targets` or `labels`, whole numbers"
+    return "class folders, or a label column"
 
 
 class Relabelled:
@@ -17,7 +28,7 @@ class Relabelled:
     def __init__(self, source: ImageSource, classes: tuple[str, ...]) -> None:
         """Raises UsageError when `source` has no labels, or a class that is not among `classes`."""
         if source.labels is None:
-            raise UsageError(f"{source.name} has no labels (class folders, or a label column)")
+            raise UsageError(f"{source.name} has no labels ({where_labels_come_from(source)})")
         unknown = [name for name in source.classes if name not in classes]
         if unknown:
             near = did_you_mean(unknown[0], classes)

@@ -104,7 +104,9 @@ def open_source(
         return torchvision_source(head, split, detail, root, download)
     if re.search(r"[*?\[{]", name):
         return _files_source(expand_pattern(str(path)), name, index_cache, root)
-    raise UsageError(f"{name}: no such file, folder or named set.{_nearest(path) or _KNOWN_SETS}")
+    if re.search(r"[/\\.]", name):
+        raise UsageError(f"{name}: no such file or folder.{_nearest(path)}")
+    raise UsageError(f"{name}: no such file, folder or named set.{_nearest(path, ('textures', *SETS)) or _KNOWN_SETS}")
 
 
 def expand_pattern(pattern: str) -> list[Path]:
@@ -163,12 +165,12 @@ def _textures(split: str, count: str) -> ImageSource:
     return texture_source(int(count or TEXTURES), choose_split("textures", split, "", ("train", "test")))
 
 
-def _nearest(path: Path) -> str:
+def _nearest(path: Path, sets: Sequence[str] = ()) -> str:
     """Return " Did you mean ...?" with what lies beside the first part of a path that is not there, and named sets."""
     missing = path
     while not os.path.isdir(missing.parent):
         missing = missing.parent
-    names = ["textures", *SETS] if missing == path and missing.parent == Path() else []
+    names = list(sets)
     with contextlib.suppress(OSError):
         names += [entry for entry in os.listdir(missing.parent) if entry[0] != "."]
     hint = did_you_mean(missing.name, names)

@@ -15,7 +15,7 @@ from caco.evaluate.encoder import find_weights
 from caco.files import check_writable, replace_file
 from caco.reference.checkpoint import Snapshot, read_snapshot, write_published
 from caco.train.checkpoint import CheckpointFolder
-from caco.weights import BackboneCard, load_backbone, save_backbone
+from caco.weights import BackboneCard, load_backbone, read_weights, save_backbone
 
 TENSOR_FILES = (".safetensors", ".pth", ".pt")
 
@@ -45,7 +45,9 @@ def export(run: Path, kind: str, out: Path) -> str:
             return 'torch.load(…)["state_dict"]: the module is your own, which the published programs do not know'
         known = "" if _is_torchvision_resnet(snapshot) else "; its own programs know only torchvision's ResNets"
         return f"python linear.py -a {snapshot.arch} --pretrained {out}{known}"
-    module, card = load_backbone(find_weights(run))
+    weights = find_weights(run)
+    _check_is_known(weights)
+    module, card = load_backbone(weights)
     is_timms = _is_timms(card.backbone)
     if kind == "torchvision":
         _check_torchvision(module, card)
@@ -96,6 +98,16 @@ def write_reference(run: Path, epochs: int) -> Path:
     best = run / "checkpoints" / "best.pt"
     write_published(run / "checkpoint_best.pth.tar", latest_snapshot(best if best.exists() else run))
     return path
+
+
+def _check_is_known(weights: Path) -> None:
+    """Raise UsageError for a module of the user's own, which no other library has a format for."""
+    card = read_weights(weights)[1]
+    if card is not None and card.backbone == "own":
+        raise UsageError(
+            f"{weights} holds a module of your own, which timm and torchvision do not know: load it with "
+            "caco.load_weights(module, path) and save module.state_dict() as you like, or use --format reference"
+        )
 
 
 def _check_torchvision(module: nn.Module, card: BackboneCard) -> None:

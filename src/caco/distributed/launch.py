@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
@@ -32,6 +32,17 @@ T = TypeVar("T")
 PATIENCE = 8.0
 """Seconds that processes have to end by themselves after one has failed."""
 
+NAME = "caco process"
+"""What the processes that are started here are called, before their number."""
+
+UNGUARDED = 78
+"""Exit status of a process that met a call of `launch` when it imported the caller's script."""
+
+GUARD = (
+    "every process imports your script, and would start the run again: put the call of caco under "
+    '`if __name__ == "__main__":`'
+)
+
 
 def launch(
     function: Callable[..., T], options: DistributedOptions, device: str, *arguments: Any, saves: bool = False
@@ -40,11 +51,13 @@ def launch(
 
     Started by torchrun or SLURM, this process is one of the run's. Otherwise one process for each GPU (or as many as
     asked for) is started here; a single one runs in this process, without a process group. Errors of any process come
-    back as the CacoError they were.
+    back as the CacoError they were. A script that would call this in every process again is a UsageError.
 
     saves: the function saves when it gets SIGTERM, and can resume. Otherwise a signal to this process ends all at once,
     and has its usual effect here: Ctrl-C is a KeyboardInterrupt.
     """
+    if _is_importing_the_script():
+        sys.exit(UNGUARDED)  # the process that started this one tells it, once
     place = find_place(os.environ)
     if place is not None:
         return _run_in(place, options.timeout, function, device, arguments, saves)
@@ -57,6 +70,12 @@ def launch(
     size, supervised = options.machines * processes, options.machines == 1
     places = [Place(first + number, size, number, address, port, supervised) for number in range(processes)]
     return _spawn(places, options.timeout, function, device, arguments, saves)
+
+
+def _is_importing_the_script() -> bool:
+    """Return whether this process was started by `launch` and has not come to its work yet."""
+    process = multiprocessing.current_process()
+    return process.name.startswith(NAME) and getattr(process, "_inheriting", False)
 
 
 def _processes(options: DistributedOptions, device: str) -> int:
@@ -107,17 +126,8 @@ def _is_lost_contact(error: Exception) -> bool:
     return isinstance(error, dist.DistNetworkError) or any(word in str(error).lower() for word in words)
 
 
-def _child(
-    pipe: Any,
-    place: Place,
-    processes: int,
-    timeout: float,
-    function: Callable[..., Any],
-    device: str,
-    arguments: tuple[Any, ...],
-    saves: bool,
-) -> None:
-    """The main function of a started process: send ("done", result) or (kind of error, message) to the parent."""
+def _child(pipe: Any, work: Any, place: Place, processes: int) -> None:
+    """The main function of a started process: take work, send ("done", result) or (kind of error, message) to the parent."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     print_any_name()
@@ -127,7 +137,7 @@ def _child(
 
     Heartbeat.tell = staticmethod(tell)
     try:
-        message: tuple[str, Any] = "done", _run_in(place, timeout, function, device, arguments, saves)
+        message: tuple[str, Any] = "done", _run_in(place, *pickle.loads(work.recv_bytes()))
         status = 0
     except CacoError as error:
         message, status = (type(error).__name__, str(error)), error.exit_status
@@ -154,23 +164,38 @@ def _spawn(
     saves: bool,
 ) -> T | None:
     context = multiprocessing.get_context("spawn")
+    work = pickle.dumps((timeout, function, device, arguments, saves))
     processes: list[Any] = []
-    pipes = []
+    pipes, orders = [], []
     with _Signals(processes, saves) as signals:
         for place in places:
             receiving, sending = context.Pipe(duplex=False)
-            work = (sending, place, len(places), timeout, function, device, arguments, saves)
-            process = context.Process(target=_child, args=work)
+            taking, giving = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_child, args=(sending, taking, place, len(places)), name=f"{NAME} {place.rank}"
+            )
             with _without_ctrl_c():
                 process.start()
                 processes.append(process)
             sending.close()
+            taking.close()
             pipes.append(receiving)
+            orders.append(giving)
+        for giving in orders:
+            _give(giving, work)
         messages = _collect(processes, pipes)
+    if any(process.exitcode == UNGUARDED for process in processes):
+        raise UsageError(GUARD)
     if None in messages.values():
         signals.take_effect()
     result: T | None = _outcome(messages, places, HINT if saves else "")
     return result
+
+
+def _give(pipe: Any, work: bytes) -> None:
+    """Send a process its work. Not as arguments of its start: to give those to one that has ended takes for ever."""
+    with pipe, suppress(OSError):  # it has ended, which `_collect` finds
+        pipe.send_bytes(work)
 
 
 @contextmanager

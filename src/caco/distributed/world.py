@@ -262,7 +262,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         kinds = ("auto", "cpu", "cuda", "cuda:1", "mps", "xpu")
-        near = did_you_mean(name, kinds, most=1) or f" There are: {', '.join(kinds)}."
+        asked = name.lower().replace("gpu", "cuda").replace("nvidia", "cuda")
+        near = did_you_mean(asked, kinds, most=1) or f" There are: {', '.join(kinds)}."
         raise UsageError(f"--device {name}: no such kind of device.{near}") from None
     try:
         torch.zeros(1, device=device)

@@ -1,0 +1,39 @@
+"""What a Python script may get wrong when it starts several processes."""
+
+import subprocess
+import sys
+
+import pytest
+
+CALL = """
+import numpy as np
+import caco
+from caco.data.arrays import ArraySource
+
+images = np.zeros(({images}, 8, 8, 3), np.uint8)
+{guard}
+    data = ArraySource(images, np.arange({images}) % 2)
+    result = caco.knn("pixels", data, size=8, device="cpu", workers=1, distributed={{"processes": 2}})
+    print("judged", result["val_images"])
+"""
+
+
+def run(script: str, folder) -> subprocess.CompletedProcess[str]:
+    path = folder / "script.py"
+    path.write_text(script)
+    return subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("images", [20, 20_000])  # less and more than what the system keeps for a process to read
+def test_a_script_without_a_guard_is_told_so_once(images, tmp_path):
+    done = run(CALL.format(images=images, guard="if True:"), tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1, done.stderr  # the caller's own, of an error that it does not catch
+    assert 'put the call of caco under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
+    assert "judged" not in done.stdout
+
+
+def test_a_script_with_a_guard(tmp_path):
+    done = run(CALL.format(images=20, guard='if __name__ == "__main__":'), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("judged 4") == 1
