@@ -228,6 +228,19 @@ def test_own_images_are_judged_as_the_same_pictures_in_folders(command, options,
     assert held_out["top1"] == judge(tmp_path / "run", folders[0], **options)["top1"]
 
 
+def test_own_images_are_the_queries_of_the_check(tmp_path):
+    train, val = Sorted(), Sorted(4, seed=1)
+    options = {**TINY, "backbone": "test_resnet", "monitor": {"knn_epochs": 1, "knn_neighbours": 3}}
+    folder = val.write(tmp_path / "val")
+    caco.pretrain(train, tmp_path / "named", val=folder, **options)
+    for number, own in enumerate((val, val.source())):
+        caco.pretrain(train, tmp_path / str(number), val=own, **options)
+        records = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("named", str(number))]
+        assert records[0] == records[1] and '"kind": "knn"' in records[0]
+    with pytest.raises(UsageError, match=r"--val array has no labels \(caco.data.arrays.ArraySource"):
+        caco.pretrain(train, tmp_path / "none", val=val.images, **options)
+
+
 def test_own_images_are_embedded(tmp_path):
     pictures = Sorted(4)
     photos = pictures.write(tmp_path / "photos")

@@ -194,7 +194,10 @@ def test_unset_variables(capsys):
         ),
         ("pretrain --data textures:128 --out {tmp}/taken", "{tmp}/taken exists and is not a run of caco"),
         ("pretrain --data textures:128 --out {tmp}/taken/a.txt", "exists and is not a run of caco"),
-        ("pretrain --data textures:128 --out {tmp}/taken/a.txt/r", "a.txt/r/config.json cannot be written: Not a directory"),
+        (
+            "pretrain --data textures:128 --out {tmp}/taken/a.txt/r",
+            "a.txt/r/config.json cannot be written: Not a directory",
+        ),
         (
             "pretrain --data textures:128 --out {tmp}/r --backbone test_vit --views.size 100",
             "does not take pictures of 100 x 100 pixels: Input height (100) should be divisible by patch size (16)",

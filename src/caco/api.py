@@ -53,22 +53,23 @@ def _in_python(function: Callable[P, T]) -> Callable[P, T]:
 
 @_in_python
 def pretrain(
-    data: Any = None, out: str | Path = "", *, backbone: str | nn.Module | None = None, **options: Any
+    data: Any = None, out: str | Path = "", *, val: Any = None, backbone: str | nn.Module | None = None, **options: Any
 ) -> Path | None:
     """Pre-train an encoder on images and return the path of the finished backbone (`caco pretrain`).
 
     data: what --data takes, a sequence of such files, an array uint8 [N, H, W, 3], a torch Dataset of pictures
     (caco.data.datasets.DatasetSource), or an image source of your own (caco.data.source.ImageSource); with resume=True it
-    may be left out where it was a path or a name. backbone: a timm name, or a module of your own that maps [B, 3, S, S]
-    to [B, F] or [B, F, H, W]. Options that are None count as not given. Returns None but in the main process.
+    may be left out where it was a path or a name. val: labelled images for the kNN check, in any of these forms.
+    backbone: a timm name, or a module of your own that maps [B, 3, S, S] to [B, F] or [B, F, H, W].
+    Options that are None count as not given. Returns None but in the main process.
     With several processes (`distributed={"processes": 2}`, or several GPUs) the call must be under
     `if __name__ == "__main__":`, for each process imports the script again; and data must be picklable.
     Example: `pretrain("photos/", "runs/first", recipe="cifar", bank_size=8192, views={"size": 64})`.
     Raises caco.errors.UsageError for wrong options, CacoError when the run cannot go on.
     """
-    name, images = _named("data", data)
-    given = _given(Pretrain(), {"data": name, "out": out, **options})
-    own = Own(backbone if isinstance(backbone, nn.Module) else None, images)
+    (name, images), (val_name, val_images) = _named("data", data), _named("val", val)
+    given = _given(Pretrain(), {"data": name, "val": val_name, "out": out, **options})
+    own = Own(backbone if isinstance(backbone, nn.Module) else None, images, val_images)
     if own.backbone is not None:
         given["backbone"] = "own"
     elif backbone is not None:

@@ -53,12 +53,18 @@ NOTHING = Own()
 def pretrain(options: Pretrain, own: Own = NOTHING) -> Path | None:
     """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
     check(options)
-    if options.val and not _may_be_labelled(options):
+    if own.val is None and options.val and not _may_be_labelled(options):
         raise UsageError(
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "
             "leave --val out"
         )
-    path = launch(pretraining.run, options.distributed, options.device, options, own.backbone, own.data, saves=True)
+    if own.val is not None and own.val.labels is None:
+        raise UsageError(
+            f"--val {options.val} has no labels ({where_labels_come_from(own.val)}), and the kNN check needs them"
+        )
+    path = launch(
+        pretraining.run, options.distributed, options.device, options, own.backbone, own.data, own.val, saves=True
+    )
     if path is not None:
         print(f"The backbone is {path}. Next:\n{next_steps(options, own.backbone is not None, own.data)}")
     return path

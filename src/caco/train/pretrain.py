@@ -48,12 +48,18 @@ from caco.train.trainer import Trainer, warm_start_steps
 from caco.weights import BackboneCard, save_backbone
 
 
-def run(world: World, config: Pretrain, own: nn.Module | None = None, images: ImageSource | None = None) -> Path:
+def run(
+    world: World,
+    config: Pretrain,
+    own: nn.Module | None = None,
+    images: ImageSource | None = None,
+    val: ImageSource | None = None,
+) -> Path:
     """Pre-train as configured, in this and all other processes of `world`; return the path of the finished backbone.
 
-    own: the user's own module, instead of `config.backbone` by name. images: the user's own source, instead of
-    `config.data`. Raises UsageError before any heavy work, Interrupted after a signal (the run is saved), CacoError when
-    the run cannot go on (its last good state is kept).
+    own: the user's own module, instead of `config.backbone` by name. images, val: the user's own sources, instead of
+    `config.data` and `config.val`. Raises UsageError before any heavy work, Interrupted after a signal (the run is
+    saved), CacoError when the run cannot go on (its last good state is kept).
     """
     check_division(config, world)
     check_bank_fits(config, world)
@@ -64,7 +70,7 @@ def run(world: World, config: Pretrain, own: nn.Module | None = None, images: Im
             lock.take(Path(config.out))
         config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
         index = Path(staging) / "index.npz"
-        prepared = prepare(world, config, own, images, index)
+        prepared = prepare(world, config, own, images, val, index)
         if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
             open_folder(prepared.config, index, lock)
         return train(world, prepared)
@@ -86,7 +92,14 @@ class Prepared:
     """How the encoder is computed and why, in words."""
 
 
-def prepare(world: World, config: Pretrain, own: nn.Module | None, images: ImageSource | None, index: Path) -> Prepared:
+def prepare(
+    world: World,
+    config: Pretrain,
+    own: nn.Module | None,
+    images: ImageSource | None,
+    val: ImageSource | None,
+    index: Path,
+) -> Prepared:
     """Build all that a run needs, without touching its folder. index: where the listing of a folder is to be written.
 
     Raises UsageError for all that can be wrong with the options, the images and the weights to start from.
@@ -103,7 +116,7 @@ def prepare(world: World, config: Pretrain, own: nn.Module | None, images: Image
     if config.resume:
         check_same_mathematics(read_config(Path(config.out)), config)
     precision = choose_precision(config.precision, world.device)
-    monitor = _create_monitor(config, source, world, precision)
+    monitor = _create_monitor(config, source, val, world, precision)
     broken = BrokenImages(len(source), config.monitor.broken_share)
     loader = _create_loader(config, source, world, broken)
     state = create_state(config, backbone, world)
@@ -233,8 +246,11 @@ def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:
     return backbone
 
 
-def _create_monitor(config: Pretrain, source: ImageSource, world: World, precision: torch.dtype) -> KnnMonitor | None:
-    val = _open(config, config.val, world, split="val") if config.val else None
+def _create_monitor(
+    config: Pretrain, source: ImageSource, val: ImageSource | None, world: World, precision: torch.dtype
+) -> KnnMonitor | None:
+    if val is None and config.val:
+        val = _open(config, config.val, world, split="val")
     options, views, workers = config.monitor, config.views, world.worker_count(config.workers)
     return create_monitor(source, val, options, views, config.seed, world, precision, workers)
 
