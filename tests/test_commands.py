@@ -11,8 +11,8 @@ from PIL import Image
 
 import caco
 from caco.cli import main
-from caco.commands import _counts_line
 from caco.errors import CacoError, UsageError
+from caco.judge import _counts_line
 
 CLASSES = ("blue", "green", "red")
 TINY = {

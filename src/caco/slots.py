@@ -19,6 +19,8 @@ _ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in
 
 BLOCK = {"cpu": 2**21, "cuda": 2**26}
 """Entries of the matrix of queries and slots that are held at a time (CPU: what stays in a cache)."""
+MOST_SLOTS = {"cpu": 4096}
+"""Slots that are taken at a time, at most: their unit rows stay in the cache, too."""
 
 
 class Slots(NamedTuple):
@@ -34,8 +36,9 @@ class Slots(NamedTuple):
 
     def blocks(self, queries: int) -> Iterator[slice]:
         """Yield the slots in parts small enough to be compared with so many queries at a time."""
-        entries = BLOCK.get(self.weight.device.type, BLOCK["cuda"])
-        size = max(entries // max(queries, 1), 64)
+        kind = self.weight.device.type
+        most = MOST_SLOTS.get(kind, len(self.weight))
+        size = max(min(BLOCK.get(kind, BLOCK["cuda"]) // max(queries, 1), most), 64)
         for first in range(0, len(self.weight), size):
             yield slice(first, min(first + size, len(self.weight)))
 

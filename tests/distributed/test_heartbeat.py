@@ -34,10 +34,10 @@ def pair():
         for rank in (0, 1):
             words = [sys.executable, "-c", SCRIPT, str(rank), str(stores[-1].port), str(supervised)]
             started.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        for process in started:
+        for process in started[-2:]:
             assert process.stdout.readline() == "started\n"
         time.sleep(3)
-        return started
+        return started[-2:]
 
     yield start
     for process in started:
@@ -60,15 +60,23 @@ def test_on_a_supervised_machine_silence_ends_nothing(pair):
 
 
 def test_who_did_not_run_itself_blames_nobody(pair):
-    """Both are starved: they run for a moment now and then, never long enough for a sign of life to come through."""
-    both = pair(False)
+    """Both are starved: they run for a moment now and then, never long enough for a sign of life to come through.
+
+    Three attempts: a busy machine may let one of them run and starve the other, who is then rightly missed. Whoever
+    counts the time in which it was stopped fails in each.
+    """
+    for _ in range(3):
+        both = pair(False)
+        starve(both)
+        if both[0].poll() is None:
+            return
+    raise AssertionError(both[0].stderr.read())
+
+
+def starve(both):
     for _ in range(4):
         for process in both:
             os.kill(process.pid, signal.SIGSTOP)
         time.sleep(2.8)
         os.kill(both[0].pid, signal.SIGCONT)
-        began = time.monotonic()
         time.sleep(0.1)
-        if time.monotonic() - began > 1:
-            pytest.skip("this machine is too busy to starve a process on purpose")
-    assert both[0].poll() is None

@@ -1,0 +1,240 @@
+"""How good an encoder is: `caco knn` and `caco linear`, from configuration to result."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from caco.after_training import Knn, Linear
+from caco.data.labels import Relabelled, Subset, where_labels_come_from
+from caco.data.source import ImageSource
+from caco.distributed.launch import launch
+from caco.distributed.world import World, precision_name
+from caco.errors import UsageError, counted
+from caco.evaluate.confidence import bootstrap_interval
+from caco.evaluate.encoder import UsableEncoder
+from caco.evaluate.features import labels_of
+from caco.evaluate.knn import held_out_split, knn_accuracy
+from caco.evaluate.linear import LEARNING_RATES, LinearResult, check_choice, linear_probe
+from caco.evaluate.reference_probe import train_reference_probe
+from caco.files import check_writable, replace_file, replace_json
+from caco.given import NOTHING, Own, open_encoder, open_images, say_broken
+
+
+def knn(options: Knn, own: Own = NOTHING) -> dict[str, Any] | None:
+    """Judge an encoder by nearest neighbours; print, write --out if given, and return the result (percent).
+
+    Returns None but in the main process.
+    """
+    _check_result_path(options.out)
+    return launch(_knn, options.distributed, options.device, options, own)
+
+
+def _knn(world: World, options: Knn, own: Own) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, own)
+    reference, queries = encoder.features(train), encoder.features(val)
+    if not world.is_main:
+        return None
+    say_broken(train, reference.broken)
+    say_broken(val, queries.broken)
+    results = knn_accuracy(
+        reference.vectors.to(world.device),
+        labels_of(reference),
+        queries.vectors,
+        labels_of(queries),
+        neighbours=options.neighbours,
+        classes=len(train.classes),
+        temperature=options.temperature,
+    )
+    rows = [
+        {
+            "neighbours": result.neighbours,
+            "top1": 100 * result.top1,
+            "top1_interval": _interval(result.correct, options.seed),
+            "top5": 100 * result.top5,
+            **({"note": result.note} if result.note else {}),
+        }
+        for result in results
+    ]
+    counts = _described(options, len(reference.vectors), len(queries.vectors), reference.broken + queries.broken)
+    report = {**counts, **rows[0], "temperature": options.temperature, "all": rows}
+    for row in rows:
+        print(f"kNN ({row['neighbours']} neighbours) {_accuracy_line(row, len(train.classes))}, {_counts_line(report)}")
+    return _deliver(report, options.out)
+
+
+def linear(options: Linear, own: Own = NOTHING) -> dict[str, Any] | None:
+    """Judge an encoder by a linear classifier; print, write --out if given, and return the result (percent).
+
+    Returns None but in the main process.
+    """
+    _check_result_path(options.out)
+    if options.head and Path(options.head).suffix != ".safetensors":
+        raise UsageError(f"--head {options.head}: the classifier is written as .safetensors")
+    if options.head:
+        check_writable("--head", Path(options.head))
+    return launch(_linear, options.distributed, options.device, options, own)
+
+
+def _linear(world: World, options: Linear, own: Own) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, own)
+    probe = _reference_linear if options.protocol == "reference" else _cached_linear
+    judged = probe(options, encoder, train, val)
+    if judged is None:
+        return None
+    result, report = judged
+    report |= {
+        "protocol": options.protocol,
+        "top1": 100 * result.top1,
+        "top1_interval": _interval(result.correct, options.seed),
+        "top5": 100 * result.top5,
+        "learning_rate": result.learning_rate,
+        "epochs": result.epochs,
+        "per_class": {
+            name: _number(round(100 * share, 4))
+            for name, share in zip(train.classes, result.per_class.tolist(), strict=True)
+        },
+        "rates_tried": [{name: _number(value) for name, value in vars(trial).items()} for trial in result.trials],
+    }
+    accuracy = _accuracy_line(report, len(train.classes))
+    print(f"linear {accuracy}, {_counts_line(report)}, learning rate {result.learning_rate:g}")
+    if options.head:
+        head = {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()}
+        replace_file(Path(options.head), safetensors.torch.save(head, {"classes": json.dumps(train.classes)}))
+        print(f"the classifier is written to {options.head}")
+    return _deliver(report, options.out)
+
+
+def _prepare(world: World, options: Knn | Linear, own: Own) -> tuple[UsableEncoder, ImageSource, ImageSource]:
+    """Return the encoder, labelled training images and labelled test images in the same classes."""
+    train = open_images(options, own.data, options.data, "train")
+    if train.labels is None:
+        raise UsageError(f"--data {options.data} has no labels ({where_labels_come_from(train)}); judging needs them")
+    encoder = open_encoder(world, options, own.backbone)
+    if options.val:
+        return encoder, train, Relabelled(open_images(options, own.val, options.val, "val"), train.classes)
+    kept, asked = held_out_split(np.asarray(train.labels), options.held_out, options.seed)
+    return encoder, Subset(train, kept), Subset(train, asked)
+
+
+def _cached_linear(
+    options: Linear, encoder: UsableEncoder, train: ImageSource, val: ImageSource
+) -> tuple[LinearResult, dict[str, Any]] | None:
+    """Return the classifier on features made once, and what was judged (None but in the main process)."""
+    rates = LEARNING_RATES if options.lr == "auto" else [options.lr]
+    check_choice(torch.from_numpy(np.asarray(train.labels)), rates)  # before the features are made
+    reference, queries = encoder.features(train), encoder.features(val)
+    if not encoder.world.is_main:
+        return None
+    say_broken(train, reference.broken)
+    say_broken(val, queries.broken)
+    result = linear_probe(
+        reference.vectors,
+        labels_of(reference),
+        queries.vectors,
+        labels_of(queries),
+        classes=len(train.classes),
+        learning_rates=rates,
+        epochs=options.epochs,
+        batch_size=options.probe_batch_size or "auto",
+        momentum=options.momentum,
+        seed=options.seed,
+        device=encoder.world.device,
+    )
+    return result, _described(options, len(reference.vectors), len(queries.vectors), reference.broken + queries.broken)
+
+
+def _reference_linear(
+    options: Linear, encoder: UsableEncoder, train: ImageSource, val: ImageSource
+) -> tuple[LinearResult, dict[str, Any]] | None:
+    """Return the classifier of the published protocol, and what was judged (None but in the main process)."""
+    if encoder.backbone is None:
+        raise UsageError("the reference protocol judges encoders, not pixels; use --protocol cached")
+    began = time.monotonic()
+
+    def say(epoch: int, loss: float) -> None:
+        seconds = (time.monotonic() - began) / (epoch + 1) * (options.epochs - epoch - 1)
+        print(f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, {seconds:,.0f} s left", file=sys.stderr)
+
+    card = encoder.card
+    result = train_reference_probe(
+        encoder.backbone,
+        train,
+        val,
+        world=encoder.world,
+        workers=encoder.workers,
+        size=card.size,
+        resize=card.resize,
+        mean=card.mean,
+        std=card.std,
+        epochs=options.epochs,
+        batch_size=options.probe_batch_size or 4096,
+        learning_rate=0.025 if options.lr == "auto" else options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        precision=precision_name(encoder.precision),
+        on_epoch=say if encoder.world.is_main else None,
+    )
+    if not encoder.world.is_main:
+        return None
+    say_broken(train, result.train_broken)
+    say_broken(val, result.val_broken)
+    trained_on = len(train) - len(result.train_broken)
+    return result.head, _described(
+        options, trained_on, len(result.head.correct), result.train_broken + result.val_broken
+    )
+
+
+def _described(
+    options: Knn | Linear, train_images: int, val_images: int, broken: list[tuple[str, str]]
+) -> dict[str, Any]:
+    return {
+        "run": options.run,
+        "data": options.data,
+        "val": options.val or f"held out: {options.held_out:g}",
+        "train_images": train_images,
+        "val_images": val_images,
+        "broken": [f"{key}: {reason}" for key, reason in broken],
+    }
+
+
+def _number(value: float) -> float | None:
+    """Return a number as JSON has it: None for a class without images, or the loss of a head that diverged."""
+    return value if math.isfinite(value) else None
+
+
+def _interval(correct: torch.Tensor, seed: int) -> list[float]:
+    return [100 * bound for bound in bootstrap_interval(correct, seed=seed)]
+
+
+def _accuracy_line(row: dict[str, Any], classes: int) -> str:
+    low, high = row["top1_interval"]
+    top5 = f", top-5 {row['top5']:.2f} %" if classes > 5 else ""  # of five classes, one of five is always right
+    return f"top-1 {row['top1']:.2f} % (95 % interval {low:.2f}-{high:.2f}){top5}"
+
+
+def _counts_line(report: dict[str, Any]) -> str:
+    return f"{counted(report['val_images'], 'image')} judged by {report['train_images']:,}"
+
+
+def _check_result_path(path: str) -> None:
+    if path and Path(path).suffix != ".json":
+        raise UsageError(f"--out {path}: the result is written as .json")
+    if path:
+        check_writable("--out", Path(path))
+
+
+def _deliver(report: dict[str, Any], path: str) -> dict[str, Any]:
+    if path:
+        replace_json(Path(path), report)
+        print(f"the result is written to {path}")
+    return report
