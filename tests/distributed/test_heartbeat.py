@@ -74,9 +74,10 @@ def test_who_did_not_run_itself_blames_nobody(pair):
 
 
 def starve(both):
-    for _ in range(4):
+    """Stop both for 8 seconds, twice what is let pass; a second is rightly counted each time that one looks again."""
+    for _ in range(2):
         for process in both:
             os.kill(process.pid, signal.SIGSTOP)
-        time.sleep(2.8)
+        time.sleep(4)
         os.kill(both[0].pid, signal.SIGCONT)
         time.sleep(0.1)
