@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from caco.after_training import Evaluation
 from caco.data.source import ImageSource, open_source
 from caco.distributed.world import World, choose_precision
-from caco.evaluate.encoder import UsableEncoder, load_encoder
+from caco.evaluate.encoder import UsableEncoder, find_weights, load_encoder
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ NOTHING = Own()
 def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> UsableEncoder:
     """Return the encoder that the options name, or the user's own. Raises UsageError."""
     backbone, card = load_encoder(options, own)
+    if world.is_main and Path(options.run).is_dir() and (weights := find_weights(Path(options.run))).suffix == ".pt":
+        print(f"{options.run} is not finished: its latest checkpoint is used, {weights.name}", file=sys.stderr)
     return UsableEncoder(
         backbone=backbone,
         card=card,

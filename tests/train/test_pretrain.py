@@ -280,3 +280,13 @@ def test_a_console_that_is_gone_stops_nothing(tmp_path):
     command = shlex.join([sys.executable, "-m", "caco", "pretrain", *map(str, arguments)])
     subprocess.run(["sh", "-c", f"{command} 2>&1 | head -1"], check=True, capture_output=True, timeout=120)
     assert (tmp_path / "run/export/backbone.safetensors").exists()
+
+
+def test_skipped_images_and_an_unfinished_run_are_told(tmp_path, capfd):
+    photos = folder_of(tmp_path / "photos")
+    (photos / "0" / "0.png").write_bytes(b"broken")
+    caco.pretrain(photos, tmp_path / "run", backbone="test_resnet", **SMALL)
+    assert re.search(r"1 broken image skipped so far; which, and why: .*skipped\.txt", capfd.readouterr().err)
+    shutil.rmtree(tmp_path / "run/export")
+    caco.knn(tmp_path / "run", photos)
+    assert "run is not finished: its latest checkpoint is used, step-" in capfd.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,10 +76,7 @@ def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.
             raise UsageError("random needs to know the model: --backbone resnet18")
         torch.manual_seed(options.seed)
         return create_backbone(options.backbone, card.size).eval(), card
-    weights = find_weights(Path(run))
-    if weights.parent.name == "checkpoints" and Path(run).is_dir():
-        print(f"{run} is not finished: its latest checkpoint is judged, {weights.name}", file=sys.stderr)
-    module, card = load_backbone(weights, options.backbone, size, own)
+    module, card = load_backbone(find_weights(Path(run)), options.backbone, size, own)
     return module, replace(card, size=size, resize=usual_resize(size)) if size else card
 
 

@@ -20,7 +20,6 @@ from typing import Any
 from tqdm import tqdm
 
 from caco.data.ahead import Batch
-from caco.errors import CacoError
 
 
 class Bar(tqdm):  # type: ignore[misc]
@@ -233,8 +232,6 @@ def _duration(seconds: float) -> str:
 
 
 def _event_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise CacoError("--monitor.tensorboard needs TensorBoard: pip install 'caco[tensorboard]'") from error
+    from torch.utils.tensorboard import SummaryWriter  # an extra; `checks.check` has told if it is missing
+
     return SummaryWriter(str(folder))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from caco.config import Pretrain, Views
 from caco.distributed.data_parallel import data_parallel
 from caco.distributed.world import World
-from caco.errors import CacoError, Interrupted, UsageError
+from caco.errors import CacoError, Interrupted, UsageError, counted
 from caco.evaluate.health import verdict
 from caco.model import WarmStart
 from caco.train.checkpoint import CheckpointFolder, Latest
@@ -208,8 +208,8 @@ class Trainer:
         """Say how many images were skipped, when they have become more."""
         if len(self.broken) > self.broken_told:
             self.broken_told = len(self.broken)
-            count = "1 image was" if self.broken_told == 1 else f"{self.broken_told:,} images were"
-            self.journal.say(f"{count} broken and skipped so far; which, and why: {self.folder / 'skipped.txt'}")
+            count = counted(self.broken_told, "broken image")
+            self.journal.say(f"{count} skipped so far; which, and why: {self.folder / 'skipped.txt'}")
 
     def _save_when_due(self, step: int, known_to_all: bool, best: bool = False) -> None:
         """Save when it is time to, or when asked to stop; then stop.
