@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,27 @@ def test_a_long_run_takes_what_was_fastest_here():
         assert f"{trial.precision} {trial.layout} " in why
     again, why = choose_engine(chosen, nn.Identity(), CPU, passes=10**9, batch=8)
     assert again == chosen and why == ""  # a resumed run measures nothing
+
+
+def test_a_slow_first_pass_does_not_make_a_run_long():
+    """The first pass of a process makes kernels: twenty times a usual one, and more on a busy machine."""
+
+    class SlowAtFirst(nn.Module):
+        passes = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3 * 8 * 8, 4)
+
+        def forward(self, view):
+            SlowAtFirst.passes += 1
+            if SlowAtFirst.passes == 1:
+                time.sleep(1.0)
+            return self.layer(view.flatten(1))
+
+    config = replace(CONFIG, views=Views(size=8))
+    _, why = choose_engine(config, SlowAtFirst(), CPU, passes=1000, batch=8)  # 1,000 s at the speed of the first
+    assert SlowAtFirst.passes == 2 and why == "fp32, channels_last"
 
 
 def test_what_the_user_says_is_not_measured():

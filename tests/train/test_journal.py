@@ -213,6 +213,23 @@ def test_time_left_is_told_from_the_steps_of_this_start(tmp_path, capsys, monkey
     assert capsys.readouterr().err == "step 910/1,000 loss, 9:00:00 left\n"
 
 
+def test_time_left_leaves_out_the_first_step_which_may_compile(tmp_path, capsys, monkeypatch):
+    import time
+
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    journal = Journal(tmp_path)
+    bar = ProgressBar(journal, steps=101, done=0)
+    now[0] += 60.0  # the first step compiles
+    bar.advance()
+    for _ in range(40):
+        now[0] += 1.0
+        bar.advance()
+    bar.show(41, "loss")
+    journal.close()
+    assert capsys.readouterr().err == "step 1/101 took 60.0 s\nstep 41/101 loss, 1:00 left\n"
+
+
 def test_stopwatch_counts_images_and_waiting(monkeypatch):
     import time
 

@@ -61,14 +61,15 @@ def choose_engine(
         config = replace(config, engine=replace(config.engine, compile="off"))
     random = random_state(device)
     try:
-        first = seconds(backbone, choices[0], device, config.views.size, min(batch, TRIAL_BATCH), rounds=1)
-        work = first * passes * batch / min(batch, TRIAL_BATCH)
+        first = seconds(backbone, choices[0], device, config.views.size, min(batch, TRIAL_BATCH), rounds=2)
+        trials = passes * batch / min(batch, TRIAL_BATCH)  # as much work as the whole run
+        work = first * trials
         chosen, why = choices[0], f"{choices[0].precision}, {choices[0].layout}"
         if len(choices) > 1 and work > SHORT_RUN:
             say(f"a long run: {len(choices)} ways to compute the encoder are timed first")
             times = measure(backbone, choices, device, config.views.size, min(batch, TRIAL_BATCH))
             chosen = fastest(choices, times)
-            work *= times[choices.index(chosen)] / times[0]
+            work = times[choices.index(chosen)] * trials
             why = "measured, images/s: " + ", ".join(
                 f"{trial.precision} {trial.layout} {min(batch, TRIAL_BATCH) / taken:,.0f}"
                 for trial, taken in zip(choices, times, strict=True)
@@ -133,7 +134,10 @@ def seconds(
     rounds: int,
     change: Callable[[nn.Module], object] = lambda network: None,
 ) -> float:
-    """Return the seconds of one forward and backward pass of a copy of the backbone: the least of some rounds."""
+    """Return the seconds of one forward and backward pass of a copy of the backbone: the least of some rounds.
+
+    The first round makes kernels and buffers, and may take many times as long as those that follow.
+    """
     layout = LAYOUTS[trial.layout]
     network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
     change(network)

@@ -118,7 +118,8 @@ class ProgressBar:
 
     def __init__(self, journal: Journal, steps: int, done: int, unit: str = "step") -> None:
         self._journal, self._steps, self._unit = journal, steps, unit
-        self._began, self._first, self._done = time.monotonic(), done, done
+        self._began, self._first, self._done = time.monotonic(), done, done  # when, and at which step, timing began
+        self._after_first = False
         self._last_line = self._began
         hidden = isinstance(journal, SilentJournal) or not _has_columns()
         self._tell = journal.say if hidden else journal.note
@@ -137,9 +138,11 @@ class ProgressBar:
         with contextlib.suppress(OSError):
             self._bar.update()
         self._done += 1
-        if self._done == self._first + 1:
-            taken = time.monotonic() - self._began
-            self._tell(f"{self._unit} {self._done:,}/{self._steps:,} took {taken:.1f} s")
+        if self._done == self._first + 1 and not self._after_first:
+            now = time.monotonic()
+            self._tell(f"{self._unit} {self._done:,}/{self._steps:,} took {now - self._began:.1f} s")
+            # It made kernels and buffers, and may have compiled: those that follow tell how long the rest takes.
+            self._began, self._first, self._after_first = now, self._done, True
 
     def show(self, step: int, text: str) -> None:
         """Show the latest numbers."""
