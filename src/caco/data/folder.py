@@ -11,9 +11,9 @@ from pathlib import Path
 from caco.data.decode import ENDINGS
 from caco.data.encoded import EncodedSource, Labels, labels_by_name, read_bytes
 from caco.data.index import Index, read_index, write_index
+from caco.data.parts import check_one_part, check_one_part_of_files
 from caco.errors import UsageError
 
-SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 CONTAINERS = ("parquet", "tar")
 
 
@@ -113,7 +113,8 @@ def folder_source(root: Path, name: str, index_cache: Path | None = None) -> Fil
     """Return the images below a folder, or the paths of the Parquet or tar files it holds instead.
 
     Labels are the sorted names of the first-level folders if there are at least two and no image lies outside them.
-    Raises UsageError if there is nothing to train on, or no telling what is meant.
+    Raises UsageError if there is nothing to train on, or no telling what is meant: images and files that hold images, or
+    the parts of a set.
     """
     folder = os.path.realpath(root)
     index = read_index(index_cache, f"folder {folder}")
@@ -121,10 +122,12 @@ def folder_source(root: Path, name: str, index_cache: Path | None = None) -> Fil
         listing = list_folder(folder)
         _check(listing, name)
         if listing.containers:
+            check_one_part_of_files(name, listing.containers)
             return [Path(folder, container) for container in listing.containers]
         index = Index(listing.images, listing.stamps)
         write_index(index_cache, f"folder {folder}", index)
-    labels, classes = _folder_labels(index.names, name)
+    check_one_part(name, index.names)
+    labels, classes = _folder_labels(index.names)
     return FileSource(name, folder, index.names, labels, classes)
 
 
@@ -146,7 +149,7 @@ def _check(listing: Listing, name: str) -> None:
         )
 
 
-def _folder_labels(names: Sequence[str], name: str) -> tuple[Labels, tuple[str, ...]]:
+def _folder_labels(names: Sequence[str]) -> tuple[Labels, tuple[str, ...]]:
     """Return labels by first-level folder, or none if an image is outside all of them or there is only one."""
     firsts = [path.partition("/")[0] for path in names if "/" in path]
     if len(firsts) < len(names):
@@ -154,9 +157,6 @@ def _folder_labels(names: Sequence[str], name: str) -> tuple[Labels, tuple[str, 
     labels, classes = labels_by_name(firsts)
     if len(classes) < 2:
         return None, ()
-    if all(folder.lower() in SPLIT_NAMES for folder in classes):
-        example = f"{name.rstrip('/')}/{classes[0]}"
-        raise UsageError(f"{name} holds the parts {', '.join(classes)} of a set: say which, such as {example}")
     return labels, classes
 
 
