@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import struct
+import subprocess
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -431,6 +433,13 @@ class TestParquet:
             ({"image": image_column(0, 1), "label": [-1, -1]}, (), None),
             ({"image": image_column(0, 1), "label": [1, None]}, (), None),
             ({"image": image_column(0, 1), "label": [0.5, 1.5]}, (), None),
+            (
+                {"image": image_column(0, 1), "label": np.array([2**63, 2**64 - 1], np.uint64)},
+                (str(2**63), str(2**64 - 1)),
+                [0, 1],
+            ),
+            ({"image.bytes": [image_bytes(0), image_bytes(1)], "label": [1, 0]}, ("0", "1"), [1, 0]),  # flatten()
+            ({"image": [{"bytes": "text"}] * 2, "jpg": [image_bytes(0), image_bytes(1)]}, (), None),
         ],
     )
     def test_other_columns(self, tmp_path: Path, rows: dict, classes: tuple, expected: list[int] | None) -> None:
@@ -444,7 +453,7 @@ class TestParquet:
         rows = {"image": image_column(3, 1, 4), "label": [1, 0, 1]}
         path = write_parquet(tmp_path / "a.parquet", rows, ["cat", "dog"])
         first = open_source(path, root=tmp_path / "cache")
-        assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".bytes", ".npz"]
+        assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".bytes", ".lock", ".npz"]
         with monkeypatch.context() as patch:
             patch.setattr(parquet, "_unpack", None)  # to unpack again would fail
             again = open_source(path, root=tmp_path / "cache")
@@ -456,7 +465,64 @@ class TestParquet:
         assert seen(open_source(path, root=tmp_path / "cache")) == [3, 1, 4]
         write_parquet(path, {"image": image_column(5, 5), "label": [0, 0]}, ["cat", "dog"])
         assert seen(open_source(path, root=tmp_path / "cache")) == [5, 5]
-        assert len(list((tmp_path / "cache").iterdir())) == 2
+        assert len(list((tmp_path / "cache").iterdir())) == 3
+
+    def test_several_processes_unpack_once(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "a.parquet", {"image": [os.urandom(1000) for _ in range(500)]}, group=100)
+        cache = tmp_path / "cache"
+        write(cache / f".parquet-{'0' * 16}.bytes.1.tmp")  # of other files: stays
+        script = (
+            "import sys; from pathlib import Path; from caco.data import parquet; from caco.data.source import open_source\n"
+            "parquet.IN_MEMORY = 0; print(len(open_source(sys.argv[1], root=Path(sys.argv[2]))), flush=True)"
+        )
+        command = [sys.executable, "-c", script, str(path), str(cache)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        outputs = [process.communicate() for process in [subprocess.Popen(command, **pipes) for _ in range(4)]]
+        assert [out for out, _ in outputs] == ["500\n"] * 4
+        said = [error for _, error in outputs if error]
+        assert len(said) == 1
+        assert "the images of 1 Parquet file are unpacked to" in said[0]
+        (content,) = cache.glob("*.bytes")
+        left = write(cache / f".{content.name}.12345.tmp", b"by a process that was killed")
+        content.write_bytes(b"cut short")
+        assert subprocess.run(command, capture_output=True, check=True).stdout == b"500\n"
+        assert not left.exists()
+        assert len(list(cache.iterdir())) == 4
+
+    @pytest.mark.parametrize("in_memory", [0, 10**6])
+    def test_can_be_sent_to_another_process(self, tmp_path: Path, monkeypatch, in_memory: int) -> None:
+        monkeypatch.setattr(parquet, "IN_MEMORY", in_memory)
+        rows = {"image": image_column(3, 1, 4), "label": [1, 0, 1]}
+        write_parquet(tmp_path / "a.parquet", rows)
+        monkeypatch.chdir(tmp_path)
+        data = pickle.dumps(open_source("a.parquet", root=tmp_path / "cache"))
+        monkeypatch.chdir("/")
+        again = pickle.loads(data)
+        assert (again.name, seen(again), labels(again)) == ("a.parquet", [3, 1, 4], [1, 0, 1])
+
+    def test_links_keep_their_names(self, tmp_path: Path) -> None:
+        snapshot = tmp_path / "snapshot"  # as in the cache of Hugging Face, where the files have hashes for names
+        snapshot.mkdir()
+        for number, blob in enumerate(["ff0", "aa1"]):
+            write_parquet(tmp_path / "blobs" / blob, {"image": image_column(number)})
+            (snapshot / f"train-{number}.parquet").symlink_to(tmp_path / "blobs" / blob)
+        source = open_source(snapshot)
+        assert keys(source) == ["train-0.parquet/row 0", "train-1.parquet/row 0"]
+        assert seen(source) == [0, 1]
+
+    def test_two_columns_of_one_name_are_no_choice(self, tmp_path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        def table(*names: str) -> Path:
+            pq.write_table(
+                pa.Table.from_arrays([pa.array([image_bytes(0)])] * len(names), names), tmp_path / "a.parquet"
+            )
+            return tmp_path / "a.parquet"
+
+        with pytest.raises(UsageError, match="no column of images .*only image, image"):
+            open_source(table("image", "image"))
+        assert seen(open_source(table("other", "other", "picture"))) == [0]
 
     def test_broken_rows_and_files(self, tmp_path: Path) -> None:
         rows = {"image": [*image_column(0), {"bytes": None, "path": "x.png"}, {"bytes": b"text", "path": ""}]}
