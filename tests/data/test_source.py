@@ -435,8 +435,8 @@ class TestParquet:
             ({"image": image_column(0, 1), "label": [0.5, 1.5]}, (), None),
             (
                 {"image": image_column(0, 1), "label": np.array([2**63, 2**64 - 1], np.uint64)},
-                (str(2**63), str(2**64 - 1)),
-                [0, 1],
+                (str(2**64 - 1), str(2**63)),
+                [1, 0],
             ),
             ({"image.bytes": [image_bytes(0), image_bytes(1)], "label": [1, 0]}, ("0", "1"), [1, 0]),  # flatten()
             ({"image": [{"bytes": "text"}] * 2, "jpg": [image_bytes(0), image_bytes(1)]}, (), None),
