@@ -20,6 +20,7 @@ from PIL import Image
 from caco.data import parquet, shards
 from caco.data.arrays import ArraySource
 from caco.data.decode import BrokenImage
+from caco.data.folder import say_left_out
 from caco.data.source import ImageSource, open_source
 from caco.data.torchvision_sets import SETS
 from caco.errors import UsageError
@@ -179,6 +180,16 @@ class TestFolder:
         with pytest.raises(UsageError, match=r"both images \(1\) and Parquet or tar files \(1\).*\*\*/\*\.parquet"):
             open_source(tmp_path)
 
+    def test_pictures_that_are_not_read_are_told(self, tmp_path: Path, capsys) -> None:
+        for name in ("a.png", "b.HEIC", "deep/c.heic", "deep/d.avif", "notes.txt"):
+            write(tmp_path / name, image_bytes(0))
+        cache = tmp_path / "index" / "index.npz"
+        say_left_out(open_source(tmp_path, index_cache=cache))
+        said = f"{tmp_path}: pictures that caco does not read are left out: 1 .avif, 2 .heic\n"
+        assert capsys.readouterr().err == said
+        say_left_out(open_source(tmp_path / "a.png"))
+        assert capsys.readouterr().err == ""
+
 
 class TestIndex:
     def test_is_written_and_used_again(self, class_folders: Path, tmp_path: Path, monkeypatch) -> None:
@@ -276,6 +287,14 @@ class TestFiles:
             open_source(f"{tmp_path}/*.[cp][sn][vg]")
         with pytest.raises(UsageError, match="no files given"):
             open_source([])
+
+    def test_lists_of_windows_and_odd_names(self, tmp_path: Path) -> None:
+        names = ["a.png", "line\u2028break.png", "next\x85line.png"]
+        for number, name in enumerate(names):
+            write(tmp_path / name, image_bytes(number))
+        path = write(tmp_path / "list.txt", "\r\n".join(names).encode("utf-8-sig"))
+        assert keys(open_source(path)) == names
+        assert seen(open_source(path)) == [0, 1, 2]
 
 
 def write_shard(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, **fields) -> Path:
@@ -383,6 +402,21 @@ class TestShards:
         assert colours == [list(COLOURS[number % 6]) for number in range(300)]
         write_shard(path, members[::-1] + members[:1])
         assert seen(open_source(path, index_cache=cache)) == [5, 4, 3, 2, 1, 0, 0]
+
+    def test_numbers_below_zero_mean_no_label(self, tmp_path: Path) -> None:
+        members = [("0.png", image_bytes(0)), ("0.cls", b"-1"), ("1.png", image_bytes(1)), ("1.cls", b"-1")]
+        source = open_source(write_shard(tmp_path / "a.tar", members))
+        assert (source.labels, source.classes) == (None, ())  # as in Parquet; before: one class, "-1"
+
+    def test_links_keep_their_names(self, tmp_path: Path) -> None:
+        snapshot = tmp_path / "snapshot"
+        snapshot.mkdir()
+        for number, blob in enumerate(["ff0", "aa1"]):
+            write_shard(tmp_path / "blobs" / blob, [("0.png", image_bytes(number))])
+            (snapshot / f"shard-{number}.tar").symlink_to(tmp_path / "blobs" / blob)
+        source = open_source(snapshot)
+        assert keys(source) == ["shard-0.tar/0.png", "shard-1.tar/0.png"]
+        assert seen(source) == [0, 1]
 
 
 def write_parquet(path: Path, rows: dict[str, list], names: list[str] | None = None, group: int = 2) -> Path:
@@ -634,6 +668,13 @@ class TestNamedSets:
 
 
 class TestUnknown:
+    def test_the_folder_of_a_user_who_is_not_there(self, monkeypatch) -> None:
+        with pytest.raises(UsageError, match="^~nosuchuser/photos: no such file or folder"):
+            open_source("~nosuchuser/photos")
+        monkeypatch.setenv("CACO_DATA", "~nosuchuser/sets")
+        with pytest.raises(UsageError, match="mnist is not in ~nosuchuser/sets"):
+            open_source("mnist")
+
     @pytest.mark.parametrize(
         ("data", "hint"),
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +16,29 @@ from caco.data.parts import check_one_part, check_one_part_of_files
 from caco.errors import UsageError
 
 CONTAINERS = ("parquet", "tar")
+UNREAD = frozenset(
+    ["heic", "heif", "avif", "jxl", "jp2", "tga", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2"]
+)
+"""Endings of pictures that caco does not read."""
 
 
 class FileSource(EncodedSource):
     """An `ImageSource` of image files; keys are their names relative to `root`."""
 
     def __init__(
-        self, name: str, root: str, names: Sequence[str], labels: Labels = None, classes: tuple[str, ...] = ()
+        self,
+        name: str,
+        root: str,
+        names: Sequence[str],
+        labels: Labels = None,
+        classes: tuple[str, ...] = (),
+        left_out: str = "",
     ) -> None:
+        """left_out: in words, the pictures beside these that caco does not read."""
         super().__init__(name, labels, classes)
         self.root = root
         self.names = names
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return len(self.names)
@@ -118,17 +131,19 @@ def folder_source(root: Path, name: str, index_cache: Path | None = None) -> Fil
     """
     folder = os.path.realpath(root)
     index = read_index(index_cache, f"folder {folder}")
+    left_out = ""
     if index is None:
         listing = list_folder(folder)
         _check(listing, name)
         if listing.containers:
             check_one_part_of_files(name, listing.containers)
             return [Path(folder, container) for container in listing.containers]
+        left_out = _left_out(listing.others)
         index = Index(listing.images, listing.stamps)
         write_index(index_cache, f"folder {folder}", index)
     check_one_part(name, index.names)
     labels, classes = _folder_labels(index.names)
-    return FileSource(name, folder, index.names, labels, classes)
+    return FileSource(name, folder, index.names, labels, classes, left_out)
 
 
 def _check(listing: Listing, name: str) -> None:
@@ -147,6 +162,17 @@ def _check(listing: Listing, name: str) -> None:
             f"{name} holds no images; found: {', '.join(kinds) or 'no files at all'} "
             f"(images end in {', '.join('.' + kind for kind in sorted(ENDINGS))})"
         )
+
+
+def _left_out(others: Counter[str]) -> str:
+    """Return which pictures beside the images caco does not read, in words: none is to be missed in silence."""
+    return ", ".join(f"{others[kind]:,} .{kind}" for kind in sorted(UNREAD & set(others)))
+
+
+def say_left_out(source: object) -> None:
+    """Say how many pictures of a folder are of a kind that caco does not read."""
+    if isinstance(source, FileSource) and source.left_out:
+        print(f"{source.name}: pictures that caco does not read are left out: {source.left_out}", file=sys.stderr)
 
 
 def _folder_labels(names: Sequence[str]) -> tuple[Labels, tuple[str, ...]]:
@@ -173,7 +199,7 @@ def list_source(path: Path, name: str) -> FileSource:
     among its first ten.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # -sig: Windows begins such files with a mark
     except UnicodeDecodeError as problem:
         raise UsageError(f"{name} is no text file (UTF-8): a list of images has one path a line") from problem
     names = [line.strip() for line in lines if line.strip()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -31,11 +32,12 @@ class _Member(NamedTuple):
 class ShardSource(EncodedSource):
     """An `ImageSource` of the images in tar files; keys are "shard.tar/member.jpg"."""
 
-    def __init__(self, name: str, shards: Sequence[str], index: Index) -> None:
-        """shards: their paths; index: the members' names, with the columns shard, offset, size and, if any, label."""
+    def __init__(self, name: str, shards: Sequence[str], named: Sequence[Path], index: Index) -> None:
+        """shards: their paths; named: the same before links were followed, for the keys; index: the members' names, with
+        the columns shard, offset, size and, if any, label."""
         super().__init__(name, index.columns.get("label"), index.classes)
         self.shards = shards
-        self._shard_names = relative_names(shards)[1]
+        self._shard_names = relative_names([os.path.abspath(path) for path in named])[1]
         self._members = index.names
         self._shard, self._offset, self._size = (index.columns[column] for column in ("shard", "offset", "size"))
 
@@ -67,7 +69,7 @@ def shard_source(paths: Sequence[Path], name: str, index_cache: Path | None = No
         if not index.names:
             raise UsageError(f"{name} holds no images in {len(shards):,} tar files")
         write_index(index_cache, place, index)
-    return ShardSource(name, shards, index)
+    return ShardSource(name, shards, paths, index)
 
 
 def _index(shards: Sequence[str]) -> Index:
@@ -87,7 +89,7 @@ def _index(shards: Sequence[str]) -> Index:
     if not texts or not all(texts):
         return Index(names, stamps, columns)
     numbers: Labels
-    if all(text.isdecimal() and len(text) < 10 for text in texts):
+    if all(re.fullmatch(r"-?[0-9]{1,9}", text) for text in texts):
         numbers, classes = labels_by_number(np.array(texts).astype(np.int64))
     else:
         numbers, classes = labels_by_name(texts)
