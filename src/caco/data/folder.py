@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,10 @@ class FileSource(EncodedSource):
     def key(self, index: int) -> str:
         """Return the file's path relative to the root, with `/` between its parts."""
         return self.names[index]
+
+    def files(self) -> Iterable[str]:
+        """Return the images' paths."""
+        return (os.path.join(self.root, name) for name in self.names)
 
     def read(self, index: int) -> bytes:
         """Return the file's bytes. Raises BrokenImage."""

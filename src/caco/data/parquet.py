@@ -13,7 +13,7 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,10 @@ class ParquetSource(EncodedSource):
         file = int(np.searchsorted(self._first_rows, index, side="right")) - 1
         row = f"row {index - self._first_rows[file]}"
         return row if len(self._files) == 1 else f"{self._files[file]}/{row}"
+
+    def files(self) -> Iterable[str]:
+        """Return the Parquet files' paths, links followed."""
+        return map(os.path.realpath, self._opened_from[0])
 
     def read(self, index: int) -> bytes:
         """Return the row's bytes. Raises BrokenImage for a row without any."""

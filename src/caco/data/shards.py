@@ -7,7 +7,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,10 @@ class ShardSource(EncodedSource):
     def key(self, index: int) -> str:
         """Return "shard.tar/member.jpg"; shards of one name in several folders keep the folders that differ."""
         return f"{self._shard_names[self._shard[index]]}/{self._members[index]}"
+
+    def files(self) -> Iterable[str]:
+        """Return the shards' paths."""
+        return self.shards
 
     def read(self, index: int) -> bytes:
         """Return the member's bytes. Raises BrokenImage."""
