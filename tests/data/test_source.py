@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from caco.data.folder import say_left_out
 from caco.data.source import ImageSource, open_source
 from caco.data.torchvision_sets import SETS
 from caco.errors import UsageError
+from caco.files import one_at_a_time
 
 COLOURS = [(250, 0, 0), (0, 240, 0), (0, 0, 230), (90, 90, 90), (0, 200, 200), (120, 0, 120)]
 
@@ -597,6 +598,19 @@ class TestNamedSets:
         assert (source.load(2) == 200).all()
         assert len(open_source("mnist", split="val", root=tmp_path)) == 2  # test stands in for val
         assert len(open_source("mnist:test", root=tmp_path)) == 2
+
+    def test_one_process_at_a_time_downloads(self, tmp_path: Path) -> None:
+        for part in ("train", "t10k"):  # all is there, so there is nothing to download
+            write(tmp_path / f"MNIST/raw/{part}-images-idx3-ubyte", struct.pack(">IIII", 0x803, 1, 28, 28) + bytes(784))
+            write(tmp_path / f"MNIST/raw/{part}-labels-idx1-ubyte", struct.pack(">II", 0x801, 1) + bytes(1))
+        open_source("mnist", root=tmp_path)  # torchvision is imported
+        with ThreadPoolExecutor(1) as pool:
+            with one_at_a_time(tmp_path / ".mnist.lock") as held:
+                assert held
+                waiting = pool.submit(open_source, "mnist", root=tmp_path, download=True)
+                with pytest.raises(TimeoutError):
+                    waiting.result(timeout=1)
+            assert len(waiting.result(timeout=60)) == 1
 
     def test_channels_first_arrays_and_unlabelled_parts(self, tmp_path: Path, monkeypatch) -> None:
         import torchvision.datasets as datasets
