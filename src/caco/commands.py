@@ -7,6 +7,7 @@ from pathlib import Path
 from caco.after_training import Embed, Export, Report
 from caco.checks import check
 from caco.config import Pretrain
+from caco.data.folder import say_left_out
 from caco.data.labels import where_labels_come_from
 from caco.data.source import open_source
 from caco.deliver.embed import check_features_path, write_features
@@ -65,6 +66,7 @@ def _embed(world: World, options: Embed, own: Own) -> Path | None:
     features = open_encoder(world, options, own.backbone).features(source)
     if not world.is_main:
         return None
+    say_left_out(source)
     say_broken(source, features.broken)
     if options.normalise:
         features.vectors.div_(features.vectors.norm(dim=1, keepdim=True).clamp_min(1e-12))

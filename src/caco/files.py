@@ -89,6 +89,29 @@ def replace_json(path: Path, content: Any) -> None:
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[bool]:
+    """Wait until no other process of this machine is inside, hold the file `lock`, and let go of it at the end.
+
+    The system lets go when this process ends in whatever way; the file stays. Gives False, and holds nothing, where the
+    system or the file system has no locks, or the file may not be written.
+    """
+    try:
+        import fcntl
+
+        file = open(lock, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except (ImportError, OSError):
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held = True
+        except OSError:  # a network file system without locks
+            held = False
+        yield held
+
+
 def check_writable(option: str, path: Path) -> None:
     """Raise UsageError when a file cannot be written at `path`; tried in the nearest folder that is there already.
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from caco.after_training import Knn, Linear
-from caco.data.labels import Relabelled, Subset, where_labels_come_from
+from caco.data.labels import Relabelled, Subset, say_shared, where_labels_come_from
 from caco.data.source import ImageSource
 from caco.distributed.launch import launch
 from caco.distributed.world import World, precision_name
@@ -120,7 +120,10 @@ def _prepare(world: World, options: Knn | Linear, own: Own) -> tuple[UsableEncod
         raise UsageError(f"--data {options.data} has no labels ({where_labels_come_from(train)}); judging needs them")
     encoder = open_encoder(world, options, own.backbone)
     if options.val:
-        return encoder, train, Relabelled(open_images(options, own.val, options.val, "val"), train.classes)
+        val = open_images(options, own.val, options.val, "val")
+        if world.is_main:
+            say_shared(train, val)
+        return encoder, train, Relabelled(val, train.classes)
     kept, asked = held_out_split(np.asarray(train.labels), options.held_out, options.seed)
     return encoder, Subset(train, kept), Subset(train, asked)
 

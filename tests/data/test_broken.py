@@ -1,10 +1,16 @@
 """The list of broken images: complete, the same after a restart, and the end of a run that has too many."""
 
 import threading
+import time
 
 import pytest
+import torch
+from PIL import Image
 
 from caco.data.broken import BrokenImages
+from caco.data.load import load_or_next
+from caco.data.source import open_source
+from caco.distributed.world import World
 from caco.errors import CacoError
 
 
@@ -50,11 +56,51 @@ def test_a_restart_goes_on_with_the_list(tmp_path):
     second.add("a.jpg", "empty: 0 bytes")
     second.write()
     assert path.read_bytes() == before
+    second.add("c.jpg", "the second that this start has met: b.jpg may be whole by now")
     with pytest.raises(CacoError):
-        second.add("c.jpg", "the third of ten")
+        second.add("b.jpg", "the third")
 
 
-@pytest.mark.parametrize("key", ["caf\udce9.jpg", "line\u2028break.jpg", "naïve ☃.png", "form\x0cfeed.jpg"])
+def test_after_an_outage_a_run_can_go_on(tmp_path):
+    path = tmp_path / "skipped.txt"
+    first = BrokenImages(10, 0.2)
+    first.list_in(path)
+    for number in (0, 1):
+        first.add(f"{number}.jpg", "cannot be read: the disk is away")
+    with pytest.raises(CacoError):
+        first.add("2.jpg", "cannot be read: the disk is away")
+    second = BrokenImages(10, 0.2)
+    second.list_in(path)
+    second.add("1.jpg", "damaged: this one is")
+    second.merge(World(torch.device("cpu")))  # before: "at least 3 of 10 images are broken"
+    assert len(path.read_text().splitlines()) == 3
+    for number in (0, 2):
+        second.forget(f"{number}.jpg")
+    second.write()
+    assert path.read_text() == "1.jpg\tdamaged: this one is\n"
+    second.forget("1.jpg")
+    second.write()
+    assert not path.exists()
+
+
+def test_an_image_that_is_read_after_all_leaves_the_list(tmp_path):
+    path = tmp_path / "photos" / "a.png"
+    path.parent.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (16, 16)).save(path.with_name(name))
+    source = open_source(path.parent)
+    path.rename(tmp_path / "away.png")
+    broken = BrokenImages(2, 0.5)
+    load_or_next(source, 0, broken)
+    assert len(broken) == 1
+    (tmp_path / "away.png").rename(path)
+    load_or_next(source, 0, broken)
+    assert len(broken) == 0
+
+
+@pytest.mark.parametrize(
+    "key", ["caf\udce9.jpg", "a tab\tin.jpg", "a\nb\r.jpg", "line\u2028break.jpg", "naïve ☃.png", "form\x0cfeed.jpg"]
+)
 def test_any_file_name_can_be_listed(tmp_path, key):
     """Names need not be UTF-8 (Python holds the bytes as surrogates), and may hold what counts as a line's end."""
     path = tmp_path / "skipped.txt"
@@ -67,6 +113,8 @@ def test_any_file_name_can_be_listed(tmp_path, key):
     assert len(again) == 1
     again.add(key, "empty")
     assert len(again) == 1
+    again.forget(key)
+    assert len(again) == 0
 
 
 def test_the_share_itself_is_allowed_and_one_more_is_not(tmp_path):
@@ -98,6 +146,28 @@ def test_share_1_never_stops():
     for key in "abc":
         broken.add(key, "empty")
     assert len(broken) == 3
+
+
+def test_brought_together_while_threads_add():
+    """A run does so at every checkpoint, with the next batches being made."""
+    broken = BrokenImages(10**6, 1.0)
+    over = threading.Event()
+
+    def add():
+        number = 0
+        while not over.is_set():
+            broken.add(f"{number}", "empty")
+            number += 1
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            broken.merge(World(torch.device("cpu")))
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_many_threads(tmp_path):

@@ -1,10 +1,14 @@
 """One numbering of classes for two sources, and parts of a source."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from caco.cli import main
 from caco.data.arrays import ArraySource
-from caco.data.labels import Relabelled, Subset
+from caco.data.labels import Relabelled, Subset, say_shared
 from caco.data.source import ImageSource, open_source
 from caco.errors import UsageError
 
@@ -46,6 +50,23 @@ def test_no_labels():
     part = Subset(unlabelled, np.array([1]))
     assert part.labels is None
     assert part.classes == ()
+
+
+def test_images_that_are_judged_by_themselves_are_told(tmp_path, capsys):
+    for name in ("train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    train, val = (open_source(tmp_path / part) for part in ("train", "val"))
+    say_shared(train, val)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    say_shared(train, open_source(tmp_path / "link"))
+    assert f"--val {tmp_path}/link shares 2 files with --data {tmp_path}/train" in capsys.readouterr().err
+    assert main(["knn", "pixels", "--data", f"{tmp_path}/train", "--val", f"{tmp_path}/train", "--size", "8"]) == 0
+    assert "shares 2 files" in capsys.readouterr().err
+    pq.write_table(pa.table({"image": [b"1"], "label": [0]}), tmp_path / "a.parquet")
+    say_shared(open_source(tmp_path / "a.parquet"), open_source(f"{tmp_path}/*.parquet"))
+    assert "shares 1 file with" in capsys.readouterr().err
 
 
 def test_a_subset_keeps_the_order_asked_for():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import struct
+import subprocess
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ from PIL import Image
 from caco.data import parquet, shards
 from caco.data.arrays import ArraySource
 from caco.data.decode import BrokenImage
+from caco.data.folder import say_left_out
 from caco.data.source import ImageSource, open_source
 from caco.data.torchvision_sets import SETS
 from caco.errors import UsageError
+from caco.files import one_at_a_time
 
 COLOURS = [(250, 0, 0), (0, 240, 0), (0, 0, 230), (90, 90, 90), (0, 200, 200), (120, 0, 120)]
 
@@ -177,6 +181,16 @@ class TestFolder:
         with pytest.raises(UsageError, match=r"both images \(1\) and Parquet or tar files \(1\).*\*\*/\*\.parquet"):
             open_source(tmp_path)
 
+    def test_pictures_that_are_not_read_are_told(self, tmp_path: Path, capsys) -> None:
+        for name in ("a.png", "b.HEIC", "deep/c.heic", "deep/d.avif", "notes.txt"):
+            write(tmp_path / name, image_bytes(0))
+        cache = tmp_path / "index" / "index.npz"
+        say_left_out(open_source(tmp_path, index_cache=cache))
+        said = f"{tmp_path}: pictures that caco does not read are left out: 1 .avif, 2 .heic\n"
+        assert capsys.readouterr().err == said
+        say_left_out(open_source(tmp_path / "a.png"))
+        assert capsys.readouterr().err == ""
+
 
 class TestIndex:
     def test_is_written_and_used_again(self, class_folders: Path, tmp_path: Path, monkeypatch) -> None:
@@ -274,6 +288,14 @@ class TestFiles:
             open_source(f"{tmp_path}/*.[cp][sn][vg]")
         with pytest.raises(UsageError, match="no files given"):
             open_source([])
+
+    def test_lists_of_windows_and_odd_names(self, tmp_path: Path) -> None:
+        names = ["a.png", "line\u2028break.png", "next\x85line.png"]
+        for number, name in enumerate(names):
+            write(tmp_path / name, image_bytes(number))
+        path = write(tmp_path / "list.txt", "\r\n".join(names).encode("utf-8-sig"))
+        assert keys(open_source(path)) == names
+        assert seen(open_source(path)) == [0, 1, 2]
 
 
 def write_shard(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, **fields) -> Path:
@@ -382,6 +404,21 @@ class TestShards:
         write_shard(path, members[::-1] + members[:1])
         assert seen(open_source(path, index_cache=cache)) == [5, 4, 3, 2, 1, 0, 0]
 
+    def test_numbers_below_zero_mean_no_label(self, tmp_path: Path) -> None:
+        members = [("0.png", image_bytes(0)), ("0.cls", b"-1"), ("1.png", image_bytes(1)), ("1.cls", b"-1")]
+        source = open_source(write_shard(tmp_path / "a.tar", members))
+        assert (source.labels, source.classes) == (None, ())  # as in Parquet; before: one class, "-1"
+
+    def test_links_keep_their_names(self, tmp_path: Path) -> None:
+        snapshot = tmp_path / "snapshot"
+        snapshot.mkdir()
+        for number, blob in enumerate(["ff0", "aa1"]):
+            write_shard(tmp_path / "blobs" / blob, [("0.png", image_bytes(number))])
+            (snapshot / f"shard-{number}.tar").symlink_to(tmp_path / "blobs" / blob)
+        source = open_source(snapshot)
+        assert keys(source) == ["shard-0.tar/0.png", "shard-1.tar/0.png"]
+        assert seen(source) == [0, 1]
+
 
 def write_parquet(path: Path, rows: dict[str, list], names: list[str] | None = None, group: int = 2) -> Path:
     import pyarrow as pa
@@ -431,6 +468,13 @@ class TestParquet:
             ({"image": image_column(0, 1), "label": [-1, -1]}, (), None),
             ({"image": image_column(0, 1), "label": [1, None]}, (), None),
             ({"image": image_column(0, 1), "label": [0.5, 1.5]}, (), None),
+            (
+                {"image": image_column(0, 1), "label": np.array([2**63, 2**64 - 1], np.uint64)},
+                (str(2**64 - 1), str(2**63)),
+                [1, 0],
+            ),
+            ({"image.bytes": [image_bytes(0), image_bytes(1)], "label": [1, 0]}, ("0", "1"), [1, 0]),  # flatten()
+            ({"image": [{"bytes": "text"}] * 2, "jpg": [image_bytes(0), image_bytes(1)]}, (), None),
         ],
     )
     def test_other_columns(self, tmp_path: Path, rows: dict, classes: tuple, expected: list[int] | None) -> None:
@@ -444,7 +488,7 @@ class TestParquet:
         rows = {"image": image_column(3, 1, 4), "label": [1, 0, 1]}
         path = write_parquet(tmp_path / "a.parquet", rows, ["cat", "dog"])
         first = open_source(path, root=tmp_path / "cache")
-        assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".bytes", ".npz"]
+        assert sorted(file.suffix for file in (tmp_path / "cache").iterdir()) == [".bytes", ".lock", ".npz"]
         with monkeypatch.context() as patch:
             patch.setattr(parquet, "_unpack", None)  # to unpack again would fail
             again = open_source(path, root=tmp_path / "cache")
@@ -456,7 +500,64 @@ class TestParquet:
         assert seen(open_source(path, root=tmp_path / "cache")) == [3, 1, 4]
         write_parquet(path, {"image": image_column(5, 5), "label": [0, 0]}, ["cat", "dog"])
         assert seen(open_source(path, root=tmp_path / "cache")) == [5, 5]
-        assert len(list((tmp_path / "cache").iterdir())) == 2
+        assert len(list((tmp_path / "cache").iterdir())) == 3
+
+    def test_several_processes_unpack_once(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "a.parquet", {"image": [os.urandom(1000) for _ in range(500)]}, group=100)
+        cache = tmp_path / "cache"
+        write(cache / f".parquet-{'0' * 16}.bytes.1.tmp")  # of other files: stays
+        script = (
+            "import sys; from pathlib import Path; from caco.data import parquet; from caco.data.source import open_source\n"
+            "parquet.IN_MEMORY = 0; print(len(open_source(sys.argv[1], root=Path(sys.argv[2]))), flush=True)"
+        )
+        command = [sys.executable, "-c", script, str(path), str(cache)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        outputs = [process.communicate() for process in [subprocess.Popen(command, **pipes) for _ in range(4)]]
+        assert [out for out, _ in outputs] == ["500\n"] * 4
+        said = [error for _, error in outputs if error]
+        assert len(said) == 1
+        assert "the images of 1 Parquet file are unpacked to" in said[0]
+        (content,) = cache.glob("*.bytes")
+        left = write(cache / f".{content.name}.12345.tmp", b"by a process that was killed")
+        content.write_bytes(b"cut short")
+        assert subprocess.run(command, capture_output=True, check=True).stdout == b"500\n"
+        assert not left.exists()
+        assert len(list(cache.iterdir())) == 4
+
+    @pytest.mark.parametrize("in_memory", [0, 10**6])
+    def test_can_be_sent_to_another_process(self, tmp_path: Path, monkeypatch, in_memory: int) -> None:
+        monkeypatch.setattr(parquet, "IN_MEMORY", in_memory)
+        rows = {"image": image_column(3, 1, 4), "label": [1, 0, 1]}
+        write_parquet(tmp_path / "a.parquet", rows)
+        monkeypatch.chdir(tmp_path)
+        data = pickle.dumps(open_source("a.parquet", root=tmp_path / "cache"))
+        monkeypatch.chdir("/")
+        again = pickle.loads(data)
+        assert (again.name, seen(again), labels(again)) == ("a.parquet", [3, 1, 4], [1, 0, 1])
+
+    def test_links_keep_their_names(self, tmp_path: Path) -> None:
+        snapshot = tmp_path / "snapshot"  # as in the cache of Hugging Face, where the files have hashes for names
+        snapshot.mkdir()
+        for number, blob in enumerate(["ff0", "aa1"]):
+            write_parquet(tmp_path / "blobs" / blob, {"image": image_column(number)})
+            (snapshot / f"train-{number}.parquet").symlink_to(tmp_path / "blobs" / blob)
+        source = open_source(snapshot)
+        assert keys(source) == ["train-0.parquet/row 0", "train-1.parquet/row 0"]
+        assert seen(source) == [0, 1]
+
+    def test_two_columns_of_one_name_are_no_choice(self, tmp_path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        def table(*names: str) -> Path:
+            pq.write_table(
+                pa.Table.from_arrays([pa.array([image_bytes(0)])] * len(names), names), tmp_path / "a.parquet"
+            )
+            return tmp_path / "a.parquet"
+
+        with pytest.raises(UsageError, match="no column of images .*only image, image"):
+            open_source(table("image", "image"))
+        assert seen(open_source(table("other", "other", "picture"))) == [0]
 
     def test_broken_rows_and_files(self, tmp_path: Path) -> None:
         rows = {"image": [*image_column(0), {"bytes": None, "path": "x.png"}, {"bytes": b"text", "path": ""}]}
@@ -497,6 +598,19 @@ class TestNamedSets:
         assert (source.load(2) == 200).all()
         assert len(open_source("mnist", split="val", root=tmp_path)) == 2  # test stands in for val
         assert len(open_source("mnist:test", root=tmp_path)) == 2
+
+    def test_one_process_at_a_time_downloads(self, tmp_path: Path) -> None:
+        for part in ("train", "t10k"):  # all is there, so there is nothing to download
+            write(tmp_path / f"MNIST/raw/{part}-images-idx3-ubyte", struct.pack(">IIII", 0x803, 1, 28, 28) + bytes(784))
+            write(tmp_path / f"MNIST/raw/{part}-labels-idx1-ubyte", struct.pack(">II", 0x801, 1) + bytes(1))
+        open_source("mnist", root=tmp_path)  # torchvision is imported
+        with ThreadPoolExecutor(1) as pool:
+            with one_at_a_time(tmp_path / ".mnist.lock") as held:
+                assert held
+                waiting = pool.submit(open_source, "mnist", root=tmp_path, download=True)
+                with pytest.raises(TimeoutError):
+                    waiting.result(timeout=1)
+            assert len(waiting.result(timeout=60)) == 1
 
     def test_channels_first_arrays_and_unlabelled_parts(self, tmp_path: Path, monkeypatch) -> None:
         import torchvision.datasets as datasets
@@ -568,6 +682,13 @@ class TestNamedSets:
 
 
 class TestUnknown:
+    def test_the_folder_of_a_user_who_is_not_there(self, monkeypatch) -> None:
+        with pytest.raises(UsageError, match="^~nosuchuser/photos: no such file or folder"):
+            open_source("~nosuchuser/photos")
+        monkeypatch.setenv("CACO_DATA", "~nosuchuser/sets")
+        with pytest.raises(UsageError, match="mnist is not in ~nosuchuser/sets"):
+            open_source("mnist")
+
     @pytest.mark.parametrize(
         ("data", "hint"),
         [

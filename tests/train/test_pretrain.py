@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 import caco
+from caco.data.loader import epoch_order
 from caco.data.source import ArraySource
 from caco.errors import CacoError, UsageError
 
@@ -129,6 +130,39 @@ def test_too_many_broken_images_stop_with_the_list(tmp_path):
     with pytest.raises(CacoError, match=r"images are broken.*skipped\.txt"):
         caco.pretrain(folder, tmp_path / "run", backbone="test_resnet", **SMALL)
     assert (tmp_path / "run/skipped.txt").read_text().count("broken-") >= 3
+
+
+def test_after_an_outage_of_the_disk_a_run_goes_on(tmp_path):
+    folder, run = tmp_path / "photos", tmp_path / "run"
+    folder.mkdir()
+    for number, pixels in enumerate(pictures(20)):
+        Image.fromarray(pixels[: 12 + number % 3]).save(folder / f"{number:02}.png")
+    options = {**SMALL, "monitor": {**SMALL["monitor"], "checkpoint_minutes": 0}}
+    finished = caco.pretrain(folder, run, backbone="test_resnet", **options).read_bytes()
+    newest = sorted((run / "checkpoints").glob("step-*.pt"))[-1]
+    newest.unlink()
+    # As a start leaves it that met the outage: more than the share of 0.1.
+    (run / "skipped.txt").write_text("".join(f"{n:02}.png\tcannot be read: Input/output error\n" for n in range(5)))
+    again = caco.pretrain(folder, run, backbone="test_resnet", resume=True, **options).read_bytes()
+    assert again == finished
+    listed = (run / "skipped.txt").read_text() if (run / "skipped.txt").exists() else ""
+    assert listed.count("\n") < 5, "those read since are still listed"
+
+
+def test_work_is_saved_before_too_many_broken_images_end_it(tmp_path):
+    """Each process meets one broken image, which is allowed; both together, which is found at the checkpoint, are not."""
+    folder, run = tmp_path / "photos", tmp_path / "run"
+    folder.mkdir()
+    for number, pixels in enumerate(pictures(20)):
+        Image.fromarray(pixels[: 12 + number % 3]).save(folder / f"{number:02}.png")
+    order = epoch_order(20, 0, 0)
+    for number in (order[2], order[12]):
+        (folder / f"{number:02}.png").write_bytes(b"")
+    monitor = {**SMALL["monitor"], "checkpoint_minutes": 0, "broken_share": 0.05}
+    options = {**SMALL, "batch_size": 20, "bank": {"warm_start_steps": 0}, "monitor": monitor}
+    with pytest.raises(CacoError, match="at least 2 of 20 images are broken"):
+        caco.pretrain(folder, run, backbone="test_resnet", distributed={"processes": 2}, **options)
+    assert [path.name for path in (run / "checkpoints").glob("step-*.pt")] == ["step-00000001.pt"]
 
 
 def test_fewer_images_than_a_batch(tmp_path):

@@ -42,8 +42,8 @@ class ArraySource:
                 f"{name}: images must be uint8 [N, H, W, 3] or [N, H, W], not {images.dtype} {list(images.shape)}"
                 f"{remedy(images)}"
             )
-        if len(images) == 0:
-            raise UsageError(f"{name} holds no images")
+        if images.size == 0:
+            raise UsageError(f"{name} holds no images: its shape is {list(images.shape)}")
         self.name = name
         self.images = images
         self.labels: Labels = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from caco.data.arrays import ArraySource, remedy
-from caco.data.decode import BrokenImage, Pixels, Shrink
+from caco.data.decode import BrokenImage, Pixels, Shrink, explained, pixels_of
 from caco.data.encoded import Labels, labels_by_number
 from caco.data.source import ImageSource, open_source
 from caco.errors import UsageError
@@ -34,6 +35,9 @@ def own_source(data: Any, option: str = "data") -> ImageSource:
         )
     if isinstance(data, Sequence) and all(isinstance(item, (str, Path)) for item in data):
         return open_source(list(data))
+    if isinstance(data, Mapping):
+        inside = ", ".join(map(repr, list(data)[:5]))
+        raise UsageError(f"{option} is a dictionary of {inside or 'nothing'}; name one part of it")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return DatasetSource(data)
     raise UsageError(
@@ -45,8 +49,9 @@ def own_source(data: Any, option: str = "data") -> ImageSource:
 class DatasetSource:
     """An `ImageSource` of a map-style Dataset (`__len__`, `__getitem__`); keys are "image 17".
 
-    An item is a picture, or a tuple that begins with one: a PIL image, or an array uint8 [H, W, 3] or [H, W]. Labels are
-    the Dataset's `targets` or `labels`, whole numbers from 0 on, and their names its `classes`, as in torchvision; a
+    An item is a picture, or a tuple that begins with one: a PIL image, or an array uint8 [H, W, 3] or [H, W]. PIL images
+    of any mode become RGB as those in files do, but are not turned upright: they may have been already. Labels are the
+    Dataset's `targets` or `labels`, whole numbers from 0 on, and their names its `classes`, as in torchvision; a
     Dataset without is unlabelled. It is read from many threads.
     """
 
@@ -57,7 +62,8 @@ class DatasetSource:
         if len(dataset) == 0:
             raise UsageError(f"{self.name} holds no images")
         self.labels, self.classes = self._labels()
-        self.load(0)
+        with contextlib.suppress(BrokenImage):  # one of them is no reason to refuse all
+            self.load(0)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -71,25 +77,46 @@ class DatasetSource:
 
         Raises BrokenImage when the Dataset cannot read it, UsageError for what is no picture.
         """
+        key = self.key(index)
         try:
             item = self._dataset[index]
-        except OSError as problem:  # Pillow's errors are of this kind, too
-            raise BrokenImage(self.key(index), f"cannot be read: {problem}") from problem
+        except Exception as problem:
+            if isinstance(problem, OSError) or _is_from_pillow(problem):
+                raise BrokenImage(key, f"cannot be read: {problem}") from problem
+            raise
         picture = item[0] if isinstance(item, (tuple, list)) and item else item
         if isinstance(picture, Image.Image):
-            picture = np.asarray(picture.convert("RGB"))
-        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] not in ((), (3,)):
-            raise UsageError(
-                f"{self.name} gives a {type(picture).__name__}; caco needs PIL images or arrays uint8 [H, W, 3]: leave "
-                "out the Dataset's own transform"
+            with explained(key):  # it may be decoded only here
+                picture = pixels_of(picture)
+        shape: tuple[int, ...] = picture.shape if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 else ()
+        if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
+            what = (
+                f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, np.ndarray) else type(picture).__name__
             )
+            raise UsageError(
+                f"{self.name} gives a {what}; caco needs PIL images or arrays uint8 [H, W, 3], or tuples that begin with "
+                "one: leave out the Dataset's own transform"
+            )
+        if 0 in shape:
+            raise BrokenImage(key, f"empty: {shape[0]} x {shape[1]} pixels")
         return np.repeat(picture[:, :, None], 3, axis=2) if picture.ndim == 2 else np.ascontiguousarray(picture)
 
     def _labels(self) -> tuple[Labels, tuple[str, ...]]:
         given = getattr(self._dataset, "targets", getattr(self._dataset, "labels", None))
         if given is None:
             return None, ()
-        numbers = np.asarray(given)
+        try:
+            numbers = np.asarray(given)
+        except ValueError:  # lists of different lengths
+            numbers = np.empty(0)
         if numbers.shape != (len(self._dataset),) or numbers.dtype.kind not in "iu":
             raise UsageError(f"{self.name}: its labels must be {len(self._dataset)} whole numbers, one for each image")
         return labels_by_number(numbers.astype(np.int64), tuple(map(str, getattr(self._dataset, "classes", ()))))
+
+
+def _is_from_pillow(problem: BaseException) -> bool:
+    """Return whether Pillow raised it: of a damaged file, nearly any kind of error."""
+    trace = problem.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("PIL.")

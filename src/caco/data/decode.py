@@ -66,15 +66,20 @@ def decode_rgb(data: bytes, key: str, shrink: int | Shrink = 1, minimum_side: in
             raise ValueError(f"shrink must be 1, 2, 4 or 8, not {factor}")
         pixels = _plain_jpeg(data, image, factor)
         if pixels is None:
-            with _explained(key):
+            with explained(key):
                 if factor > 1:
                     image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
-                image.load()
-                pixels = np.array(_rgb(image))
+                pixels = pixels_of(image)
         # Looked up after loading: Pillow turns a TIFF upright by itself, and a PNG may keep EXIF at its end.
         return _upright(pixels, _orientation(image))
     finally:
         image.close()
+
+
+def pixels_of(image: Image.Image) -> Pixels:
+    """Return the pixels of an opened image as `decode_rgb` does, but as stored: not turned upright. Raises what Pillow does."""
+    image.load()
+    return np.array(_rgb(image))
 
 
 def _plain_jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
@@ -94,7 +99,7 @@ def _plain_jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
     return pixels if pixels.shape == (height, width, 3) else None
 
 
-class _explained:
+class explained:
     """Turn whatever Pillow raises inside `with` into a BrokenImage with a reason in plain words."""
 
     def __init__(self, key: str) -> None:
@@ -118,7 +123,7 @@ def _open(data: bytes, key: str) -> Image.Image:
     """Return the image with its header read and nothing decoded."""
     if not data:
         raise BrokenImage(key, "empty: 0 bytes")
-    with _explained(key):
+    with explained(key):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError as problem:
@@ -132,7 +137,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8; damaged EXIF counts as upright."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as many kinds as in `_explained`; the pixels are fine all the same
+    except Exception:  # as many kinds as in `explained`; the pixels are fine all the same
         return 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,10 @@ class EncodedSource(ABC):
     @abstractmethod
     def read(self, index: int) -> bytes:
         """Return an image's bytes as they are stored. Raises BrokenImage if they cannot be read."""
+
+    @abstractmethod
+    def files(self) -> Iterable[str]:
+        """Return the whole paths of the files that hold the images."""
 
     def load(self, index: int, shrink: Shrink | None = None) -> Pixels:
         """Return an image, uint8 [H, W, 3], RGB, upright.

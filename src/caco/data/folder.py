@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from caco.data.decode import ENDINGS
 from caco.data.encoded import EncodedSource, Labels, labels_by_name, read_bytes
 from caco.data.index import Index, read_index, write_index
+from caco.data.parts import check_one_part, check_one_part_of_files
 from caco.errors import UsageError
 
-SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 CONTAINERS = ("parquet", "tar")
+UNREAD = frozenset(
+    ["heic", "heif", "avif", "jxl", "jp2", "tga", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2"]
+)
+"""Endings of pictures that caco does not read."""
 
 
 class FileSource(EncodedSource):
     """An `ImageSource` of image files; keys are their names relative to `root`."""
 
     def __init__(
-        self, name: str, root: str, names: Sequence[str], labels: Labels = None, classes: tuple[str, ...] = ()
+        self,
+        name: str,
+        root: str,
+        names: Sequence[str],
+        labels: Labels = None,
+        classes: tuple[str, ...] = (),
+        left_out: str = "",
     ) -> None:
+        """left_out: in words, the pictures beside these that caco does not read."""
         super().__init__(name, labels, classes)
         self.root = root
         self.names = names
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return len(self.names)
@@ -33,6 +46,10 @@ class FileSource(EncodedSource):
     def key(self, index: int) -> str:
         """Return the file's path relative to the root, with `/` between its parts."""
         return self.names[index]
+
+    def files(self) -> Iterable[str]:
+        """Return the images' paths."""
+        return (os.path.join(self.root, name) for name in self.names)
 
     def read(self, index: int) -> bytes:
         """Return the file's bytes. Raises BrokenImage."""
@@ -113,19 +130,24 @@ def folder_source(root: Path, name: str, index_cache: Path | None = None) -> Fil
     """Return the images below a folder, or the paths of the Parquet or tar files it holds instead.
 
     Labels are the sorted names of the first-level folders if there are at least two and no image lies outside them.
-    Raises UsageError if there is nothing to train on, or no telling what is meant.
+    Raises UsageError if there is nothing to train on, or no telling what is meant: images and files that hold images, or
+    the parts of a set.
     """
     folder = os.path.realpath(root)
     index = read_index(index_cache, f"folder {folder}")
+    left_out = ""
     if index is None:
         listing = list_folder(folder)
         _check(listing, name)
         if listing.containers:
+            check_one_part_of_files(name, listing.containers)
             return [Path(folder, container) for container in listing.containers]
+        left_out = _left_out(listing.others)
         index = Index(listing.images, listing.stamps)
         write_index(index_cache, f"folder {folder}", index)
-    labels, classes = _folder_labels(index.names, name)
-    return FileSource(name, folder, index.names, labels, classes)
+    check_one_part(name, index.names)
+    labels, classes = _folder_labels(index.names)
+    return FileSource(name, folder, index.names, labels, classes, left_out)
 
 
 def _check(listing: Listing, name: str) -> None:
@@ -146,7 +168,18 @@ def _check(listing: Listing, name: str) -> None:
         )
 
 
-def _folder_labels(names: Sequence[str], name: str) -> tuple[Labels, tuple[str, ...]]:
+def _left_out(others: Counter[str]) -> str:
+    """Return which pictures beside the images caco does not read, in words: none is to be missed in silence."""
+    return ", ".join(f"{others[kind]:,} .{kind}" for kind in sorted(UNREAD & set(others)))
+
+
+def say_left_out(source: object) -> None:
+    """Say how many pictures of a folder are of a kind that caco does not read."""
+    if isinstance(source, FileSource) and source.left_out:
+        print(f"{source.name}: pictures that caco does not read are left out: {source.left_out}", file=sys.stderr)
+
+
+def _folder_labels(names: Sequence[str]) -> tuple[Labels, tuple[str, ...]]:
     """Return labels by first-level folder, or none if an image is outside all of them or there is only one."""
     firsts = [path.partition("/")[0] for path in names if "/" in path]
     if len(firsts) < len(names):
@@ -154,9 +187,6 @@ def _folder_labels(names: Sequence[str], name: str) -> tuple[Labels, tuple[str, 
     labels, classes = labels_by_name(firsts)
     if len(classes) < 2:
         return None, ()
-    if all(folder.lower() in SPLIT_NAMES for folder in classes):
-        example = f"{name.rstrip('/')}/{classes[0]}"
-        raise UsageError(f"{name} holds the parts {', '.join(classes)} of a set: say which, such as {example}")
     return labels, classes
 
 
@@ -173,7 +203,7 @@ def list_source(path: Path, name: str) -> FileSource:
     among its first ten.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # -sig: Windows begins such files with a mark
     except UnicodeDecodeError as problem:
         raise UsageError(f"{name} is no text file (UTF-8): a list of images has one path a line") from problem
     names = [line.strip() for line in lines if line.strip()]

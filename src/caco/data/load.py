@@ -27,10 +27,15 @@ def load_or_next(source: ImageSource, index: int, broken: BrokenImages, shrink: 
     Raises CacoError when too many are broken (`BrokenImages.add`) or none is left.
     """
     for offset in range(len(source)):
+        place = (index + offset) % len(source)
         try:
-            return source.load((index + offset) % len(source), shrink)
+            pixels = source.load(place, shrink)
         except BrokenImage as error:
             broken.add(error.key, error.reason)
+            continue
+        if len(broken):
+            broken.forget(source.key(place))
+        return pixels
     raise CacoError(f"{source.name} has no image that can be read")
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ from caco.data.decode import BrokenImage
 from caco.data.encoded import EncodedSource, Labels, labels_by_name, labels_by_number
 from caco.data.folder import relative_names
 from caco.data.index import Index, read_index, stamp, write_index
-from caco.errors import CacoError, UsageError
+from caco.errors import CacoError, UsageError, counted
+from caco.files import one_at_a_time
 
 if TYPE_CHECKING:
     import pyarrow as arrow
@@ -50,13 +51,19 @@ class ParquetSource(EncodedSource):
         rows: NDArray[np.int64],
         labels: Labels,
         classes: tuple[str, ...],
+        opened_from: tuple[Sequence[Path], str, Path],
     ) -> None:
-        """content: all images' bytes; ends: int64 [N], where each image ends; rows: int64 [files], rows of each."""
+        """content: all images' bytes; ends: int64 [N], where each image ends; rows: int64 [files], rows of each;
+        opened_from: the arguments of `parquet_source`."""
         super().__init__(name, labels, classes)
+        self._opened_from = opened_from
         self._content = content
         self._ends = ends
         self._files = files
         self._first_rows = np.concatenate([[0], np.cumsum(rows)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return parquet_source, self._opened_from  # another process opens the files itself: memory cannot be sent
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -66,6 +73,10 @@ class ParquetSource(EncodedSource):
         file = int(np.searchsorted(self._first_rows, index, side="right")) - 1
         row = f"row {index - self._first_rows[file]}"
         return row if len(self._files) == 1 else f"{self._files[file]}/{row}"
+
+    def files(self) -> Iterable[str]:
+        """Return the Parquet files' paths, links followed."""
+        return map(os.path.realpath, self._opened_from[0])
 
     def read(self, index: int) -> bytes:
         """Return the row's bytes. Raises BrokenImage for a row without any."""
@@ -89,7 +100,7 @@ def parquet_source(paths: Sequence[Path], name: str, cache_folder: Path) -> Parq
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError as problem:
         raise UsageError(f"{name}: Parquet files need pyarrow: pip install 'caco[parquet]'") from problem
-    files = [os.path.realpath(path) for path in paths]
+    files = [os.path.realpath(path) for path in paths]  # of links, what they lead to changes: its stamps count
     file = files[0]
     try:
         layout = None
@@ -97,7 +108,7 @@ def parquet_source(paths: Sequence[Path], name: str, cache_folder: Path) -> Parq
         for file in files:
             with ParquetFile(file, memory_map=True) as opened:
                 layout = _layout(opened.schema_arrow, file, layout)
-                size += _uncompressed_size(opened.metadata, layout.image)
+                size += _uncompressed_size(opened.metadata, layout.path)
     except (ArrowException, OSError) as problem:
         raise UsageError(f"{file} cannot be read as Parquet: {problem}") from problem
     assert layout is not None
@@ -111,8 +122,12 @@ def parquet_source(paths: Sequence[Path], name: str, cache_folder: Path) -> Parq
     columns = index.columns
     if not len(columns["ends"]):
         raise UsageError(f"{name} holds no images: the Parquet files have no rows")
-    _, names = relative_names(files)
-    return ParquetSource(name, content, columns["ends"], names, columns["rows"], columns.get("label"), index.classes)
+    named = [
+        Path(os.path.abspath(path)) for path in paths
+    ]  # links keep their names: in Hugging Face's cache, files lack any
+    _, names = relative_names([os.fspath(path) for path in named])
+    labels, opened_from = columns.get("label"), (named, name, cache_folder)
+    return ParquetSource(name, content, columns["ends"], names, columns["rows"], labels, index.classes, opened_from)
 
 
 @dataclass(frozen=True)
@@ -120,22 +135,31 @@ class _Layout:
     """Which columns hold what."""
 
     image: str
-    """Path of the column of image bytes: "image.bytes", or "image" if it holds the bytes itself."""
+    """The column of images."""
+    is_struct: bool
+    """Whether the bytes are its field `bytes`, or the column itself."""
     label: str | None
     classes: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The path of the bytes in the file."""
+        return f"{self.image}.bytes" if self.is_struct else self.image
 
 
 def _layout(schema: arrow.Schema, file: str, first: _Layout | None) -> _Layout:
     """Return the layout of a file. Raises UsageError if it has no images, or differs from the first file's layout."""
-    names = schema.names
+    names = [name for name in schema.names if schema.get_field_index(name) >= 0]  # not two of one name: which is meant?
     features = _features(schema)
     declared = [name for name, kind in features.items() if kind["_type"] == "Image" and name in names]
-    image = next(filter(None, (_image_path(schema, name) for name in (*declared, *_IMAGE_COLUMNS, *names))), None)
+    candidates = [name for name in (*declared, *_IMAGE_COLUMNS, *names) if name in names]
+    image = next((name for name in candidates if _has_bytes(schema.field(name).type)), None)
     if image is None:
-        raise UsageError(f"{file} has no column of images (bytes, or {{bytes, path}}), only {', '.join(names)}")
+        raise UsageError(f"{file} has no column of images (bytes, or {{bytes, path}}), only {', '.join(schema.names)}")
     declared = [name for name, kind in features.items() if kind["_type"] == "ClassLabel" and name in names]
     label = next((name for name in (*declared, *_LABEL_COLUMNS) if name in names), None)
-    layout = _Layout(image, label, tuple(features.get(label or "", {}).get("names") or ()))
+    is_struct = not _is_bytes(schema.field(image).type)
+    layout = _Layout(image, is_struct, label, tuple(features.get(label or "", {}).get("names") or ()))
     if first is not None and layout != first:
         raise UsageError(f"{file} has other columns or classes than the files before it; give files of one set")
     return layout
@@ -150,16 +174,17 @@ def _features(schema: arrow.Schema) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _image_path(schema: arrow.Schema, name: str) -> str | None:
-    """Return the path of the image bytes in a column, or None if it is not there or holds none."""
+def _has_bytes(kind: arrow.DataType) -> bool:
+    """Return whether a column of this type is one of bytes, or of {bytes, ...}."""
     from pyarrow import types
 
-    if name not in schema.names:
-        return None
-    kind = schema.field(name).type
     if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        return f"{name}.bytes"
-    return name if types.is_binary(kind) or types.is_large_binary(kind) else None
+        return _is_bytes(kind.field("bytes").type)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: arrow.DataType) -> bool:
+    return str(kind) in ("binary", "large_binary", "binary_view")
 
 
 def _uncompressed_size(metadata: parquet.FileMetaData, column: str) -> int:
@@ -195,12 +220,12 @@ def _batches(file: str, layout: _Layout) -> Iterator[tuple[list[bytes], list[Any
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    wanted = [layout.image, *([layout.label] if layout.label else [])]
+    wanted = [layout.path, *([layout.label] if layout.label else [])]
     try:
         with ParquetFile(file, memory_map=True) as opened:
             for batch in opened.iter_batches(256, columns=wanted):
-                images = batch.column(layout.image.removesuffix(".bytes"))
-                if layout.image.endswith(".bytes"):
+                images = batch.column(layout.image)
+                if layout.is_struct:
                     images = images.field("bytes")
                 labels = batch.column(layout.label).to_pylist() if layout.label else []
                 yield [data or b"" for data in images.to_pylist()], labels
@@ -213,31 +238,48 @@ def _labels(values: list[Any], names: tuple[str, ...]) -> tuple[Labels, tuple[st
     if values and all(isinstance(value, str) for value in values):
         return labels_by_name(values)
     if values and all(isinstance(value, int) for value in values):
+        if max(values) > np.iinfo(np.int64).max:  # hashes of something, in 64 bits without a sign
+            return labels_by_name([str(value) for value in values])
         return labels_by_number(np.array(values, np.int64), names)
     return None, ()
 
 
 def _unpack_once(files: Sequence[str], layout: _Layout, cache_folder: Path) -> tuple[Index, mmap.mmap]:
-    """Return what an earlier run unpacked of these files, or unpack them now."""
-    place = "\n".join(["parquet", layout.image, *files])
+    """Return what an earlier run unpacked of these files, or unpack them now.
+
+    One process at a time does it: the others of a run, or other runs, wait and find it done.
+    """
+    place = "\n".join(["parquet", layout.path, *files])
     stem = f"parquet-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
     content, index_file = cache_folder / f"{stem}.bytes", cache_folder / f"{stem}.npz"
-    index = read_index(index_file, place)
-    if index is None or not content.exists() or content.stat().st_size != index.columns["ends"][-1]:
-        logging.getLogger(__name__).info("unpacking %d Parquet files to %s, once", len(files), content)
-        temporary = content.with_name(f".{content.name}.{os.getpid()}.tmp")
-        try:
-            cache_folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as out:
-                index = _unpack(files, layout, out)
-            os.replace(temporary, content)
-            write_index(index_file, place, index)
-        except OSError as problem:
-            raise CacoError(
-                f"the images of {files[0]} cannot be unpacked to {cache_folder}: {problem.strerror}; "
-                "set CACO_DATA to a folder with more room"
-            ) from problem
-        finally:
-            temporary.unlink(missing_ok=True)
-    with open(content, "rb") as file:
-        return index, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(cache_folder / f"{stem}.lock") as alone:
+            index = read_index(index_file, place)
+            if index is None or not content.exists() or content.stat().st_size != index.columns["ends"][-1]:
+                if alone:
+                    for left in cache_folder.glob(f".{content.name}.*.tmp"):  # by a process that was killed
+                        left.unlink()
+                said = f"the images of {counted(len(files), 'Parquet file')} are unpacked to {content}, once"
+                print(said, file=sys.stderr, flush=True)
+                index = _unpack_to(content, files, layout)
+                write_index(index_file, place, index)
+            with open(content, "rb") as file:
+                return index, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as problem:
+        raise CacoError(
+            f"the images of {files[0]} cannot be unpacked to {cache_folder}: {problem.strerror}; "
+            "set CACO_DATA to a folder with more room"
+        ) from problem
+
+
+def _unpack_to(content: Path, files: Sequence[str], layout: _Layout) -> Index:
+    """Write the bytes of all images into a file, as a whole or not at all. Raises OSError."""
+    temporary = content.with_name(f".{content.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            index = _unpack(files, layout, out)
+        os.replace(temporary, content)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return index

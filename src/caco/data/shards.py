@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,12 @@ class _Member(NamedTuple):
 class ShardSource(EncodedSource):
     """An `ImageSource` of the images in tar files; keys are "shard.tar/member.jpg"."""
 
-    def __init__(self, name: str, shards: Sequence[str], index: Index) -> None:
-        """shards: their paths; index: the members' names, with the columns shard, offset, size and, if any, label."""
+    def __init__(self, name: str, shards: Sequence[str], named: Sequence[Path], index: Index) -> None:
+        """shards: their paths; named: the same before links were followed, for the keys; index: the members' names, with
+        the columns shard, offset, size and, if any, label."""
         super().__init__(name, index.columns.get("label"), index.classes)
         self.shards = shards
-        self._shard_names = relative_names(shards)[1]
+        self._shard_names = relative_names([os.path.abspath(path) for path in named])[1]
         self._members = index.names
         self._shard, self._offset, self._size = (index.columns[column] for column in ("shard", "offset", "size"))
 
@@ -45,6 +47,10 @@ class ShardSource(EncodedSource):
     def key(self, index: int) -> str:
         """Return "shard.tar/member.jpg"; shards of one name in several folders keep the folders that differ."""
         return f"{self._shard_names[self._shard[index]]}/{self._members[index]}"
+
+    def files(self) -> Iterable[str]:
+        """Return the shards' paths."""
+        return self.shards
 
     def read(self, index: int) -> bytes:
         """Return the member's bytes. Raises BrokenImage."""
@@ -67,7 +73,7 @@ def shard_source(paths: Sequence[Path], name: str, index_cache: Path | None = No
         if not index.names:
             raise UsageError(f"{name} holds no images in {len(shards):,} tar files")
         write_index(index_cache, place, index)
-    return ShardSource(name, shards, index)
+    return ShardSource(name, shards, paths, index)
 
 
 def _index(shards: Sequence[str]) -> Index:
@@ -87,7 +93,7 @@ def _index(shards: Sequence[str]) -> Index:
     if not texts or not all(texts):
         return Index(names, stamps, columns)
     numbers: Labels
-    if all(text.isdecimal() and len(text) < 10 for text in texts):
+    if all(re.fullmatch(r"-?[0-9]{1,9}", text) for text in texts):
         numbers, classes = labels_by_number(np.array(texts).astype(np.int64))
     else:
         numbers, classes = labels_by_name(texts)

@@ -85,13 +85,13 @@ def open_source(
         return ArraySource(data)
     if isinstance(data, ImageSource):
         return data
-    root = root or Path(os.environ.get("CACO_DATA") or "~/.cache/caco/data").expanduser()
+    root = root or Path(os.path.expanduser(os.environ.get("CACO_DATA") or "~/.cache/caco/data"))
     if not isinstance(data, (str, Path)):
         return _files_source([Path(path) for path in data], f"{len(data)} files", index_cache, root)
     name = os.fspath(data)
     if not name.strip():
         raise UsageError("no images named: give a folder, Parquet or tar files, a torchvision set, or textures")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # of a user who is not there, it leaves the name as it is
     if os.path.isdir(path):
         found = folder_source(path, name, index_cache)
         return found if isinstance(found, FileSource) else _files_source(found, name, index_cache, root)

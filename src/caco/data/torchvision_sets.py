@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from caco.data.arrays import ArraySource
 from caco.data.encoded import Labels, labels_by_number
 from caco.data.folder import FileSource
 from caco.errors import CacoError, UsageError, did_you_mean
+from caco.files import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def torchvision_source(
     try:
         if download:
             root.mkdir(parents=True, exist_ok=True)
-        dataset = dataset_class(root=str(root), download=download, **named.splits[part], **named.arguments)
+        # Several processes of a run, or several runs, would write the same files: the first loads them down, others wait.
+        with one_at_a_time(root / f".{name}.lock") if download else contextlib.nullcontext():
+            dataset = dataset_class(root=str(root), download=download, **named.splits[part], **named.arguments)
     except ModuleNotFoundError as problem:
         raise UsageError(f"{name} needs {problem.name}: pip install {problem.name}") from problem
     except (RuntimeError, OSError) as problem:

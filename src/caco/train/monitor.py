@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from caco.config import MonitorOptions, Views
-from caco.data.labels import Relabelled
+from caco.data.labels import Relabelled, say_shared
 from caco.data.source import ImageSource
 from caco.distributed.world import World, precision_name
 from caco.evaluate.features import Features, extract, gather_features, labels_of
@@ -104,6 +104,8 @@ def create_monitor(
             return None
         return KnnMonitor(val, np.arange(len(val)), None, None, *common)
     if val is not None and val.labels is not None:
+        if world.is_main:
+            say_shared(source, val)
         reference = first_share_of_each_class(source.labels, options.knn_share)
         return KnnMonitor(source, reference, Relabelled(val, source.classes), None, *common)
     if np.bincount(np.asarray(source.labels)).max() < 2:  # folders in folders, an image in each: no classes

@@ -18,6 +18,7 @@ from caco.bank import Bank
 from caco.checkpointing import checkpoint_blocks
 from caco.config import Pretrain
 from caco.data.broken import BrokenImages
+from caco.data.folder import say_left_out
 from caco.data.loader import TrainingViews, check_batch_size
 from caco.data.source import ImageSource, open_source
 from caco.distributed.batch_norm import synchronise_batch_norm
@@ -109,6 +110,8 @@ def prepare(
     if config.resume and kept.exists():
         shutil.copy2(kept, index)
     source = images if images is not None else _open(config, config.data, world, index_cache=index)
+    if world.is_main:
+        say_left_out(source)
     check_batch_size(source, config.batch_size, world.size)
     config = _resolve_epochs(config, len(source) // config.batch_size)
     steps = int(config.epochs) * (len(source) // config.batch_size)

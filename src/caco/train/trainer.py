@@ -241,12 +241,12 @@ class Trainer:
             "epoch": self.state.step // self.loader.steps_per_epoch,
             "card": {**vars(self.card), "step": self.state.step},
         }
-        self.broken.merge(self.world)
         self.last_saved = time.monotonic()
         step = self.state.warm_start_step + self.state.step
         if self.world.is_main:
             self.checkpoints.save(contents, step, best)
         self.world.wait()
+        self.broken.merge(self.world)  # may end the run, which by now is saved
         return self.checkpoints.path(step)
 
     def _resume(self) -> tuple[int, tuple[str, ...]]:
