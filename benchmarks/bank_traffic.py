@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from caco.bank import Bank
 from caco.config import DistributedOptions
+from caco.distributed.bank_shards import ProcessShards
 from caco.distributed.data_parallel import data_parallel
 from caco.distributed.launch import launch
-from caco.distributed.sharded_bank import ShardedBank
 from caco.distributed.world import World
 from caco.model import CaCo, view_pairs
 from caco.train.step import compute_gradients
@@ -65,7 +65,7 @@ class Counter:
 
 def measure(world: World, slots: int, width: int, sharded: bool, steps: int) -> dict[str, Any]:
     """Take steps with a bank of the given size; return bytes and seconds of one, on average."""
-    bank = ShardedBank(slots, width, world=world) if sharded else Bank(slots, width)
+    bank = Bank(slots, width, shards=ProcessShards(world) if sharded else None)
     kept = bank.weight.nbytes
     # The whole step of the method, with an encoder that has nothing to learn: what is left is the bank's.
     model = CaCo(nn.Identity(), bank, view_pairs(2, 0))

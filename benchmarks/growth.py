@@ -35,7 +35,7 @@ from caco.distributed.world import World, choose_device
 from caco.model import CaCo, view_pairs
 from caco.recipes import find_recipe
 from caco.train.pretrain import create_state
-from caco.train.step import Schedules, compute_gradients, train_step
+from caco.train.step import compute_gradients, rates_at, train_step
 
 Curves = dict[str, dict[int, float]]
 """Name of a curve → size → seconds."""
@@ -106,7 +106,7 @@ def by_batch(quick: bool, device: torch.device) -> Curves:
     """Time a whole training step with larger and larger batches."""
     sizes = [1 << power for power in ((2, 3, 4) if quick else range(3, 9))]
     config = find_recipe("cifar")
-    rates = Schedules.of(config).at(config.optimizer.warmup_epochs)
+    rates = rates_at(config, config.optimizer.warmup_epochs)
     curve = {}
     for batch in sizes:
         state = create_state(replace(config, batch_size=batch), create_backbone("resnet18", 32), World(device))

@@ -32,7 +32,7 @@ from caco.train.engine import PRECISIONS, compile_module
 from caco.train.heap import keep_heap
 from caco.train.pretrain import create_state
 from caco.train.state import TrainingState
-from caco.train.step import Rates, Schedules, train_step
+from caco.train.step import Rates, rates_at, train_step
 
 
 def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
@@ -70,7 +70,7 @@ class Step:
         )
         self.state.model.train()
         self.precision, self.accumulate = PRECISIONS[config.precision], config.accumulate
-        self.rates: Rates = Schedules.of(config).at(config.optimizer.warmup_epochs)
+        self.rates: Rates = rates_at(config, config.optimizer.warmup_epochs)
         self.loader = TrainingViews(
             source,
             config.views.recipes(),

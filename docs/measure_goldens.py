@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from caco.bank import Bank
 from caco.evaluate.knn import knn_guesses
 from caco.evaluate.reference_probe import LayerWiseSGD
-from caco.model import CaCo, Positives, Share, add_up, view_pairs
+from caco.model import CaCo, Positives, ViewOutput, step_output, view_pairs
 from caco.optim import LARS
 from caco.schedule import bank_lr, encoder_lr, key_momentum
 
@@ -55,12 +55,12 @@ def step(given: dict[str, Tensor]) -> float:
     queries.requires_grad_()
     slots = bank.slots()
     positives = bank.nearest(F.normalize(keys.flatten(0, 1), dim=1), slots).view(2, -1)
-    shares: list[Share] = []
-    for number, query in enumerate(queries):
-        others = [share.pull for share in shares] if number == len(queries) - 1 else None
-        shares.append(model(query, number, Positives(slots, positives), others))
-        shares[-1].loss.backward()  # type: ignore[no-untyped-call]
-    loss = add_up(shares, [positives]).loss
+    outputs: list[ViewOutput] = []
+    for view_index, query in enumerate(queries):
+        earlier = [output.pull for output in outputs] if view_index == len(queries) - 1 else None
+        outputs.append(model(query, view_index, Positives(slots, positives), earlier_pulls=earlier))
+        outputs[-1].loss.backward()  # type: ignore[no-untyped-call]
+    loss = step_output(outputs, [positives]).loss
     optimizer.step()
     assert queries.grad is not None
     velocity = optimizer.state[bank.weight]["momentum_buffer"]
@@ -104,7 +104,7 @@ def schedules() -> float:
     given, epochs = read("schedules"), range(200)
     ours = {
         "encoder_lr": [encoder_lr(epoch, 200, 10, 0.3, 0.003, 1024) for epoch in epochs],
-        "key_momentum": [key_momentum(epoch, 200, 0.99, decay=True) for epoch in epochs],
+        "key_momentum": [key_momentum(epoch, 200, 0.99, cosine=True) for epoch in epochs],
         "bank_lr_constant": [bank_lr(epoch, 200, 10, 3.0, 3.0, 65536) for epoch in epochs],
         "bank_lr_cosine": [bank_lr(epoch, 200, 10, 3.0, 0.03, 65536) for epoch in epochs],
     }

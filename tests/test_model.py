@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from caco.backbone import Encoder, create_backbone, projector
 from caco.bank import Bank
 from caco.loss import cooperative_adversarial_loss
-from caco.model import CaCo, Positives, ViewPair, WarmStart, add_up, view_pairs
+from caco.model import CaCo, Positives, ViewPair, WarmStart, step_output, view_pairs
 from caco.train.step import compute_gradients
 
 TOLERANCE = 1e-9  # relative, float64: what "implements CaCo" means here; reached: 1e-15
@@ -37,12 +37,12 @@ def test_step_reproduces_the_reference(golden, name):
     queries.requires_grad_()
     slots = bank.slots()
     positives = bank.nearest(F.normalize(keys.flatten(0, 1), dim=1), slots).view(2, -1)
-    shares = []
-    for number, query in enumerate(queries):
-        others = [share.pull for share in shares] if number == len(queries) - 1 else None
-        shares.append(model(query, number, Positives(slots, positives), others))
-        shares[-1].loss.backward()
-    output = add_up(shares, [positives])
+    outputs = []
+    for view_index, query in enumerate(queries):
+        earlier = [output.pull for output in outputs] if view_index == len(queries) - 1 else None
+        outputs.append(model(query, view_index, Positives(slots, positives), earlier_pulls=earlier))
+        outputs[-1].loss.backward()
+    output = step_output(outputs, [positives])
     optimizer.step()
 
     assert relative_error(queries.grad, grad_queries) < TOLERANCE

@@ -12,7 +12,7 @@ def test_schedules_reproduce_the_reference(golden):
     epochs = range(200)
     ours = {
         "encoder_lr": [encoder_lr(e, 200, 10, 0.3, 0.003, 1024) for e in epochs],
-        "key_momentum": [key_momentum(e, 200, 0.99, decay=True) for e in epochs],
+        "key_momentum": [key_momentum(e, 200, 0.99, cosine=True) for e in epochs],
         "bank_lr_constant": [bank_lr(e, 200, 10, 3.0, 3.0, 65536) for e in epochs],
         "bank_lr_cosine": [bank_lr(e, 200, 10, 3.0, 0.03, 65536) for e in epochs],
     }
@@ -36,4 +36,4 @@ def test_bank_rate_scales_with_the_bank_only():
 
 
 def test_constant_key_momentum():
-    assert {key_momentum(e, 10, 0.99, decay=False) for e in range(10)} == {0.99}
+    assert {key_momentum(e, 10, 0.99, cosine=False) for e in range(10)} == {0.99}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from caco.loss import BankLoss, Pull, encoder_loss, slot_term
-from caco.slots import Alone, Holders, LogSumExp, Slots, compare, unit_scale
+from caco.slots import LogSumExp, Shards, Slots, Unsharded, compare, inverse_lengths
+
+_DRAWN_AT_ONCE = 65536
+"""Rows of a new bank that are drawn at a time."""
 
 
 class Bank(nn.Module):
@@ -18,37 +21,55 @@ class Bank(nn.Module):
     `weight: [K, D]` is an ordinary parameter: `torch.optim.SGD(momentum=…)` on it is the published bank step, its
     state_dict holds the velocity, and data-parallel averaging of its gradient is the published all-reduce.
     Slots start as N(0, 1) (published `CaCo_PN`).
+
+    shards: N processes may hold K/N slots each (`distributed/bank_shards.py`). Indices of slots are those of the whole bank
+    then, results are the same to rounding, and the gradient is complete: no averaging over processes follows.
+    Raises ValueError when K is not divisible by N.
     """
 
-    holders: Holders = Alone()
-
-    def __init__(self, size: int, width: int, temperature: float = 0.08, slot_temperature: float = 0.08) -> None:
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        temperature: float = 0.08,
+        slot_temperature: float = 0.08,
+        shards: Shards | None = None,
+    ) -> None:
         super().__init__()
+        self.shards = shards or Unsharded()
+        if size % self.shards.size:
+            raise ValueError(f"{size} slots cannot be divided among {self.shards.size} processes")
         self.size = size
         self.temperature = temperature
         self.slot_temperature = slot_temperature
-        self.weight = nn.Parameter(self.own_random_rows(width))
+        held = size // self.shards.size
+        self.held = range(self.shards.rank * held, (self.shards.rank + 1) * held)  # the slots in this process
+        self.weight = nn.Parameter(self._initial_rows(width))
+
+    def _initial_rows(self, width: int) -> Float[Tensor, "k D"]:
+        """Return this process's rows of a new bank. Every process draws them all, so that each gets what it would alone."""
+        parts = []
+        for first in range(0, self.size, _DRAWN_AT_ONCE):
+            rows = torch.randn(min(_DRAWN_AT_ONCE, self.size - first), width)
+            parts.append(rows[_overlap(self.held, first, len(rows))].clone())
+        return torch.cat(parts)
 
     def slots(self) -> Slots:
         """Return the bank for one step: its rows are measured once, however often they are used."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            return Slots(self.weight, unit_scale(self.weight))
+            return Slots(self.weight, inverse_lengths(self.weight))
 
-    def own_random_rows(self, width: int) -> Float[Tensor, "K D"]:
-        """Return the rows a new bank starts with, N(0, 1)."""
-        return torch.cat(list(random_rows(self.size, width)))
+    def local_rows(self, rows: Tensor) -> Tensor:
+        """Return those of the bank's rows [K, …] that this process holds."""
+        return rows[self.held.start : self.held.stop]
 
-    def own(self, rows: Tensor) -> Tensor:
-        """Return the rows [K, …] that this process keeps: all of them (a sharded bank keeps a part)."""
-        return rows
-
-    def whole(self, rows: Tensor) -> Tensor:
-        """Return the rows [K, …] of which this process keeps `rows`: the inverse of `own`."""
-        return rows
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """Return all rows [K, …] in the main process, of which this one holds `rows`; none in the other processes."""
+        return self.shards.gather_in_main(rows)
 
     def log_sum_exp(self, queries: Float[Tensor, "N D"], slots: Slots, temperature: float) -> Float[Tensor, " N"]:
         """Return log Σ exp(cosine/temperature) over all slots for each query, with its gradient for the queries."""
-        result: Tensor = LogSumExp.apply(queries.to(slots.weight.dtype), slots, temperature, self.holders)
+        result: Tensor = LogSumExp.apply(queries.to(slots.weight.dtype), slots, temperature, self.shards)
         return result
 
     @torch.no_grad()
@@ -59,18 +80,17 @@ class Bank(nn.Module):
         near slots the first.
         """
         with torch.autocast(keys.device.type, enabled=False):
-            keys = self.holders.gather(keys.to(slots.weight.dtype))
-            best = keys.new_full((len(keys),), -torch.inf)
-            place = torch.zeros_like(best, dtype=torch.int64)
+            keys = self.shards.gather(keys.to(slots.weight.dtype))
+            largest = keys.new_full((len(keys),), -torch.inf)
+            index = torch.zeros_like(largest, dtype=torch.int64)
             for block in slots.blocks(len(keys)):
                 cosine, column = compare(keys, slots.unit_rows(block), keys.dtype).max(dim=1)
-                place = torch.where(cosine > best, column + block.start, place)
-                best = torch.maximum(best, cosine)
-            return self.holders.own(self._nearest_of_all(best, place))
-
-    def _nearest_of_all(self, cosine: Tensor, place: Tensor) -> Tensor:
-        """Return the place [N] of the largest cosine [N] that any holder of slots has found."""
-        return place
+                index = torch.where(cosine > largest, column + (self.held.start + block.start), index)
+                largest = torch.maximum(largest, cosine)
+            # The best of the processes' best.
+            largest, index = self.shards.gather(largest[None]), self.shards.gather(index[None])
+            index = index.gather(0, largest.argmax(dim=0, keepdim=True))[0]
+            return self.shards.local_queries(index)
 
     def loss(
         self,
@@ -83,11 +103,11 @@ class Bank(nn.Module):
 
         The slots' gradient comes from `slot_term`, for all queries of a step together: it is as large as the bank.
         """
-        return encoder_loss(queries, slots, positives, weights, self.temperature, self.slot_temperature, self.holders)
+        return encoder_loss(queries, slots, positives, weights, self.temperature, self.slot_temperature, self.shards)
 
     def slot_term(self, slots: Slots, pulls: Sequence[Pull]) -> Tensor:
         """Return 0, whose backward gives the slots the cooperative-adversarial gradient of all these queries."""
-        return slot_term(slots, pulls, self.slot_temperature, self.holders)
+        return slot_term(slots, pulls, self.slot_temperature, self.shards)
 
     @torch.no_grad()
     def fill(self, keys: Float[Tensor, "N D"], batch: int) -> None:
@@ -97,13 +117,13 @@ class Bank(nn.Module):
         """
         batches = -(-self.size // len(keys))
         first = batch % batches * len(keys)
-        self._store(keys[: self.size - first].to(self.weight.dtype), first)
+        rows = keys[: self.size - first].to(self.weight.dtype)
+        here = _overlap(self.held, first, len(rows))
+        begin = max(first - self.held.start, 0)
+        self.weight[begin : begin + len(rows[here])] = rows[here]
 
-    def _store(self, rows: Tensor, first: int) -> None:
-        self.weight[first : first + len(rows)] = rows
 
-
-def random_rows(size: int, width: int, block: int = 65536) -> Iterator[Tensor]:
-    """Yield the rows of a random bank in blocks: one that keeps a part draws the same numbers as one that keeps all."""
-    for first in range(0, size, block):
-        yield torch.randn(min(block, size - first), width)
+def _overlap(held: range, first: int, count: int) -> slice:
+    """Return which of `count` rows, of which the first belongs to slot `first`, belong to slots in `held`."""
+    start = min(max(held.start - first, 0), count)
+    return slice(start, max(min(held.stop - first, count), start))

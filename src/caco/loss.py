@@ -4,7 +4,20 @@ CaCo (Wang et al., arXiv:2203.14370) trains an encoder against a bank of slots. 
 other slots are negatives. The encoder minimises the contrastive loss. So does a positive slot; every negative slot
 *maximises* it. The whole method is this one sign, in `_CooperativeAdversarial.backward`.
 
-The bank is read in blocks of slots (`slots.py`): what a block computes is thrown away, and computed again in backward.
+With one matrix of all queries and slots it would be these few lines (`tests/dense_bank.py`), by N queries q of one view,
+their positives y, weights w, unit slots d, and the temperatures T of the encoder and T′ of the slots:
+
+    s = q @ d.T
+    loss = -(w * log_softmax(s / T)[y]).sum()                                 # gradient for q: the ordinary one
+    p = softmax(s / T′)
+    gradient for d = -(w * where(slot is y, 1 - p, p)).T @ q / T′             # for the loss it were -p at the negatives
+
+Here the bank is read in blocks of slots instead (`slots.py`), so that no such matrix is held:
+
+1. `encoder_loss` reads the bank once. It returns the loss with its gradient for the queries, and a `Pull`: the queries,
+   their positives and softmax normalisers, which is all that the slots' gradient needs.
+2. `slot_term` takes the pulls of all views of a step. Its value is 0; its backward reads the bank once more and gives the
+   slots their gradient, which is as large as the bank and so made once a step.
 """
 
 from __future__ import annotations
@@ -16,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caco.slots import Alone, Holders, RunningSoftmax, Slots, compare, product, unit_scale
+from caco.slots import RunningSoftmax, Shards, Slots, Unsharded, compare, inverse_lengths, product
 
 
 class Pull(NamedTuple):
@@ -27,9 +40,9 @@ class Pull(NamedTuple):
 
     queries: Tensor
     """[N, D]: unit rows."""
-    places: Tensor
-    """[N, P]: the row of each positive, where it is `here`."""
-    here: Tensor
+    rows: Tensor
+    """[N, P]: the row of each positive in the weight of this process, where it `is_local`."""
+    is_local: Tensor
     """[N, P]: whether the positive is among the slots that this process holds."""
     weights: Tensor
     """[N, P]"""
@@ -52,13 +65,13 @@ class BankLoss(NamedTuple):
     """For the slots' gradient: `Bank.slot_term`."""
 
 
-class _Known(torch.autograd.Function):
-    """A number whose gradient for the queries has been computed with it."""
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient for the queries has been computed with it."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, queries: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
-        return value.clone()
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,36 +83,43 @@ class _CooperativeAdversarial(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, pull: Pull, temperature: float, products: torch.dtype, holders: Holders
+        ctx: Any,
+        weight: Tensor,
+        inverse_length: Tensor,
+        pull: Pull,
+        temperature: float,
+        products: torch.dtype,
+        shards: Shards,
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale, *pull)
-        ctx.temperature, ctx.products, ctx.holders = temperature, products, holders
+        ctx.save_for_backward(weight, inverse_length, *pull)
+        ctx.temperature, ctx.products, ctx.shards = temperature, products, shards
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, *saved = ctx.saved_tensors
-        slots, pull, temperature = Slots(weight, scale), Pull(*saved), ctx.temperature
+        weight, inverse_length, *saved = ctx.saved_tensors
+        slots, pull, temperature = Slots(weight, inverse_length), Pull(*saved), ctx.temperature
 
         # Slots: the ordinary gradient −(1 − p) at the positive (cooperative, as in the loss), but with the sign flipped
         # at every negative: −p instead of p (adversarial). Both move a slot *toward* the query.
-        # Every holder has weighed by its own batch: the mean over all batches is the sum divided by their number.
-        step = pull.queries * (-grad_outputs[0] / (temperature * ctx.holders.size))
+        # Every process has weighed by its own batch: the mean over all batches is the sum divided by their number.
+        step = pull.queries * (-grad_outputs[0] / (temperature * ctx.shards.size))
         adversarial = pull.weights.sum(dim=1, keepdim=True) * step
         gradient = torch.empty_like(weight)
         scaled = pull.queries / temperature
         for block in slots.blocks(len(scaled)):
             logits = compare(scaled, slots.unit_rows(block), ctx.products)
-            shares = logits.sub_(pull.log_normaliser).exp_()
-            gradient[block] = product(shares.T, adversarial, ctx.products)
-        cooperative = torch.where(pull.here, pull.weights * (1 - 2 * pull.probability), 0)[:, :, None] * step[:, None]
-        gradient.index_add_(0, pull.places.flatten(), cooperative.flatten(0, 1))
+            probability = logits.sub_(pull.log_normaliser).exp_()
+            gradient[block] = product(probability.T, adversarial, ctx.products)
+        change = torch.where(pull.is_local, pull.weights * (1 - 2 * pull.probability), 0)
+        cooperative = change[:, :, None] * step[:, None]
+        gradient.index_add_(0, pull.rows.flatten(), cooperative.flatten(0, 1))
 
         # Through the rows' normalisation: what remains is tangent to the sphere.
         for block in slots.blocks(len(scaled)):
             rows, part = slots.unit_rows(block), gradient[block]
             part -= (part * rows).sum(dim=1, keepdim=True) * rows
-            part *= scale[block]
+            part *= inverse_length[block]
         return gradient, *[None] * 5
 
 
@@ -122,9 +142,9 @@ def cooperative_adversarial_loss(
     Source: paper eq. 5-8; the published `update_sym_network`, whose step this reproduces to rounding in float64.
     """
     rows = slots.to(torch.promote_types(queries.dtype, torch.float32))
-    measured = Slots(rows, unit_scale(rows))
-    result = encoder_loss(queries, measured, positives, weights, temperature, slot_temperature, Alone())
-    return result._replace(loss=result.loss + slot_term(measured, [result.pull], slot_temperature, Alone()))
+    measured = Slots(rows, inverse_lengths(rows))
+    result = encoder_loss(queries, measured, positives, weights, temperature, slot_temperature, Unsharded())
+    return result._replace(loss=result.loss + slot_term(measured, [result.pull], slot_temperature, Unsharded()))
 
 
 def encoder_loss(
@@ -134,25 +154,25 @@ def encoder_loss(
     weights: Tensor,
     temperature: float,
     slot_temperature: float,
-    holders: Holders,
+    shards: Shards,
 ) -> BankLoss:
     """Return the loss with its gradient for the queries alone, and what `slot_term` needs for that of the slots.
 
-    Shapes and values as in `cooperative_adversarial_loss`; with several holders of slots, everything but the pull is of
-    this process's own queries.
+    Shapes and values as in `cooperative_adversarial_loss`; where several processes hold the slots, everything but the pull
+    is of this process's own queries.
     """
     working = slots.weight.dtype
     products = _dtype_of_products(slots)
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.to(working)
-        with torch.no_grad():
-            gradient, measured = _compare(
-                queries, slots, positives, weights.to(working), temperature, slot_temperature, products, holders
-            )
-        return measured._replace(loss=_Known.apply(queries, measured.loss, gradient))
+        result, gradient = _loss_and_gradient(
+            queries, slots, positives, weights.to(working), temperature, slot_temperature, products, shards
+        )
+        return result._replace(loss=_WithGradient.apply(queries, result.loss, gradient))
 
 
-def _compare(
+@torch.no_grad()
+def _loss_and_gradient(
     queries: Tensor,
     slots: Slots,
     positives: Tensor,
@@ -160,57 +180,84 @@ def _compare(
     temperature: float,
     slot_temperature: float,
     products: torch.dtype,
-    holders: Holders,
-) -> tuple[Tensor, BankLoss]:
-    """Return the loss's gradient for the queries, and the loss without any; the bank is read once."""
-    queries, weights = holders.gather(queries), holders.gather(weights)
-    places = holders.gather(positives) - holders.first
-    here = (places >= 0) & (places < len(slots.weight))
+    shards: Shards,
+) -> tuple[BankLoss, Tensor]:
+    """Return the loss, without gradient, and beside it its gradient for the queries [N, D]; the bank is read once."""
+    queries, weights = shards.gather(queries), shards.gather(weights)
+    held = len(slots.weight)
+    row = shards.gather(positives) - shards.rank * held
+    is_local = (row >= 0) & (row < held)
+    reading = _read_bank(queries, slots, row, temperature, slot_temperature, products, shards)
+    of_encoder, of_slots = reading.of_encoder, reading.of_slots
+    log_probability = reading.positive_logits - of_encoder.log_normaliser
 
+    # The ordinary gradient of the cross-entropy: the mean slot under the softmax, less the positives.
+    row = row.clamp_(0, held - 1)
+    positive_slots = slots.unit_rows(row.flatten()).view(*row.shape, -1)
+    attraction = (torch.where(is_local, weights, 0)[:, :, None] * positive_slots).sum(dim=1)
+    repulsion = weights.sum(dim=1, keepdim=True) * of_encoder.mean_slot
+    gradient = shards.local_queries(shards.sum(repulsion - attraction) / temperature)
+
+    to_slot_temperature = temperature / slot_temperature
+    slot_probability = torch.exp(reading.positive_logits * to_slot_temperature - of_slots.log_normaliser)
+    result = BankLoss(
+        loss=-shards.local_queries(weights * log_probability).sum(),
+        positive_probability=shards.local_queries(log_probability.exp()),
+        hit=shards.local_queries(reading.positive_logits >= of_encoder.largest),
+        pull=Pull(queries, row, is_local, weights, of_slots.log_normaliser, slot_probability),
+    )
+    return result, gradient
+
+
+class _Reading(NamedTuple):
+    """What N queries have found in one reading of the bank."""
+
+    positive_logits: Tensor
+    """[N, P]: cosine of each positive / temperature of the encoder."""
+    of_encoder: RunningSoftmax
+    """Over all slots, at the temperature of the encoder."""
+    of_slots: RunningSoftmax
+    """At that of the slots; the same object when both are equal."""
+
+
+def _read_bank(
+    queries: Tensor,
+    slots: Slots,
+    row: Tensor,
+    temperature: float,
+    slot_temperature: float,
+    products: torch.dtype,
+    shards: Shards,
+) -> _Reading:
+    """Compare all queries with all slots; row: [N, P], of each positive in this process's slots, outside where it is not."""
     of_encoder, of_slots = RunningSoftmax(queries, products), RunningSoftmax(queries, products)
-    positive_logits = torch.zeros_like(weights)
+    positive_logits = queries.new_zeros(row.shape)
     scaled = queries / temperature
     for block in slots.blocks(len(queries)):
-        rows = slots.unit_rows(block)
-        logits = compare(scaled, rows, products)
-        inside = (places >= block.start) & (places < block.stop)
-        found = logits.gather(1, (places - block.start).clamp_(0, len(rows) - 1))
-        positive_logits += torch.where(inside, found, 0)
+        unit_rows = slots.unit_rows(block)
+        logits = compare(scaled, unit_rows, products)
+        is_in_block = (row >= block.start) & (row < block.stop)
+        found = logits.gather(1, (row - block.start).clamp_(0, len(unit_rows) - 1))
+        positive_logits += torch.where(is_in_block, found, 0)
         if slot_temperature != temperature:
             of_slots.add(logits * (temperature / slot_temperature), None)
-        of_encoder.add(logits, rows)
-    positive_logits = holders.sum(positive_logits)
-    of_encoder.join(holders)
+        of_encoder.add(logits, unit_rows)
+    of_encoder.combine(shards)
     if slot_temperature == temperature:
         of_slots = of_encoder
     else:
-        of_slots.join(holders)
-    log_probability = positive_logits - of_encoder.log_normaliser
-
-    # Queries: the ordinary gradient of the cross-entropy, the mean slot under the softmax less the positives.
-    local = places.clamp(0, len(slots.weight) - 1)
-    positive_slots = slots.unit_rows(local.flatten()).view(*local.shape, -1)
-    attraction = (torch.where(here, weights, 0)[:, :, None] * positive_slots).sum(dim=1)
-    repulsion = weights.sum(dim=1, keepdim=True) * of_encoder.mean_slot
-    gradient = holders.own(holders.sum(repulsion - attraction) / temperature)
-
-    slot_probability = torch.exp(positive_logits * (temperature / slot_temperature) - of_slots.log_normaliser)
-    return gradient, BankLoss(
-        loss=-holders.own(weights * log_probability).sum(),
-        positive_probability=holders.own(log_probability.exp()),
-        hit=holders.own(positive_logits >= of_encoder.largest),
-        pull=Pull(queries, local, here, weights, of_slots.log_normaliser, slot_probability),
-    )
+        of_slots.combine(shards)
+    return _Reading(shards.sum(positive_logits), of_encoder, of_slots)
 
 
-def slot_term(slots: Slots, pulls: Sequence[Pull], temperature: float, holders: Holders) -> Tensor:
+def slot_term(slots: Slots, pulls: Sequence[Pull], temperature: float, shards: Shards) -> Tensor:
     """Return 0, whose backward gives the slots the cooperative-adversarial gradient of all these queries.
 
     temperature: of the slots. A term of its own, taken once a step, because that gradient is as large as the bank.
     """
     products = _dtype_of_products(slots)
     pull = Pull(*map(torch.cat, zip(*pulls, strict=True)))
-    result: Tensor = _CooperativeAdversarial.apply(*slots, pull, temperature, products, holders)
+    result: Tensor = _CooperativeAdversarial.apply(*slots, pull, temperature, products, shards)
     return result
 
 

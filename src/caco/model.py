@@ -48,15 +48,15 @@ class Positives(NamedTuple):
 
     slots: Slots
     """The bank as this step sees it."""
-    places: Int[Tensor, "2 B"]
+    indices: Int[Tensor, "2 B"]
     """The slot nearest to each key of view 1 and of view 2."""
 
 
-class Share(NamedTuple):
-    """What the queries of one view add to their step: the shares of all views add up to its `Output`."""
+class ViewOutput(NamedTuple):
+    """What the queries of one view add to their step; `step_output` adds up those of all views."""
 
     loss: Tensor
-    """Scalar with gradients for the encoder, and with the last share for the bank."""
+    """Scalar with gradients for the encoder, and with the last view for the bank."""
     positive_probability: Tensor
     hit_rate: Tensor
     """Scalars, no gradient; 0 for views without a key, which are not measured."""
@@ -66,7 +66,7 @@ class Share(NamedTuple):
     """What these queries do to the bank."""
 
 
-class Output(NamedTuple):
+class StepOutput(NamedTuple):
     """The loss of one batch and what was measured on the way (no gradient; still on the device)."""
 
     loss: Tensor
@@ -82,12 +82,12 @@ class Output(NamedTuple):
     all images have one embedding (collapse)."""
 
 
-def add_up(shares: Sequence[Share], positives: Sequence[Int[Tensor, "2 b"]]) -> Output:
-    """Return the output of a step from the shares of its views and its parts; positives: of each part."""
+def step_output(outputs: Sequence[ViewOutput], positives: Sequence[Int[Tensor, "2 b"]]) -> StepOutput:
+    """Add up the outputs of all views, of all parts of a batch; positives: the indices of each part."""
     loss, probability, hits, mean = (
-        torch.stack([getattr(share, name).detach() for share in shares]).sum(0) for name in Share._fields[:4]
+        torch.stack([getattr(output, name).detach() for output in outputs]).sum(0) for name in ViewOutput._fields[:4]
     )
-    return Output(
+    return StepOutput(
         loss=loss,
         positive_probability=probability,
         hit_rate=hits,
@@ -124,33 +124,47 @@ class CaCo(nn.Module):
         return Positives(slots, self.bank.nearest(torch.cat(keys), slots).view(2, -1))
 
     def forward(
-        self, view: Tensor, number: int, positives: Positives, others: Sequence[Pull] | None, part: float = 1.0
-    ) -> Share:
-        """Return what the queries of one view [B, C, S, S] add to the step; its `loss` is for backward at once.
+        self,
+        view: Tensor,
+        view_index: int,
+        positives: Positives,
+        fraction: float = 1.0,
+        earlier_pulls: Sequence[Pull] | None = None,
+    ) -> ViewOutput:
+        """Return what the queries of one view [B, C, S, S] add to the step; call backward on its loss before the next view.
 
-        A forward pass of its own, so that each view is normalised with its own batch statistics. number: which view it
-        is. others: with the last view of a step the pulls of all views before, with which the bank gets its gradient, once
-        for all queries; None: more views follow. part: of the whole batch, that these images are.
+        A forward pass of its own, so that each view is normalised with its own batch statistics.
+        fraction: of the whole batch, that these images are.
+        earlier_pulls: for the last view of a step only, the pulls of all views before it. The loss then holds the term
+        that gives the bank its gradient, once for all queries. (Here and not in the step, since data parallelism averages
+        the gradients of what its forward has used.)
         """
         queries = embed(self.encoder, view)
-        batch = len(queries)
-        weights = positives.slots.weight.detach().new_zeros(batch, 2)
-        for query, key, weight in self.pairs:
-            if query == number:
-                weights[:, key].fill_(weight * part / batch)  # an assignment would copy from the host, and wait for it
-        result = self.bank.loss(queries, positives.slots, positives.places.T, weights)
+        weights = self._weights(view_index, len(queries), like=positives.slots.weight) * fraction
+        result = self.bank.loss(queries, positives.slots, positives.indices.T, weights)
         loss = result.loss
-        if others is not None:
-            loss = loss + self.bank.slot_term(positives.slots, [*others, result.pull])
-        if number > 1:
+        if earlier_pulls is not None:
+            loss = loss + self.bank.slot_term(positives.slots, [*earlier_pulls, result.pull])
+        if view_index > 1:
             zero = loss.new_zeros(())
-            return Share(loss, zero, zero, torch.zeros_like(queries[0]), result.pull)
+            return ViewOutput(loss, zero, zero, torch.zeros_like(queries[0]), result.pull)
         # View 1 is judged by the slot of key 2, view 2 by the slot of key 1: half of what is measured each.
-        probability, hit = result.positive_probability[:, 1 - number], result.hit[:, 1 - number].float()
-        half = part / 2
-        return Share(
-            loss, probability.mean() * half, hit.mean() * half, queries.detach().mean(dim=0) * half, result.pull
+        half, key = fraction / 2, 1 - view_index
+        return ViewOutput(
+            loss,
+            positive_probability=result.positive_probability[:, key].mean() * half,
+            hit_rate=result.hit[:, key].float().mean() * half,
+            mean_embedding=queries.detach().mean(dim=0) * half,
+            pull=result.pull,
         )
+
+    def _weights(self, view_index: int, batch: int, like: Tensor) -> Float[Tensor, "B 2"]:
+        """Return how much each query of a view counts with the positive of each key: a mean over the batch."""
+        weights = like.new_zeros(batch, 2)
+        for query, key, weight in self.pairs:
+            if query == view_index:
+                weights[:, key].fill_(weight / batch)  # an assignment would copy from the host, and wait for it
+        return weights
 
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:

@@ -26,15 +26,15 @@ def encoder_lr(epoch: float, epochs: float, warmup_epochs: float, lr: float, fin
 def bank_lr(epoch: float, epochs: float, warmup_epochs: float, lr: float, final_lr: float, bank_size: int) -> float:
     """Return the bank's learning rate; lr and final_lr are per 65,536 slots. The batch size plays no part.
 
-    A slot's share of the gradient grows as 1/K, so a smaller bank takes proportionally smaller steps; at the published
-    K = 65,536 this is the published rate.
+    A slot's share of the gradient is proportional to 1/K: it is larger in a smaller bank, whose rate is lower in the same
+    proportion. At the published K = 65,536 this is the published rate.
     """
     scale = bank_size / 65536
     return warmup_cosine(epoch, epochs, warmup_epochs, lr * scale, final_lr * scale)
 
 
-def key_momentum(epoch: float, epochs: float, momentum: float, decay: bool) -> float:
+def key_momentum(epoch: float, epochs: float, momentum: float, cosine: bool) -> float:
     """Return the key encoder's momentum: constant, or 1 − ½(1 + cos(π·epoch/epochs))·(1 − momentum)."""
-    if not decay:
+    if not cosine:
         return momentum
     return 1 - 0.5 * (1 + math.cos(math.pi * epoch / epochs)) * (1 - momentum)

@@ -27,12 +27,12 @@ class Slots(NamedTuple):
     """The bank as one step sees it: rows of any length, and what makes unit rows of them."""
 
     weight: Float[Tensor, "K D"]
-    scale: Float[Tensor, "K 1"]
+    inverse_length: Float[Tensor, "K 1"]
     """1 / ‖row‖, no gradient (it is written out where it is needed)."""
 
     def unit_rows(self, rows: slice | Tensor) -> Tensor:
         """Return the chosen slots with length 1, no gradient."""
-        return self.weight.detach()[rows] * self.scale[rows]
+        return self.weight.detach()[rows] * self.inverse_length[rows]
 
     def blocks(self, queries: int) -> Iterator[slice]:
         """Yield the slots in parts small enough to be compared with so many queries at a time."""
@@ -44,17 +44,18 @@ class Slots(NamedTuple):
 
 
 @runtime_checkable
-class Holders(Protocol):
-    """The processes that hold the slots, and what they exchange."""
+class Shards(Protocol):
+    """How a bank is divided: which processes hold its slots, an equal part each, and what they exchange."""
 
     size: int
-    first: int
-    """Number of this process's first slot in the whole bank."""
+    """Number of these processes."""
+    rank: int
+    """Number of this one, from 0."""
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of all processes."""
+        """Return the rows of all processes, in the order of their ranks."""
 
-    def own(self, rows: Tensor) -> Tensor:
+    def local_queries(self, rows: Tensor) -> Tensor:
         """Return this process's part of gathered rows."""
 
     def sum(self, values: Tensor) -> Tensor:
@@ -63,16 +64,19 @@ class Holders(Protocol):
     def maximum(self, values: Tensor) -> Tensor:
         """Return the elementwise maximum over all processes."""
 
+    def gather_in_main(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes in the main one (rank 0), none in the others."""
 
-class Alone:
-    """One process holds all slots: every exchange is the identity."""
 
-    size, first = 1, 0
+class Unsharded:
+    """The bank is whole in this process: every exchange is the identity."""
+
+    size, rank = 1, 0
 
     def gather(self, rows: Tensor) -> Tensor:
         return rows
 
-    own = sum = maximum = gather
+    local_queries = sum = maximum = gather_in_main = gather
 
 
 class RunningSoftmax:
@@ -97,13 +101,13 @@ class RunningSoftmax:
             self.slot_sum.mul_(shrink).add_(product(exponentials, rows, self.products))
         self.largest = largest
 
-    def join(self, holders: Holders) -> None:
-        """Bring together what all holders have seen; the mean slot stays this holder's part of a sum over all."""
-        if holders.size == 1:
+    def combine(self, shards: Shards) -> None:
+        """Take in what all other processes have seen; the mean slot stays this one's part of a sum over all."""
+        if shards.size == 1:
             return
-        largest = holders.maximum(self.largest)
+        largest = shards.maximum(self.largest)
         shrink = (self.largest - largest).exp_()
-        self.total, self.largest = holders.sum(self.total * shrink), largest
+        self.total, self.largest = shards.sum(self.total * shrink), largest
         self.slot_sum.mul_(shrink)
 
     @property
@@ -119,15 +123,15 @@ class LogSumExp(torch.autograd.Function):
     """log Σ exp(cosine / temperature) over all slots, with the gradient for the queries alone."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, slots: Slots, temperature: float, holders: Holders) -> Tensor:
-        queries = holders.gather(queries)
+    def forward(ctx: Any, queries: Tensor, slots: Slots, temperature: float, shards: Shards) -> Tensor:
+        queries = shards.gather(queries)
         softmax = RunningSoftmax(queries, queries.dtype)
         for block in slots.blocks(len(queries)):
             rows = slots.unit_rows(block)
             softmax.add(compare(queries / temperature, rows, queries.dtype), rows)
-        softmax.join(holders)
-        ctx.save_for_backward(holders.own(holders.sum(softmax.mean_slot)) / temperature)
-        return holders.own(softmax.log_normaliser)[:, 0]
+        softmax.combine(shards)
+        ctx.save_for_backward(shards.local_queries(shards.sum(softmax.mean_slot)) / temperature)
+        return shards.local_queries(softmax.log_normaliser)[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,7 +175,7 @@ def compare(queries: Float[Tensor, "N D"], rows: Float[Tensor, "k D"], dtype: to
     return product(queries, rows.T, dtype if queries.device.type == "cuda" else queries.dtype)
 
 
-def unit_scale(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K 1"]:
+def inverse_lengths(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K 1"]:
     """Return 1 / ‖row‖ of every row, no gradient."""
-    scale: Tensor = weight.detach().norm(dim=1, keepdim=True).clamp_min_(1e-12).reciprocal_()
-    return scale
+    result: Tensor = weight.detach().norm(dim=1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+    return result

@@ -6,17 +6,17 @@ from torch import nn
 
 from caco.backbone import Encoder, projector
 from caco.bank import Bank
-from caco.config import BankOptions, DistributedOptions, EncoderOptions, OptimizerOptions
+from caco.config import BankOptions, DistributedOptions, EncoderOptions, OptimizerOptions, Pretrain
+from caco.distributed.bank_shards import ProcessShards
 from caco.distributed.batch_norm import synchronise_batch_norm
 from caco.distributed.data_parallel import data_parallel
 from caco.distributed.launch import launch
-from caco.distributed.sharded_bank import ShardedBank
 from caco.distributed.world import World
 from caco.model import CaCo, WarmStart, view_pairs
 from caco.optim import encoder_optimizer
 from caco.train.meters import Meters
 from caco.train.state import TrainingState
-from caco.train.step import Schedules, train_step, warm_start_step
+from caco.train.step import rates_at, train_step, warm_start_step
 
 BATCH, SLOTS, WIDTH, WARM_START, STEPS = 16, 24, 8, 4, 20
 
@@ -47,7 +47,7 @@ def train(world: World, dtype: torch.dtype, small: int, sharded: bool, accumulat
     torch.manual_seed(0)
     encoder: nn.Module = Encoder(small_backbone(), projector(8, 12, WIDTH))
     encoder = encoder if norms else norm_free(encoder)
-    bank = ShardedBank(SLOTS, WIDTH, 0.08, 0.1, world=world) if sharded else Bank(SLOTS, WIDTH, 0.08, 0.1)
+    bank = Bank(SLOTS, WIDTH, 0.08, 0.1, ProcessShards(world) if sharded else None)
     model = CaCo(synchronise_batch_norm(encoder, world), bank, view_pairs(2, small)).to(dtype)
     state = TrainingState(
         model=model,
@@ -55,7 +55,7 @@ def train(world: World, dtype: torch.dtype, small: int, sharded: bool, accumulat
         bank_optimizer=torch.optim.SGD([model.bank.weight], lr=1.0, momentum=0.9),
         meters=Meters(SLOTS, world.device),
     )
-    schedules = Schedules(
+    config = Pretrain(
         epochs=4,
         lr=4.0,
         batch_size=BATCH,
@@ -74,13 +74,13 @@ def train(world: World, dtype: torch.dtype, small: int, sharded: bool, accumulat
         return [view.chunk(world.size)[world.rank] for view in whole]
 
     losses = []
-    network = data_parallel(WarmStart(model), world, apart=["model.bank.weight"])
+    network = data_parallel(WarmStart(model), world, ignored=["model.bank.weight"])
     for _ in range(WARM_START):
         losses.append(warm_start_step(state, network, views(2), 0.1, 0.999, torch.float32, world, accumulate))
     model.copy_to_key_encoder()
-    network = data_parallel(model, world, apart=["bank.weight"] if sharded else [])
+    network = data_parallel(model, world, ignored=["bank.weight"] if sharded else [])
     for step in range(STEPS):
-        rates = schedules.at(step // 5)
+        rates = rates_at(config, step // 5)
         losses.append(train_step(state, network, views(2 + small), rates, 0.9, torch.float32, accumulate).loss.detach())
     return {
         "losses": world.sum(torch.stack(losses)) / world.size,

@@ -16,9 +16,9 @@ from caco.data.compiled import _possible
 from caco.data.render import make_views
 from caco.distributed.world import World
 from caco.loss import _CooperativeAdversarial
-from caco.model import CaCo, WarmStart, add_up
+from caco.model import CaCo, WarmStart, step_output
 from caco.optim import encoder_optimizer
-from caco.slots import Alone, LogSumExp
+from caco.slots import LogSumExp, Unsharded
 from caco.train.meters import Meters
 from caco.train.pretrain import create_state
 
@@ -92,10 +92,11 @@ def test_forward_passes_and_meters(gpu):
     with gpu, torch.no_grad():
         meters = Meters(CONFIG.bank_size, GPU)
         views = random_views()
-        positives, shares = model.find_positives(views), []
-        for number, view in enumerate(views):
-            shares.append(model(view, number, positives, [share.pull for share in shares] if number == 3 else None))
-        output = add_up(shares, [positives.places])
+        positives, outputs = model.find_positives(views), []
+        for view_index, view in enumerate(views):
+            earlier = [output.pull for output in outputs] if view_index == 3 else None
+            outputs.append(model(view, view_index, positives, earlier_pulls=earlier))
+        output = step_output(outputs, [positives.indices])
         loss, keys = WarmStart(model)(random_views()[:2])
         model.bank.fill(keys, batch=1)
         meters.add(output, 1)
@@ -115,11 +116,11 @@ def test_gradients_of_the_bank(gpu, products, slot_temperature, monkeypatch):
         queries, slots, saved = torch.randn(64, 32, device=GPU), bank.slots(), Saved()
         positives, weights = torch.zeros(64, 2, device=GPU, dtype=torch.int64), torch.rand(64, 2, device=GPU)
         result = bank.loss(queries, slots, positives, weights)
-        zero = _CooperativeAdversarial.forward(saved, *slots, result.pull, slot_temperature, products, Alone())
+        zero = _CooperativeAdversarial.forward(saved, *slots, result.pull, slot_temperature, products, Unsharded())
         of_slots, *_ = _CooperativeAdversarial.backward(saved, torch.ones_like(zero))
         assert result.loss.device == GPU and result.loss.dtype == torch.float32
         assert of_slots.shape == (4096, 32) and of_slots.dtype == torch.float32
-        LogSumExp.forward(saved, queries, slots, 0.2, Alone())
+        LogSumExp.forward(saved, queries, slots, 0.2, Unsharded())
         assert LogSumExp.backward(saved, torch.ones(64, device=GPU))[0].device == GPU
 
 

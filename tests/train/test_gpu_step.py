@@ -7,7 +7,7 @@ from caco.backbone import create_backbone
 from caco.config import EncoderOptions, Pretrain, Views
 from caco.distributed.world import World
 from caco.train.pretrain import create_state
-from caco.train.step import Schedules, train_step
+from caco.train.step import rates_at, train_step
 
 
 @pytest.mark.gpu
@@ -27,7 +27,7 @@ def test_a_step_waits_for_nothing(precision, small):
     state = create_state(config, create_backbone("resnet10_narrow", 32), World(device))
     state.model.train()
     views = [torch.randn(16, 3, size, size, device=device) for size in (32, 32, *[16] * small)]
-    rates = Schedules.of(config).at(0)
+    rates = rates_at(config, 0)
     train_step(state, state.model, views, rates, 0.99, precision)  # makes buffers and chooses kernels
     torch.cuda.synchronize()
     try:

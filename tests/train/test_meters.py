@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from caco.distributed.world import World
-from caco.model import Output
+from caco.model import StepOutput
 from caco.train.meters import Meters
 
 WORLD = World(torch.device("cpu"))
@@ -15,7 +15,7 @@ SLOTS = 10
 
 def output(loss=1.0, probability=0.5, hit=0.25, spread=0.75, positives=((0, 1), (1, 2))):
     numbers = (torch.tensor(value) for value in (probability, hit))
-    return Output(torch.tensor(loss, requires_grad=True), *numbers, torch.tensor(positives), torch.tensor(spread))
+    return StepOutput(torch.tensor(loss, requires_grad=True), *numbers, torch.tensor(positives), torch.tensor(spread))
 
 
 def meters_after(*outputs, meters=None):

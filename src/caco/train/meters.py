@@ -10,7 +10,7 @@ from torch import Tensor
 
 from caco.distributed.world import World
 from caco.evaluate.health import ChoiceWindow, Usage
-from caco.model import Output
+from caco.model import StepOutput
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Meters:
         self.first_bad_step = torch.full((), self.NEVER, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add(self, output: Output, step: int) -> None:
+    def add(self, output: StepOutput, step: int) -> None:
         """Add one training step's output."""
         values = (output.loss, output.positive_probability, output.hit_rate, output.feature_spread)
         self.sums += torch.stack([value.detach().double() for value in values])

@@ -21,8 +21,8 @@ from caco.data.broken import BrokenImages
 from caco.data.folder import say_left_out
 from caco.data.loader import TrainingViews, check_batch_size
 from caco.data.source import ImageSource, open_source
+from caco.distributed.bank_shards import ProcessShards
 from caco.distributed.batch_norm import synchronise_batch_norm
-from caco.distributed.sharded_bank import ShardedBank
 from caco.distributed.world import World, choose_precision
 from caco.errors import UsageError
 from caco.memory import free_memory, in_words
@@ -192,11 +192,13 @@ def create_state(config: Pretrain, backbone: nn.Module, world: World) -> Trainin
     encoder = Encoder(
         backbone, projector(features, config.encoder.projector, config.encoder.embedding, config.encoder.centred)
     )
-    temperatures = config.bank.temperature, config.bank.slot_temperature
-    if config.bank.sharded:
-        bank: Bank = ShardedBank(config.bank_size, config.encoder.embedding, *temperatures, world=world)
-    else:
-        bank = Bank(config.bank_size, config.encoder.embedding, *temperatures)
+    bank = Bank(
+        config.bank_size,
+        config.encoder.embedding,
+        config.bank.temperature,
+        config.bank.slot_temperature,
+        ProcessShards(world) if config.bank.sharded else None,
+    )
     model = CaCo(synchronise_batch_norm(encoder, world), bank, view_pairs(config.views.large, config.views.small))
     model.to(world.device).to(memory_format=layout_of(config))
     if config.engine.checkpointing:

@@ -93,8 +93,8 @@ def take_over(state: TrainingState, snapshot: Snapshot) -> list[str]:
         model.copy_to_key_encoder()
     bank = model.bank.weight
     if (model.bank.size, bank.shape[1]) == tuple(snapshot.bank.shape):
-        bank.copy_(model.bank.own(snapshot.bank))
-        state.bank_optimizer.state[bank]["momentum_buffer"] = model.bank.own(snapshot.velocity).to(bank).clone()
+        bank.copy_(model.bank.local_rows(snapshot.bank))
+        state.bank_optimizer.state[bank]["momentum_buffer"] = model.bank.local_rows(snapshot.velocity).to(bank).clone()
         taken.append("bank")
     parameters = list(model.encoder.parameters())
     if isinstance(state.optimizer, LARS) and len(snapshot.momentum) == len(parameters):

@@ -41,9 +41,9 @@ class TrainingState:
         The same in every process: what differs between them (sums, random states) is brought together.
         """
         return {
-            "model": _bank_rows(self.model.state_dict(), "bank.weight", self.model.bank.whole),
+            "model": _bank_rows(self.model.state_dict(), "bank.weight", self.model.bank.all_rows),
             "optimizer": self.optimizer.state_dict(),
-            "bank_optimizer": _velocity(self.bank_optimizer.state_dict(), self.model.bank.whole),
+            "bank_optimizer": _velocity(self.bank_optimizer.state_dict(), self.model.bank.all_rows),
             "meters": self.meters.state_dict(world),
             "warm_start_step": self.warm_start_step,
             "step": self.step,
@@ -55,9 +55,9 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
         """Take over what `state_dict` returned. Raises UsageError when it is of another model."""
         try:
-            self.model.load_state_dict(_bank_rows(state["model"], "bank.weight", self.model.bank.own))
+            self.model.load_state_dict(_bank_rows(state["model"], "bank.weight", self.model.bank.local_rows))
             self.optimizer.load_state_dict(state["optimizer"])
-            self.bank_optimizer.load_state_dict(_velocity(state["bank_optimizer"], self.model.bank.own))
+            self.bank_optimizer.load_state_dict(_velocity(state["bank_optimizer"], self.model.bank.local_rows))
         except (RuntimeError, ValueError, KeyError) as error:
             raise UsageError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from error
         self.meters.load_state_dict(state["meters"], world)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from caco import schedule
-from caco.config import BankOptions, EncoderOptions, OptimizerOptions, Pretrain
+from caco.config import Pretrain
 from caco.distributed.world import World
-from caco.model import CaCo, Output, Share, add_up
+from caco.model import CaCo, StepOutput, ViewOutput, step_output
 from caco.optim import set_lr
 from caco.train.state import TrainingState
 
@@ -27,46 +27,22 @@ class Rates:
     key_momentum: float
 
 
-@dataclass(frozen=True)
-class Schedules:
-    """All schedules of a run; `at(epoch)` returns the rates."""
+def rates_at(config: Pretrain, epoch: int) -> Rates:
+    """Return the rates of an epoch, counted from 0, of a run whose number of epochs is known."""
+    epochs, warmup = int(config.epochs), config.optimizer.warmup_epochs
+    encoder, bank = config.encoder, config.bank
+    return Rates(
+        lr=schedule.encoder_lr(epoch, epochs, warmup, config.lr, config.optimizer.final_lr, config.batch_size),
+        bank_lr=schedule.bank_lr(epoch, epochs, warmup, bank.lr, bank.final_lr, config.bank_size),
+        key_momentum=schedule.key_momentum(
+            epoch, epochs, encoder.key_momentum, cosine=encoder.key_momentum_schedule == "cosine"
+        ),
+    )
 
-    epochs: int
-    lr: float
-    batch_size: int
-    bank_size: int
-    optimizer: OptimizerOptions
-    bank: BankOptions
-    encoder: EncoderOptions
 
-    def at(self, epoch: int) -> Rates:
-        """Return the rates of an epoch, counted from 0."""
-        warmup = self.optimizer.warmup_epochs
-        return Rates(
-            lr=schedule.encoder_lr(epoch, self.epochs, warmup, self.lr, self.optimizer.final_lr, self.batch_size),
-            bank_lr=schedule.bank_lr(epoch, self.epochs, warmup, self.bank.lr, self.bank.final_lr, self.bank_size),
-            key_momentum=schedule.key_momentum(
-                epoch, self.epochs, self.encoder.key_momentum, self.encoder.key_momentum_schedule == "cosine"
-            ),
-        )
-
-    @classmethod
-    def of(cls, config: Pretrain) -> Schedules:
-        """Return the schedules of a run whose number of epochs is known."""
-        return cls(
-            epochs=int(config.epochs),
-            lr=config.lr,
-            batch_size=config.batch_size,
-            bank_size=config.bank_size,
-            optimizer=config.optimizer,
-            bank=config.bank,
-            encoder=config.encoder,
-        )
-
-    @property
-    def warm_start_lr(self) -> float:
-        """Learning rate of the warm start: the full base rate (published)."""
-        return self.lr * self.batch_size / 256
+def warm_start_lr(config: Pretrain) -> float:
+    """Return the learning rate of the warm start: the full base rate (published)."""
+    return config.lr * config.batch_size / 256
 
 
 def train_step(
@@ -77,7 +53,7 @@ def train_step(
     next_key_momentum: float,
     precision: torch.dtype,
     accumulate: int = 1,
-) -> Output:
+) -> StepOutput:
     """Move encoder, bank and key encoder by one batch.
 
     network: `state.model`, or the data-parallel wrapper around it. next_key_momentum: of the step that follows, since
@@ -98,29 +74,29 @@ def train_step(
 
 def compute_gradients(
     model: CaCo, network: nn.Module, views: Sequence[Tensor], precision: torch.dtype, accumulate: int = 1
-) -> Output:
+) -> StepOutput:
     """Add the gradients of one batch to those of encoder and bank, one view after another.
 
     accumulate: the batch goes through in so many parts, one after another; the negatives come from the bank, so only
     batch norm can tell.
     """
     autocast = torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32)
-    shares: list[Share] = []
-    places: list[Tensor] = []
-    for crops in zip(*(view.chunk(accumulate) for view in views), strict=True):
+    outputs: list[ViewOutput] = []
+    positives_of_parts: list[Tensor] = []
+    parts = list(zip(*(view.chunk(accumulate) for view in views), strict=True))
+    for part, crops in enumerate(parts):
         with autocast:
             positives = model.find_positives(crops)
-        places.append(positives.places)
-        for number, view in enumerate(crops):
-            last = len(shares) + 1 == accumulate * len(views)
-            with _gradients_stay_here(network, not last):
+        positives_of_parts.append(positives.indices)
+        for view_index, view in enumerate(crops):
+            is_last = (part, view_index) == (len(parts) - 1, len(crops) - 1)
+            earlier = [output.pull for output in outputs] if is_last else None
+            with _gradients_stay_here(network, not is_last):
                 with autocast:
-                    # The bank's gradient is as large as the bank: made once, for the queries of all views and parts.
-                    others = [share.pull for share in shares] if last else None
-                    share: Share = network(view, number, positives, others, 1 / accumulate)
-                share.loss.backward()
-            shares.append(share._replace(loss=share.loss.detach()))
-    return add_up(shares, places)
+                    output: ViewOutput = network(view, view_index, positives, 1 / len(parts), earlier)
+                output.loss.backward()
+            outputs.append(output._replace(loss=output.loss.detach()))
+    return step_output(outputs, positives_of_parts)
 
 
 def _gradients_stay_here(network: nn.Module, stay: bool) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from caco.train.checkpoint import CheckpointFolder, Latest
 from caco.train.interrupt import InterruptFlag
 from caco.train.journal import Forecast, Journal, ProgressBar, SilentJournal, Stopwatch
 from caco.train.monitor import knn_is_due
-from caco.train.step import Rates, Schedules, train_step, warm_start_step
+from caco.train.step import Rates, rates_at, train_step, warm_start_lr, warm_start_step
 
 if TYPE_CHECKING:
     from caco.train.pretrain import Prepared
@@ -42,7 +42,6 @@ class Trainer:
         config = run.config
         self.epochs = int(config.epochs)
         self.steps = self.epochs * self.loader.steps_per_epoch
-        self.schedules = Schedules.of(config)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.monitor.keep_checkpoints)
         self.last_saved = time.monotonic()
         self.last_spread = 1.0
@@ -101,9 +100,9 @@ class Trainer:
         if state.warm_start_step >= steps:
             return
         network = data_parallel(
-            WarmStart(state.model, self.config.bank.warm_start_temperature), self.world, apart=["model.bank.weight"]
+            WarmStart(state.model, self.config.bank.warm_start_temperature), self.world, ignored=["model.bank.weight"]
         )
-        lr, momentum = self.schedules.warm_start_lr, self.config.bank.warm_start_key_momentum
+        lr, momentum = warm_start_lr(self.config), self.config.bank.warm_start_key_momentum
         cost = warm_start_cost(self.config.views)
         with (
             ProgressBar(self.journal, steps, state.warm_start_step, "warm-start step") as bar,
@@ -129,7 +128,7 @@ class Trainer:
 
     def _train_epochs(self) -> None:
         state, per_epoch = self.state, self.loader.steps_per_epoch
-        network = data_parallel(state.model, self.world, apart=["bank.weight"] if self.config.bank.sharded else [])
+        network = data_parallel(state.model, self.world, ignored=["bank.weight"] if self.config.bank.sharded else [])
         if state.knn_is_owed:  # the run was stopped between the end of an epoch and its check
             self._save_when_due(state.step, known_to_all=True, best=self._check(state.step // per_epoch - 1))
         clock = Stopwatch()
@@ -139,8 +138,8 @@ class Trainer:
         ):
             for batch in clock.waiting(batches):
                 epoch, step = divmod(state.step, per_epoch)
-                last, rates = step + 1 == per_epoch, self.schedules.at(epoch)
-                next_rates = self.schedules.at(epoch + 1) if last else rates
+                last, rates = step + 1 == per_epoch, rates_at(self.config, epoch)
+                next_rates = rates_at(self.config, epoch + 1) if last else rates
                 momentum, accumulate = next_rates.key_momentum, self.config.accumulate
                 train_step(state, network, batch.views, rates, momentum, self.precision, accumulate)
                 clock.images += self.config.batch_size

@@ -1,0 +1,34 @@
+"""A bank of which each process holds a part: K/N slots, their gradient and their velocity.
+
+Queries and keys are gathered; softmax and arg-max are brought together over the processes (`bank.py`, `slots.py`). What
+is exchanged in a step does not depend on K, so a bank of millions of slots grows with the number of machines.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from caco.distributed.world import World
+
+
+class ProcessShards:
+    """All processes of a world hold an equal part of the slots each (`caco.slots.Shards`)."""
+
+    def __init__(self, world: World) -> None:
+        self.size, self.rank = world.size, world.rank
+        self.gather, self.sum, self.maximum = world.gather, world.sum, world.maximum
+
+    def local_queries(self, rows: Tensor) -> Tensor:
+        """Return this process's part of gathered rows."""
+        count = len(rows) // self.size
+        return rows[self.rank * count : (self.rank + 1) * count]
+
+    def gather_in_main(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes in the main one, none in the others (only the main one writes checkpoints)."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(rows.contiguous(), parts, dst=0)
+        return torch.cat(parts) if parts is not None else rows.new_empty(0, *rows.shape[1:])
