@@ -46,8 +46,8 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
         for batch, again, accumulate in [(256, 0, 1), (256, 1, 1), (1024, 1, 1), (1024, 0, 4), (1024, 1, 4)]
     }
     others = {
-        "bank": (120, "bank.py --slots 65536 1048576 --width 128 --batch 512 --rounds 5"),
-        "bank-4-million": (60, "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed"),
+        "bank": (150, "bank.py --slots 65536 1048576 --width 128 --batch 512 --rounds 5"),
+        "bank-4-million": (90, "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed"),
         "data": (240, "data.py --parts augment"),
         "evaluate": (180, "evaluate.py"),
     }
