@@ -104,6 +104,7 @@ def main() -> int:
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --quick tries the parts on the CPU")
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began, seen = time.monotonic(), {}
     commands = {"tests": (300, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")])}
     for name, (limit, command) in parts(options.quick, largest_batch(options.device)).items():
@@ -140,9 +141,11 @@ def run(name: str, limit: int, line: list[str], log: Path) -> dict[str, object]:
             status = process.wait(limit)
             outcome = "done" if status == 0 or (name == "tests" and status == 5) else f"failed with {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own children hold the GPU, too
-            process.wait()
             outcome = f"stopped after {limit} s"
+        finally:
+            if process.poll() is None:  # also when this program is told to end
+                os.killpg(process.pid, signal.SIGKILL)  # its own children hold the GPU, too
+                process.wait()
     print(log.read_text()[-1500:])
     print(f"({name}: {outcome}, {time.monotonic() - began:.0f} s)", flush=True)
     return {"command": shown, "outcome": outcome, "seconds": round(time.monotonic() - began, 1)}
