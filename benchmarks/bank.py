@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from dense_bank import dense_loss, dense_nearest
 
 from caco.bank import Bank
+from caco.distributed.world import choose_device
 from caco.train.heap import keep_heap
 
 TEMPERATURE = 0.08
@@ -92,6 +93,7 @@ def contestant(
     """Run in a process of its own: return the seconds of a step and the bytes it takes beside bank and velocity."""
     if device == "cpu" and name.startswith("streamed") and not give_back:
         keep_heap()
+    choose_device(device)  # float32 products are float32's
     bank = Bank(size, width, TEMPERATURE, TEMPERATURE).to(device)
     optimizer = torch.optim.SGD([bank.weight], lr=RATE, momentum=MOMENTUM)
     bank.weight.grad = torch.zeros_like(bank.weight)
@@ -177,6 +179,7 @@ def main() -> None:
                     run.others,
                 )
             )
+            save(options, {"results": results})
     columns = (
         "bank and contestant",
         "ms",
@@ -186,7 +189,6 @@ def main() -> None:
         "others, cores",
     )
     print(table(columns, rows))
-    save(options, {"results": results})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The data path of one core: decoding, augmentation, both together, large photos, and listing of folders.
 
-    python benchmarks/data.py [--quick] [--files N] [--device cpu] [--out FILE.json]
+    python benchmarks/data.py [--quick] [--parts decode augment ...] [--files N] [--device cpu] [--out FILE.json]
 
 Every contestant makes the two published views, from the same pictures, drawing its own parameters. Rates are of the
 processor time of one thread (GPU: of the clock, with nothing left to do), the median over rounds in which the
@@ -11,9 +11,7 @@ that are not installed are left out (simplejpeg and numba: `pip install 'caco[fa
 from __future__ import annotations
 
 import io
-import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from measure import arguments
+from measure import arguments, save
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
@@ -313,35 +311,41 @@ def measure_listing(files: int) -> dict[str, object]:
     return {"files": files, "first": seconds[0], "again": seconds[1]}
 
 
+PARTS = ("decode", "augment", "files", "listing")
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--files", type=int, help="files of the folder to list, in thousands of one folder each")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     options = parser.parse_args()
-    quick = options.quick
+    quick, parts = options.quick, options.parts
     rounds = 3 if quick else 15
+    pictures = (1024, 512, 256) if options.device == "cuda" else (256, 128, 32)
     start = time.perf_counter()
     if find_spec("numba"):
         import caco.data.kernel  # noqa: F401  (compiles, or loads what was compiled before)
-    result: dict[str, object] = {
-        "kernel_ready_seconds": time.perf_counter() - start,
-        "machine": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "load": os.getloadavg()[0],
-        "decode": measure_decoding(4 if quick else 16, rounds),
-        "augment": {
-            "32 px": measure_views(32, (32, 32), 256, 16 if quick else 64, rounds, options.device),
-            "64 px": measure_views(64, (64, 64), 128, 8 if quick else 32, rounds, options.device),
-            "224 px": measure_views(224, (375, 500), 8 if quick else 32, 2 if quick else 8, rounds, options.device),
-        },
-        "file to views": {
+    result: dict[str, object] = {"kernel_ready_seconds": time.perf_counter() - start}
+    if "decode" in parts:
+        result["decode"] = measure_decoding(4 if quick else 16, rounds)
+    if "augment" in parts:
+        result["augment"] = augmented = {}
+        many, some, few = pictures
+        for name, size, shape, count, slow in (
+            ("32 px", 32, (32, 32), many, 16 if quick else 64),
+            ("64 px", 64, (64, 64), some, 8 if quick else 32),
+            ("224 px", 224, (375, 500), 8 if quick else few, 2 if quick else 8),
+        ):
+            augmented[name] = measure_views(size, shape, count, slow, rounds, options.device)
+            save(options, result)
+    if "files" in parts:
+        result["file to views"] = {
             "224 px from 500x375": measure_files(224, (375, 500), 4 if quick else 16, rounds),
             "128 px from 4000x3000": measure_files(128, (3000, 4000), 1 if quick else 2, 2 if quick else 7),
-        },
-        "listing": measure_listing(options.files or (10_000 if quick else 100_000)),
-    }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2))
+        }
+    if "listing" in parts:
+        result["listing"] = measure_listing(options.files or (10_000 if quick else 100_000))
+    save(options, result)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def main() -> None:
             part = PARTS[name](options, device)
         print(f"\n(other programs kept {others.cores} cores busy)", flush=True)
         result[name] = {**part, "others_cores": others.cores}
-    save(options, result)
+        save(options, result)
 
 
 if __name__ == "__main__":

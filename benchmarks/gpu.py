@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --out FOLDER --device cpu --quick      (a dry run: does every part work?)
 
 Each part is one of the other benchmarks with its own command, which is printed, limited in time, and whose output goes
-into FOLDER/NAME.log and FOLDER/NAME.json. A part that fails or takes too long is said so; the others go on. Exit status 1
-if any failed. Parts for which no time is left are named, to be taken with --only. ResNet-50 at batch 1024 needs some
-50 GiB (`memory.py`); on a smaller GPU --batch 256 is taken.
+into FOLDER/NAME.log and FOLDER/NAME.json as it comes. A part that fails or takes too long is said so; the others go on.
+Exit status 1 if any failed. Parts for which no time is left are named, to be taken with --only. ResNet-50 at batch 1024
+needs some 50 GiB (`memory.py`); on a smaller GPU --batch 256 is taken. The package need not be installed.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ RESNET50 = "--backbone resnet50 --size 224 --embedding 256 --projector 2048 --pr
 def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
     """Return for each part its limit in seconds and its command (a benchmark and its options; pytest for the tests)."""
     small = " --quick" if quick else ""
+    compiled = "--compile --no-limit --no-stages"
     steps = {
-        "step-resnet18": (60, "step.py --batch 512"),
-        "step-resnet18-compiled": (150, "step.py --batch 512 --compile --no-stages --precision bf16"),
-        "step-resnet50": (80, f"step.py {RESNET50} --batch {batch} --rounds 3"),
-        "step-resnet50-compiled": (180, f"step.py {RESNET50} --batch {batch} --rounds 3 --compile --no-stages"),
-        "multi-crop": (40, f"step.py {RESNET50} --batch 256 --rounds 3 --small 6 --no-stages"),
+        "step-resnet18": (150, "step.py --batch 512 --steps 20 --precision bf16 fp32"),
+        "step-resnet50": (150, f"step.py {RESNET50} --batch {batch} --rounds 3 --steps 3"),
+        "step-resnet18-compiled": (200, f"step.py --batch 512 --steps 20 --precision bf16 {compiled}"),
+        "step-resnet50-compiled": (250, f"step.py {RESNET50} --batch {batch} --rounds 3 --steps 3 {compiled}"),
+        "multi-crop": (80, f"step.py {RESNET50} --batch 256 --rounds 3 --steps 3 --small 6 --no-stages"),
     }
     memory = {
         f"memory-{batch}{'-checkpointing' * again}-{accumulate}": (
             60,
-            f"step.py {RESNET50} --batch {batch} --rounds 1 --no-stages --accumulate {accumulate}"
+            f"step.py {RESNET50} --batch {batch} --rounds 2 --no-limit --no-stages --accumulate {accumulate}"
             + " --checkpointing" * again,
         )
         for batch, again, accumulate in [(256, 0, 1), (256, 1, 1), (1024, 1, 1), (1024, 0, 4), (1024, 1, 4)]
     }
     others = {
-        "bank": (120, "bank.py --slots 65536 1048576 --width 128 --batch 512 --rounds 5"),
-        "bank-4-million": (40, "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed"),
-        "data": (90, "data.py"),
-        "evaluate": (90, "evaluate.py"),
+        "bank": (150, "bank.py --slots 65536 1048576 --width 128 --batch 512 --rounds 5"),
+        "bank-4-million": (90, "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed"),
+        "data": (240, "data.py --parts augment"),
+        "evaluate": (180, "evaluate.py"),
     }
     if quick:  # tiny sizes: what is tried is that each part runs
         steps = {
@@ -58,7 +59,9 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
         steps = {
             name: (
                 limit,
-                command.replace("--batch 256", "--batch 4").replace("--size 224", "--size 64")
+                command.replace("--batch 256", "--batch 4")
+                .replace("--size 224", "--size 64")
+                .replace("steps 20", "steps 2")
                 + " --small-size 32" * (name == "multi-crop"),
             )
             for name, (limit, command) in steps.items()
@@ -73,7 +76,15 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
             for name, (_, command) in memory.items()
         }
         others = {name: (120, command.split()[0]) for name, (_, command) in others.items() if name != "bank-4-million"}
-    return {name: (limit, command + small) for name, (limit, command) in {**steps, **memory, **others}.items()}
+    bank = {"bank": others.pop("bank")}
+    all_parts = {**steps, **bank, **memory, **others}
+    return {name: (limit, command + small) for name, (limit, command) in all_parts.items()}
+
+
+def environment() -> dict[str, str]:
+    """Return a part's environment: it finds the package beside this file, and what it prints is there if it is killed."""
+    paths = [str(HERE.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def largest_batch(device: str) -> int:
@@ -93,8 +104,9 @@ def main() -> int:
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device cpu --quick tries the parts on the CPU")
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began, seen = time.monotonic(), {}
-    commands = {"tests": (120, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")])}
+    commands = {"tests": (300, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")])}
     for name, (limit, command) in parts(options.quick, largest_batch(options.device)).items():
         out = ["--device", options.device, "--out", str(options.out / f"{name}.json")]
         script, *arguments = command.split()
@@ -122,14 +134,18 @@ def run(name: str, limit: int, line: list[str], log: Path) -> dict[str, object]:
     with log.open("w") as file:
         file.write(f"$ {shown}\n")
         file.flush()
-        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            line, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+        )
         try:
             status = process.wait(limit)
             outcome = "done" if status == 0 or (name == "tests" and status == 5) else f"failed with {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own children hold the GPU, too
-            process.wait()
             outcome = f"stopped after {limit} s"
+        finally:
+            if process.poll() is None:  # also when this program is told to end
+                os.killpg(process.pid, signal.SIGKILL)  # its own children hold the GPU, too
+                process.wait()
     print(log.read_text()[-1500:])
     print(f"({name}: {outcome}, {time.monotonic() - began:.0f} s)", flush=True)
     return {"command": shown, "outcome": outcome, "seconds": round(time.monotonic() - began, 1)}

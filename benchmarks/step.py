@@ -28,7 +28,7 @@ from caco.data.loader import TrainingViews
 from caco.data.source import ImageSource, open_source
 from caco.distributed.world import World, choose_device
 from caco.model import embed
-from caco.train.engine import PRECISIONS, compile_module
+from caco.train.engine import PRECISIONS, compile_module, search_kernels
 from caco.train.heap import keep_heap
 from caco.train.pretrain import create_state
 from caco.train.state import TrainingState
@@ -64,6 +64,7 @@ class Step:
         device = choose_device(config.device)
         if device.type == "cpu" and config.engine.keep_heap:
             keep_heap()
+        search_kernels(device)
         torch.manual_seed(0)
         self.state: TrainingState = create_state(
             config, create_backbone(config.backbone, config.views.size), World(device)
@@ -186,6 +187,11 @@ def bare_passes(backbone: nn.Module, views: Sequence[Tensor], precision: torch.d
         parameter.grad = None
 
 
+def repeat(work: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
 def step_memory(step: Step) -> int:
     """Return the peak memory of a whole step on a GPU, without the limit's, after two that make buffers."""
     for _ in range(2):
@@ -197,24 +203,28 @@ def step_memory(step: Step) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def contestant(config: Pretrain, rounds: int, in_stages: bool) -> dict[str, Any]:
-    """Run in a fresh process: return the seconds of a whole step, of the limit, and of each stage."""
+def contestant(config: Pretrain, rounds: int, steps: int, in_stages: bool, with_limit: bool) -> dict[str, Any]:
+    """Run in a fresh process: return the seconds of a whole step, of the limit, and of each stage.
+
+    steps: taken one after the other in each turn, as in a run, where a GPU need not wait for the next one's first kernel.
+    """
     step = Step(config, open_source(config.data))
     gpu = step_memory(step) if step.loader.device.type == "cuda" else None
-    if config.engine.checkpointing:  # for its memory: the limit keeps all activations, which may not fit
-        turns = take_turns({"step": step.whole}, rounds, warm_up=0, device=step.loader.device)
-        return {"step": turns["step"].as_json(), "limit": None, "stages": {}, "gpu_bytes": gpu}
+
+    def in_turns(warm_up: int, **work: Callable[[], None]) -> dict[str, Any]:
+        often = {name: partial(repeat, one, steps) for name, one in work.items()}
+        turns = take_turns(often, rounds, warm_up, step.loader.device)
+        return {name: Seconds(tuple(taken / steps for taken in turns[name].all)).as_json() for name in turns}
+
+    if config.engine.checkpointing or not with_limit:  # the limit keeps all activations, which may not fit
+        turns = in_turns(0, step=step.whole)
+        return {"step": turns["step"], "limit": None, "stages": {}, "gpu_bytes": gpu}
     backbone = create_backbone(config.backbone, config.views.size)
     backbone.to(step.loader.device).to(memory_format=torch.channels_last).train()
     if config.engine.compile == "on":
         compile_module(backbone)
     views = next(step.batches)
-    turns = take_turns(
-        {"step": step.whole, "limit": partial(limit, backbone, views, step.precision, step.accumulate)},
-        rounds,
-        warm_up=2,
-        device=step.loader.device,
-    )
+    turns = in_turns(2, step=step.whole, limit=partial(limit, backbone, views, step.precision, step.accumulate))
     del backbone, views
     parts = step.stages() if in_stages else []
     stages: dict[str, list[float]] = {name: [] for name, _ in parts}
@@ -226,8 +236,8 @@ def contestant(config: Pretrain, rounds: int, in_stages: bool) -> dict[str, Any]
             for name, taken in seconds.items():
                 stages[name].append(taken)
     return {
-        "step": turns["step"].as_json(),
-        "limit": turns["limit"].as_json(),
+        "step": turns["step"],
+        "limit": turns["limit"],
         "stages": {name: Seconds(tuple(times)).as_json() for name, times in stages.items()},
         "gpu_bytes": gpu,
     }
@@ -244,12 +254,16 @@ def main() -> None:
     parser.add_argument("--embedding", type=int, default=128)
     parser.add_argument("--projector", type=int, default=512)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--steps", type=int, default=1, help="steps in a turn; on a GPU some, so that none waits")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--compile", action="store_true", help="torch.compile, of the step's encoder and of the limit")
     parser.add_argument(
         "--accumulate", type=int, default=1, help="parts of a batch; the stages are then of a whole one"
     )
     parser.add_argument("--no-stages", action="store_true", help="the whole step and the limit only")
+    parser.add_argument(
+        "--no-limit", action="store_true", help="the whole step only; compiling the limit takes long, too"
+    )
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--give-back", action="store_true", help="CPU: do not keep freed memory")
     options = parser.parse_args()
@@ -259,7 +273,8 @@ def main() -> None:
     print(describe(options.device))
     results = {}
     for precision in options.precision:
-        run = fresh(contestant, configuration(options, precision), rounds, not options.no_stages)
+        what = not options.no_stages, not options.no_limit
+        run = fresh(contestant, configuration(options, precision), rounds, options.steps, *what)
         row, memory = run.result, run.result["gpu_bytes"] or run.family_bytes
         results[precision] = {**row, "others": run.others, "bytes": memory}
         whole = options.batch / row["step"]["median"]
@@ -275,7 +290,7 @@ def main() -> None:
         ]
         if rows:
             print(table(("stage", "ms", "share"), rows))
-    save(options, {"results": results})
+        save(options, {"results": results})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from caco.config import Views
 from caco.data.augment import draw_parameters, render_views
 from caco.data.compiled import CompiledViews
+from caco.data.render import make_views
 
 STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -67,3 +68,84 @@ def test_what_cannot_be_compiled_is_done_in_plain_torch_and_said_once(caplog: py
             assert torch.equal(render(images, drawn), render_views(images, drawn, recipe, *STATISTICS, engine="torch"))
     (record,) = caplog.records
     assert record.getMessage() == "the views are not compiled, which is slower: RuntimeError: no compiler here"
+
+
+def test_what_has_been_compiled_is_used_again_after_torch_refused_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Views(size=16).recipes()[0]
+    images = torch.zeros(2, 20, 20, 3, dtype=torch.uint8)
+    drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
+    render, calls = CompiledViews(recipe, *STATISTICS, compiled=True), []
+
+    def compiled(*work: object) -> torch.Tensor:
+        calls.append(work)
+        if len(calls) == 2:
+            raise RuntimeError("another thread compiles")
+        return make_views(*work)
+
+    render._compiled = compiled
+    plain = render_views(images, drawn, recipe, *STATISTICS, engine="torch")
+    assert all(torch.equal(render(images, drawn), plain) for _ in range(3))
+    assert len(calls) == 3 and not caplog.records
+
+
+def test_views_stay_compiled_while_another_thread_compiles_a_network() -> None:
+    """As the prefetching thread's do while the first step compiles the encoder; torch up to 2.11 refuses them meanwhile."""
+    run = subprocess.run([sys.executable, "-c", MEANWHILE, "cpu", "aot_eager"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "not compiled" not in run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_views_are_compiled_on_a_gpu() -> None:
+    """In a process of its own: torch compiles nothing whose shapes are checked, and its warnings would be errors."""
+    run = subprocess.run([sys.executable, "-c", MEANWHILE, "cuda", "inductor"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Warning" not in run.stderr and "not compiled" not in run.stderr, run.stderr
+
+
+MEANWHILE = """
+import sys, threading
+import numpy, torch
+from caco.backbone import create_backbone
+from caco.config import Views
+from caco.data.augment import draw_parameters
+from caco.data.compiled import CompiledViews
+from caco.data.render import make_views, to_device
+from caco.distributed.world import choose_device
+
+device, backend = choose_device(sys.argv[1]), sys.argv[2]
+statistics = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+images = torch.from_numpy(numpy.random.default_rng(0).integers(0, 256, (8, 20, 18, 3), dtype=numpy.uint8)).to(device)
+recipes = Views(size=16).recipes()
+renders = [CompiledViews(recipe, *statistics, compiled=False) for recipe in recipes]
+for render in renders:
+    render._compiled = torch.compile(make_views, backend=backend, dynamic=False, fullgraph=True)
+
+def views(epoch):
+    for number, (recipe, render) in enumerate(zip(recipes, renders)):
+        drawn = draw_parameters(recipe, 20, 18, seed=0, epoch=epoch, indices=numpy.arange(8), view=number)
+        work = images, *to_device(device, drawn, *statistics), 16, render.stages
+        assert torch.allclose(render(images, drawn), make_views(*work), atol=1e-4)
+
+views(0)
+done, made, problems = threading.Event(), [], []
+
+def prefetch():
+    try:
+        while not done.is_set():
+            views(len(made))
+            made.append(1)
+    except BaseException as problem:
+        problems.append(problem)
+
+thread = threading.Thread(target=prefetch)
+thread.start()
+network = create_backbone("resnet10_narrow", 16).to(device)
+network.compile(backend=backend, dynamic=False)
+network(torch.randn(4, 3, 16, 16, device=device)).sum().backward()
+done.set()
+thread.join()
+assert made and not problems, problems
+assert all(render._compiled is not None for render in renders), "the compiled views were given up"
+"""

@@ -292,6 +292,7 @@ def test_one_batch_of_all():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("equal", [True, False], ids=["resident", "streamed"])
 def test_on_a_gpu_nothing_waits_for_it_and_the_views_are_those_of_the_cpu(equal):

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -170,6 +172,35 @@ def test_wrong_numbers_are_told_before_anything_starts():
     for address in ("", "10.0.0.1", "10.0.0.1:port"):
         with pytest.raises(UsageError, match="must be HOST:PORT"):
             launch(exchange, DistributedOptions(processes=1, machines=2, address=address), "cpu")
+
+
+def test_more_processes_than_gpus_are_told_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            UsageError, match=r"processes 2: each needs a GPU of its own, and this machine has 1; .*cpu"
+        ):
+            launch(exchange, TWO, device)
+    assert launch(exchange, TWO, "cpu") is not None
+
+
+def test_products_on_a_gpu_are_exact_where_the_environment_asks_for_tf32():
+    """As NVIDIA's containers do. torch keeps the setting whether there is a GPU or not."""
+    program = """
+import torch
+from caco.distributed.world import exact_products
+assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
+exact_products(torch.device("cpu"))
+assert torch.backends.cuda.matmul.allow_tf32
+for ask in range(2):
+    exact_products(torch.device("cuda"))
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later; mixed with the older way it raises
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+"""
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_machine_that_never_comes_is_told():

@@ -12,7 +12,17 @@ from torch import nn
 
 from caco.backbone import create_backbone
 from caco.config import EngineOptions, Pretrain, Views
-from caco.train.engine import Trial, can_compile, candidates, choose_engine, compile_module, fastest, try_compiling
+from caco.train import engine
+from caco.train.engine import (
+    Trial,
+    can_compile,
+    candidates,
+    choose_engine,
+    compile_module,
+    fastest,
+    seconds,
+    try_compiling,
+)
 
 CPU = torch.device("cpu")
 CONFIG = Pretrain(data="textures", views=Views(size=32))
@@ -101,6 +111,28 @@ def test_compiled_is_eager():
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5, msg=key)
     for (key, one), other in zip(eager.named_buffers(), compiled.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_on_a_gpu_the_precision_is_no_question(monkeypatch):
+    gpu = torch.device("cuda")
+    for fast, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(engine, "has_fast_bfloat16", lambda device, fast=fast: fast)
+        assert candidates(CONFIG, gpu) == [Trial(precision, "channels_last"), Trial(precision, "contiguous")]
+
+
+class TooLarge(nn.Module):
+    num_features = 4
+
+    def forward(self, view):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def test_a_trial_that_does_not_fit_is_left(capsys):
+    """The run may well fit: with fewer images at a time, or checkpointing."""
+    assert seconds(TooLarge(), Trial("fp32", "channels_last"), CPU, 8, 4, rounds=2) == float("inf")
+    config = replace(CONFIG, engine=EngineOptions(checkpointing=True))
+    chosen, why = choose_engine(config, TooLarge(), CPU, passes=10**9, batch=8)
+    assert (chosen.precision, chosen.engine.layout, chosen.engine.compile) == ("fp32", "channels_last", "off")
 
 
 def test_a_compiler_that_fails_is_told_and_left():

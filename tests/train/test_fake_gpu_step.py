@@ -15,6 +15,7 @@ from caco.data import parameters
 from caco.data.compiled import _possible
 from caco.data.render import make_views
 from caco.distributed.world import World
+from caco.evaluate.linear import train_heads
 from caco.loss import _CooperativeAdversarial
 from caco.model import CaCo, WarmStart, step_output
 from caco.optim import encoder_optimizer
@@ -136,6 +137,14 @@ def test_optimizers_and_key_encoder(gpu, name):
             optimizer.step()
             of_bank.step()
             model.update_key_encoder(0.99)
+
+
+def test_linear_heads(gpu):
+    """Nothing in the loop waits; the last batch is smaller."""
+    with gpu:
+        features, labels = torch.randn(50, 8, device=GPU), torch.zeros(50, dtype=torch.int64, device=GPU)
+        weights, biases = train_heads(features, labels, 3, (0.1, 0.01), 2, 16, 0.9, 0)
+        assert weights.shape == (2, 3, 8) and biases.device == GPU
 
 
 def test_views(gpu):

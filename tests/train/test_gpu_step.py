@@ -6,6 +6,7 @@ import torch
 from caco.backbone import create_backbone
 from caco.config import EncoderOptions, Pretrain, Views
 from caco.distributed.world import World
+from caco.train.engine import search_kernels
 from caco.train.pretrain import create_state
 from caco.train.step import rates_at, train_step
 
@@ -28,6 +29,7 @@ def test_a_step_waits_for_nothing(precision, small):
     state.model.train()
     views = [torch.randn(16, 3, size, size, device=device) for size in (32, 32, *[16] * small)]
     rates = rates_at(config, 0)
+    search_kernels(device)
     train_step(state, state.model, views, rates, 0.99, precision)  # makes buffers and chooses kernels
     torch.cuda.synchronize()
     try:

@@ -52,6 +52,8 @@ def ahead(
 
     def work() -> None:
         try:
+            if stream is not None:  # a new thread is on GPU 0, and on leaving the stream would take some memory there
+                torch.cuda.set_device(stream.device)
             with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
                 for batch in batches:
                     put((batch, stream.record_event() if stream is not None else None))

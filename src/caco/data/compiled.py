@@ -16,12 +16,13 @@ from caco.data.render import Stages, make_views, to_device
 
 
 class CompiledViews:
-    """Makes one recipe's views of images on a device; by plain torch if asked to, and where compiling fails."""
+    """Makes one recipe's views of images on a device; by plain torch if asked to, where compiling fails, and while it goes on."""
 
     def __init__(self, recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], *, compiled: bool) -> None:
         self.recipe, self.mean, self.std = recipe, mean, std
         self.stages = _possible(recipe)
         self._compiled: Callable[..., Tensor] | None = None
+        self._has_worked = False
         if compiled:
             self._compiled = torch.compile(make_views, dynamic=False, fullgraph=True)
 
@@ -34,13 +35,17 @@ class CompiledViews:
         work = images, rows, statistics, self.recipe.size, self.stages
         if self._compiled is not None:
             try:
-                return self._compiled(*work)
+                views = self._compiled(*work)
+                self._has_worked = True
+                return views
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as problem:  # no compiler, no Triton, a GPU too old: as many kinds as there are reasons
-                self._compiled = None
-                reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
-                logging.getLogger(__name__).warning("the views are not compiled, which is slower: %s", reason)
+                if not self._has_worked:
+                    self._compiled = None
+                    reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+                    logging.getLogger(__name__).warning("the views are not compiled, which is slower: %s", reason)
+                # Else: torch (up to 2.11) refuses every compiled call while another thread compiles, as the first step does.
         return make_views(*work)
 
 

@@ -82,6 +82,12 @@ def _processes(options: DistributedOptions, device: str) -> int:
     if options.processes != "auto":
         if options.processes < 1:
             raise UsageError(f"--distributed.processes {options.processes}: must be at least 1")
+        gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+        if options.processes > gpus > 0:  # NCCL refuses two on one, in words that nobody understands
+            raise UsageError(
+                f"--distributed.processes {options.processes}: each needs a GPU of its own, and this machine has {gpus}; "
+                "lower it, or add --device cpu"
+            )
         return options.processes
     return max(torch.cuda.device_count(), 1) if device in ("auto", "cuda") else 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -165,6 +166,7 @@ def join(place: Place, device_name: str, timeout: float) -> World:
     if device_name in ("auto", "cuda") and torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        exact_products(device)
     else:
         device = choose_device("cpu" if device_name == "auto" else device_name)
     attempt = sum(int(os.environ.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
@@ -256,6 +258,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device for "auto" (a GPU if there is one) or a torch device name. Raises UsageError."""
     if name == "auto":
         if torch.cuda.is_available():
+            exact_products(torch.device("cuda"))
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -273,7 +276,19 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: not on this machine, which has {', '.join(here)}; try auto") from error
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # what exchanges objects or pins memory takes the current one
+    exact_products(device)
     return device
+
+
+def exact_products(device: torch.device) -> None:
+    """Make a GPU's products of float32 matrices exact to float32: the search for positives and kNN rely on it.
+
+    So they are in torch, but not in NVIDIA's containers (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), nor where a program has asked
+    for TF32. Convolutions of an encoder in fp32 keep what torch has set.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch's compiler advises against it
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -20,11 +20,11 @@ from caco.train.state import random_state, set_random_state
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-TRIAL_BATCH = 32
-"""Images in a trial of precision and layout, at most."""
+TRIAL_BATCH = {"cpu": 32, "cuda": 256}
+"""Images in a trial of precision and layout, at most. (With few of them a GPU waits for its next kernel.)"""
 SHORT_RUN = 600.0
 """Seconds of encoder work below which nothing is tried: fp32 (on GPUs bf16) and channels_last are taken."""
-LONG_RUN = 7200.0
+LONG_RUN = {"cpu": 7200.0, "cuda": 1800.0}
 """Seconds of encoder work above which compiling is tried: it takes a minute or two."""
 WORTH = {"bf16": 1.5, "contiguous": 1.1, "compile": 1.05}
 """How many times faster the less usual choice must be to be taken: not by the noise of a busy machine."""
@@ -57,25 +57,28 @@ def choose_engine(
     if "auto" not in (config.precision, config.engine.layout, config.engine.compile):
         return config, ""
     choices, batch = candidates(config, device), max(batch, 2)
+    tried = min(batch, TRIAL_BATCH.get(device.type, TRIAL_BATCH["cpu"]))
     if config.engine.checkpointing and config.engine.compile == "auto":
         config = replace(config, engine=replace(config.engine, compile="off"))
     random = random_state(device)
     try:
-        first = seconds(backbone, choices[0], device, config.views.size, min(batch, TRIAL_BATCH), rounds=2)
-        trials = passes * batch / min(batch, TRIAL_BATCH)  # as much work as the whole run
+        # The first passes load libraries, and make kernels and buffers: some seconds on a GPU, however short the run.
+        rounds = 3 if device.type == "cuda" else 2
+        first = seconds(backbone, choices[0], device, config.views.size, tried, rounds)
+        trials = passes * batch / tried  # as much work as the whole run
         work = first * trials
         chosen, why = choices[0], f"{choices[0].precision}, {choices[0].layout}"
         if len(choices) > 1 and work > SHORT_RUN:
             say(f"a long run: {len(choices)} ways to compute the encoder are timed first")
-            times = measure(backbone, choices, device, config.views.size, min(batch, TRIAL_BATCH))
+            times = measure(backbone, choices, device, config.views.size, tried)
             chosen = fastest(choices, times)
             work = times[choices.index(chosen)] * trials
             why = "measured, images/s: " + ", ".join(
-                f"{trial.precision} {trial.layout} {min(batch, TRIAL_BATCH) / taken:,.0f}"
+                f"{trial.precision} {trial.layout} {tried / taken:,.0f}"
                 for trial, taken in zip(choices, times, strict=True)
             )
         compiled = config.engine.compile == "on"
-        if config.engine.compile == "auto" and work > LONG_RUN and can_compile(device):
+        if config.engine.compile == "auto" and work > _long_run(device) and can_compile(device):
             say("a very long run: torch.compile is tried, which takes a minute or two")
             compiled, words = try_compiling(backbone, chosen, device, config.views.size, batch)
             why += "; " + words
@@ -91,10 +94,10 @@ def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
     """Return the ways that the options leave open, the default first."""
     if config.precision != "auto":
         precisions = [config.precision]
-    elif has_fast_bfloat16(device):
-        precisions = ["bf16", "fp32"]
+    elif device.type == "cpu":
+        precisions = ["fp32", "bf16"]
     else:
-        precisions = ["fp32", "bf16"] if device.type == "cpu" else ["fp32"]
+        precisions = ["bf16"] if has_fast_bfloat16(device) else ["fp32"]
     layouts = ["channels_last", "contiguous"] if config.engine.layout == "auto" else [config.engine.layout]
     return [Trial(precision, layout) for precision in precisions for layout in layouts]  # type: ignore[arg-type]
 
@@ -137,7 +140,23 @@ def seconds(
     """Return the seconds of one forward and backward pass of a copy of the backbone: the least of some rounds.
 
     The first round makes kernels and buffers, and may take many times as long as those that follow.
+    Infinite where a GPU's memory does not suffice for it: the run may take fewer images at a time, or checkpointing.
     """
+    try:
+        return _seconds(backbone, trial, device, size, batch, rounds, change)
+    except torch.OutOfMemoryError:
+        return float("inf")
+
+
+def _seconds(
+    backbone: nn.Module,
+    trial: Trial,
+    device: torch.device,
+    size: int,
+    batch: int,
+    rounds: int,
+    change: Callable[[nn.Module], object],
+) -> float:
     layout = LAYOUTS[trial.layout]
     network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
     change(network)
@@ -190,6 +209,16 @@ def try_compiling(backbone: nn.Module, trial: Trial, device: torch.device, size:
 def compile_module(module: nn.Module) -> None:
     """Compile a module in place; its state dict keeps its names. One graph for each shape of view."""
     module.compile(dynamic=False)
+
+
+def search_kernels(device: torch.device) -> None:
+    """Let cuDNN time its convolutions for each shape that comes, and take the fastest: the shapes of a run are few."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
+def _long_run(device: torch.device) -> float:
+    return LONG_RUN.get(device.type, LONG_RUN["cpu"])
 
 
 def _wait(device: torch.device) -> None:

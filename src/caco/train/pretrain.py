@@ -29,7 +29,7 @@ from caco.memory import free_memory, in_words
 from caco.model import CaCo, view_pairs
 from caco.optim import encoder_optimizer
 from caco.train.checkpoint import remove_leftovers
-from caco.train.engine import choose_engine, compile_module, layout_of
+from caco.train.engine import choose_engine, compile_module, layout_of, search_kernels
 from caco.train.heap import keep_heap
 from caco.train.interrupt import InterruptFlag
 from caco.train.lock import RunLock
@@ -66,6 +66,7 @@ def run(
     check_bank_fits(config, world)
     if world.device.type == "cpu" and config.engine.keep_heap:
         keep_heap()
+    search_kernels(world.device)
     with RunLock() as lock, tempfile.TemporaryDirectory() as staging:
         if world.is_main and config.out:
             lock.take(Path(config.out))

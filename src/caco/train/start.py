@@ -99,7 +99,8 @@ def take_over(state: TrainingState, snapshot: Snapshot) -> list[str]:
     parameters = list(model.encoder.parameters())
     if isinstance(state.optimizer, LARS) and len(snapshot.momentum) == len(parameters):
         for number, parameter in enumerate(parameters):
-            state.optimizer.state[parameter]["momentum_buffer"] = snapshot.momentum[number].to(parameter).clone()
+            momentum = torch.empty_like(parameter)  # in the parameter's layout, as LARS keeps it
+            state.optimizer.state[parameter]["momentum_buffer"] = momentum.copy_(snapshot.momentum[number])
         taken.append("momenta")
     return taken
 
