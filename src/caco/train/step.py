@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -62,6 +62,23 @@ class Schedules:
             bank=config.bank,
             encoder=config.encoder,
         )
+
+    def remarks(self) -> Iterator[str]:
+        """Yield what is odd about the schedules, in words."""
+        warmup = self.optimizer.warmup_epochs
+        if warmup >= self.epochs and warmup > 1:  # of a single epoch the rate is --lr from the start
+            reaches = "reaches --lr in the last epoch only" if warmup == self.epochs else "never reaches --lr"
+            yield (
+                f"the learning rate {reaches}: it warms up over {warmup} epochs (--optimizer.warmup-epochs), and the run "
+                f"has {self.epochs}"
+            )
+        ends = (
+            ("lr", self.lr, "optimizer", self.optimizer.final_lr),
+            ("bank.lr", self.bank.lr, "bank", self.bank.final_lr),
+        )
+        for name, first, group, final in ends:
+            if final > first:  # one was given, the other is the recipe's
+                yield f"--{name} {first:g} grows over the run, for --{group}.final-lr is {final:g}; set both to change this"
 
     @property
     def warm_start_lr(self) -> float:

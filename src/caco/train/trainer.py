@@ -82,13 +82,8 @@ class Trainer:
         )
         if self.engine:
             self.journal.say(f"encoder: {self.engine}")
-        warmup = config.optimizer.warmup_epochs
-        if warmup >= self.epochs and warmup > 1:  # of a single epoch the rate is --lr from the start
-            reaches = "reaches --lr in the last epoch only" if warmup == self.epochs else "never reaches --lr"
-            self.journal.say(
-                f"the learning rate {reaches}: it warms up over {warmup} epochs (--optimizer.warmup-epochs), and the run "
-                f"has {self.epochs}"
-            )
+        for remark in self.schedules.remarks():
+            self.journal.say(remark)
 
     def _position(self) -> str:
         state = self.state
@@ -233,7 +228,10 @@ class Trainer:
             )
 
     def _save(self, best: bool) -> Path:
+        """Write a checkpoint. Raises CacoError instead when it would hold what no step can go on from."""
         self._stop_if_not_finite(self.state.meters.bad_step(self.world))
+        if any(self.world.any(not self.state.is_finite())):  # the loss of a step is that of the weights before it
+            self._stop_if_not_finite(self.state.step or self.state.warm_start_step, "weights are")
         contents = {
             **self.state.state_dict(self.world),
             "metrics_bytes": self.journal.sync(),
@@ -264,12 +262,12 @@ class Trainer:
         self.state.load_state_dict(contents, self.world)
         return int(contents["metrics_bytes"]), latest.problems
 
-    def _stop_if_not_finite(self, step: int | None) -> None:
+    def _stop_if_not_finite(self, step: int | None, what: str = "loss is") -> None:
         if step is not None:
             kept = [path.name for path in self.checkpoints.paths()]
-            what = "step" if self.state.step else "warm-start step"
+            kind = "step" if self.state.step else "warm-start step"
             raise CacoError(
-                f"the loss is not finite at {what} {step:,}; the run stops. Last good checkpoint: "
+                f"the {what} not finite at {kind} {step:,}; the run stops. Last good checkpoint: "
                 f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
                 "or --precision fp32."
             )
