@@ -47,7 +47,6 @@ from caco.train.state import TrainingState
 from caco.train.trainer import Trainer, warm_start_steps
 from caco.weights import BackboneCard, save_backbone
 
-
 RANDOM_STRIDE = 0x5851F42D4C957F2D
 """Between the seeds of two processes: no process of a run has the seed of another run that one may compare it with."""
 
