@@ -124,7 +124,7 @@ def compute_gradients(
     autocast = torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32)
     shares: list[Share] = []
     places: list[Tensor] = []
-    for crops in zip(*(view.chunk(accumulate) for view in views), strict=True):
+    for crops in parts_of(views, accumulate):
         with autocast:
             positives = model.find_positives(crops)
         places.append(positives.places)
@@ -138,6 +138,12 @@ def compute_gradients(
                 share.loss.backward()
             shares.append(share._replace(loss=share.loss.detach()))
     return add_up(shares, places)
+
+
+def parts_of(views: Sequence[Tensor], accumulate: int) -> list[list[Tensor]]:
+    """Return the views of each part of a batch: of every so-manyth image, so that their batch norms see the same images
+    whatever the number of processes, each of which has a run of neighbours."""
+    return [[view[first::accumulate] for view in views] for first in range(accumulate)]
 
 
 def _gradients_stay_here(network: nn.Module, stay: bool) -> AbstractContextManager[None]:
@@ -162,7 +168,7 @@ def warm_start_step(
     set_lr(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
     losses, keys = [], []
-    for part, crops in enumerate(zip(*(view.chunk(accumulate) for view in views[:2]), strict=True)):
+    for part, crops in enumerate(parts_of(views[:2], accumulate)):
         with _gradients_stay_here(network, part < accumulate - 1):
             with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
                 loss, found = network(crops)
@@ -171,7 +177,7 @@ def warm_start_step(
         keys.append(found)
     state.optimizer.step()
     state.model.update_key_encoder(key_momentum)
-    state.model.bank.fill(world.gather(torch.cat(keys)), batch=state.warm_start_step)
+    state.model.bank.fill(world.gather(torch.stack(keys, dim=1).flatten(0, 1)), batch=state.warm_start_step)
     state.warm_start_step += 1
     mean = torch.stack(losses).mean()
     state.meters.note_loss(mean, state.warm_start_step)
