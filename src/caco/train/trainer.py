@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caco.config import Pretrain, Views
-from caco.distributed.data_parallel import data_parallel
+from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, UsageError, counted
 from caco.evaluate.health import verdict
@@ -43,6 +43,7 @@ class Trainer:
         self.epochs = int(config.epochs)
         self.steps = self.epochs * self.loader.steps_per_epoch
         self.schedules = Schedules.of(config)
+        self.unused = unused_parameters(run.state.model.encoder.get_submodule("backbone"), config.views.size, world)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.monitor.keep_checkpoints)
         self.last_saved = time.monotonic()
         self.last_spread = 1.0
@@ -96,7 +97,10 @@ class Trainer:
         if state.warm_start_step >= steps:
             return
         network = data_parallel(
-            WarmStart(state.model, self.config.bank.warm_start_temperature), self.world, apart=["model.bank.weight"]
+            WarmStart(state.model, self.config.bank.warm_start_temperature),
+            self.world,
+            apart=["model.bank.weight"],
+            unused=self.unused,
         )
         lr, momentum = self.schedules.warm_start_lr, self.config.bank.warm_start_key_momentum
         cost = warm_start_cost(self.config.views)
@@ -124,7 +128,8 @@ class Trainer:
 
     def _train_epochs(self) -> None:
         state, per_epoch = self.state, self.loader.steps_per_epoch
-        network = data_parallel(state.model, self.world, apart=["bank.weight"] if self.config.bank.sharded else [])
+        apart = ["bank.weight"] if self.config.bank.sharded else []
+        network = data_parallel(state.model, self.world, apart, self.unused)
         if state.knn_is_owed:  # the run was stopped between the end of an epoch and its check
             self._save_when_due(state.step, known_to_all=True, best=self._check(state.step // per_epoch - 1))
         clock = Stopwatch()
