@@ -156,6 +156,7 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
     size, count = 224, (16 if options.quick else 64) * (16 if device.type == "cuda" else 1)
     torch.manual_seed(0)
     backbone, bare = (create_backbone(name, size).to(device).eval() for _ in range(2))
+    backbone.to(memory_format=torch.channels_last)
     source = pictures(options.data, count)
     images = torch.randn(min(count, 256), 3, size, size, device=device)
     rounds = 2 if options.quick else options.rounds

@@ -134,6 +134,8 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
             "pretrain --data {tmp} --out {tmp}/r --optimizer.final-lr -1",
             "--optimizer.final-lr -1.0: must be at least 0",
         ),
+        ("pretrain --data {tmp} --out {tmp}/r --bank.lr 1e45", "--bank.lr 1e+45: must be at most 1e+30"),
+        ("pretrain --data {tmp} --out {tmp}/r --optimizer.weight-decay 1e39", "must be at most 1e+30"),
         ("pretrain --data {tmp} --out {tmp}/r --views.hue 0.6", "--views.hue 0.6: must be at most 0.5"),
         ("pretrain --data {tmp} --out {tmp}/r --views.hue -0.1", "--views.hue -0.1: must be at least 0"),
         ("pretrain --data {tmp} --out {tmp}/r --views.contrast -1", "must be at least 0"),
@@ -298,6 +300,13 @@ def with_no_reader(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_reader_that_leaves_is_no_error(line):
     done = with_no_reader(*line.split())
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_an_output_that_was_never_there_is_no_error(closed):
+    """Some schedulers and daemons start a program without an output."""
+    line = f"{sys.executable} -m caco --version {closed}"
+    assert subprocess.run(["sh", "-c", line], capture_output=True, timeout=60).returncode == 0
 
 
 def test_a_result_that_nobody_gets_is_an_error():

@@ -57,7 +57,14 @@ _LEAST: dict[str, float] = {
     "monitor.checkpoint_minutes": 0,
     "monitor.keep_checkpoints": 1,
 }
-_MOST: dict[str, float] = {"seed": 2**63 - 1, "views.hue": 0.5}
+_FLOAT32 = 1e30
+"""Far below the largest float32, which a factor handed to torch must not exceed."""
+_MOST: dict[str, float] = {
+    "seed": 2**63 - 1,
+    "views.hue": 0.5,
+    **dict.fromkeys(("lr", "optimizer.final_lr", "bank.lr", "bank.final_lr"), _FLOAT32),
+    **dict.fromkeys(("weight_decay", "optimizer.weight_decay"), _FLOAT32),
+}
 """Seeds are 64-bit numbers in torch; half a turn of the hue is as far as it goes."""
 _ABOVE_ZERO = (
     "lr",

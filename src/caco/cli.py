@@ -20,9 +20,6 @@ from caco.files import print_any_name, refused
 from caco.options import parse
 from caco.recipes import find_recipe, listing, whole
 
-RESOLVED = ("epochs", "precision", "engine.layout", "engine.compile")
-"""Options that a run writes into its config.json with a value in place of "auto"."""
-
 OVERVIEW = """\
 usage: caco COMMAND [options]
 
@@ -120,7 +117,7 @@ def pretrain_start(given: dict[str, Any]) -> Pretrain:
     """
     folder = Path(given.get("out", ""))
     if given.get("resume") and given.get("out"):
-        from caco.train.run_folder import read_config
+        from caco.train.run_folder import RESOLVED, read_config
 
         for name in RESOLVED:
             if given.get(name) == "auto":

@@ -142,7 +142,13 @@ def refused(error: OSError, path: Path | None = None) -> str:
 
 
 def print_any_name() -> None:
-    """Let this process print every name of a file, as escapes where the terminal has no characters for it."""
+    """Let this process print every name of a file, as escapes where the terminal has no characters for it.
+
+    A process that was started without an output (`>&-`, by some schedulers) prints into nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open as long as the process)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from caco.after_training import Evaluation
@@ -31,6 +32,8 @@ def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> Us
     backbone, card = load_encoder(options, own)
     if world.is_main and Path(options.run).is_dir() and (weights := find_weights(Path(options.run))).suffix == ".pt":
         print(f"{options.run} is not finished: its latest checkpoint is used, {weights.name}", file=sys.stderr)
+    if backbone is not None:
+        backbone.to(world.device).to(memory_format=torch.channels_last)
     return UsableEncoder(
         backbone=backbone,
         card=card,

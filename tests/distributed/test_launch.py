@@ -37,3 +37,34 @@ def test_a_script_with_a_guard(tmp_path):
     done = run(CALL.format(images=20, guard='if __name__ == "__main__":'), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("judged 4") == 1
+
+
+SPARE = """
+import numpy as np
+from torch import nn
+import caco
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4, 10)  # that the features do not go through
+
+    def forward(self, view):
+        return self.body(view).mean((2, 3))
+
+if __name__ == "__main__":
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
+    small = dict(views={"size": 16}, encoder={"projector": 8, "embedding": 8}, bank={"warm_start_steps": 2}, workers=1)
+    path = caco.pretrain(
+        images, "run", backbone=Own(), epochs=2, batch_size=8, bank_size=16, device="cpu", distributed={"processes": 2}, **small
+    )
+    print("trained", path.name)
+"""
+
+
+def test_a_module_with_a_head_that_is_not_used_trains_in_two_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(SPARE, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "trained backbone.safetensors" in done.stdout

@@ -150,6 +150,12 @@ def test_two_processes_are_one_run(alone, pair):
     assert len(last_checkpoint(pair)["random"]) == 2 and len(last_checkpoint(alone)["random"]) == 1
 
 
+def test_each_process_draws_its_own_random_numbers(pair):
+    """Else all would drop the same units and paths, image for image."""
+    one, other = last_checkpoint(pair)["random"]
+    assert not torch.equal(one["cpu"], other["cpu"])
+
+
 def test_torchrun_and_a_sharded_bank(photos, alone, tmp_path):
     """torchrun starts the same command; each process keeps half of the slots, the checkpoint has them all."""
     out = tmp_path / "torchrun, sharded"

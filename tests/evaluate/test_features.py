@@ -103,9 +103,11 @@ def test_the_network_is_left_as_it_was(backbone):
     frozen.eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     modes = [module.training for module in backbone.modules()]
+    strides = [parameter.stride() for parameter in backbone.parameters()]
     extract(backbone, Pictures(), **OPTIONS)
     assert [module.training for module in backbone.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert [parameter.stride() for parameter in backbone.parameters()] == strides
     with pytest.raises(ZeroDivisionError), evaluation_mode(backbone):
         1 / backbone.training
     assert [module.training for module in backbone.modules()] == modes

@@ -12,6 +12,7 @@ import termios
 import pytest
 
 from caco.config import Views
+from caco.errors import CacoError
 from caco.train.journal import Forecast, Journal, ProgressBar, Stopwatch
 from caco.train.trainer import warm_start_cost
 
@@ -64,6 +65,15 @@ def test_a_shorter_file_is_not_filled_with_zeros(tmp_path):
     journal.record("train", 1, loss=3.0)
     journal.close()
     assert lines(tmp_path / "metrics.jsonl") == [{"kind": "train", "step": 1, "loss": 3.0}]
+
+
+@pytest.mark.parametrize("name", ["speed.jsonl", "train.log"])
+def test_a_full_disk_is_told_with_the_file(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/full")
+    journal = Journal(tmp_path)
+    with pytest.raises(CacoError, match=rf"{name} cannot be written: No space left on device; free some space there"):
+        journal.note("words") if name == "train.log" else journal.record_speed(1, 1.0, 0.0)
+    journal.close()  # says nothing else in the place of that error
 
 
 def test_said_on_the_console_and_in_the_log(tmp_path, capsys):

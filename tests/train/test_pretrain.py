@@ -99,6 +99,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     for path in (tmp_path / "run/checkpoints").glob("step-*.pt"):
         saved = torch.load(path, weights_only=True)
         assert saved["meters"]["first_bad_step"] == 2**62
+        assert all(torch.isfinite(tensor).all() for tensor in saved["model"].values())
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_delivered(tmp_path):
+    """The last step of a run has a finite loss, and its update overflows: no later step would have told."""
+    options = {**SMALL, "epochs": 1, "monitor": {"log_steps": 1, "knn_epochs": 0}, "bank": {"warm_start_steps": 0}}
+    options |= {"batch_size": 24, "optimizer": {"name": "sgd", "warmup_epochs": 0, "weight_decay": 1e25}}
+    with pytest.raises(CacoError, match="the weights are not finite at step 1; the run stops"):
+        caco.pretrain(ArraySource(pictures()), tmp_path / "run", backbone="test_resnet", lr=1e25, **options)
+    assert not list((tmp_path / "run").rglob("*.pt")) and not (tmp_path / "run/export").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"lr": 1e-4}, "--lr 0.0001 grows over the run, for --optimizer.final-lr is 0.0006"),
+        ({"bank": {"lr": 3.0}}, "--bank.lr 3 grows over the run, for --bank.final-lr is 15"),
+        ({"lr": 1e-4, "optimizer": {"final_lr": 1e-6}}, ""),
+    ],
+)
+def test_a_rate_that_grows_is_told(tmp_path, capfd, given, words):
+    """Of a pair of rates one was given; the other is still that of the recipe."""
+    bank = {"warm_start_steps": 1, **given.get("bank", {})}
+    optimizer = {"warmup_epochs": 0, **given.get("optimizer", {})}
+    options = {**SMALL, **given, "epochs": 1, "bank": bank, "optimizer": optimizer}
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", backbone="test_resnet", **options)
+    said = capfd.readouterr().err
+    assert words in said and ("grows over" in said) == bool(words)
 
 
 def test_embeddings_that_hardly_differ_are_told_in_plain_words_once(tmp_path, capfd):

@@ -171,6 +171,25 @@ def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, 
     assert_equal_runs(uninterrupted, out)
 
 
+def test_a_check_leaves_the_layout_that_was_chosen(photos, tmp_path):
+    """A resume begins in the run's own layout; a run whose kNN check had changed it would go on with other sums."""
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    layout = ("--engine.layout", "contiguous", "--backbone", "resnet10_narrow", "--views.size", "32")
+    done = run(command(photos, whole, *layout))
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(command(photos, out, *layout), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    metrics = out / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and b'"knn"' in metrics.read_bytes()):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, error
+    resumed = run([sys.executable, "-m", "caco", "pretrain", "--out", str(out), "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_runs(whole, out)
+
+
 def test_the_uninterrupted_run_is_complete(uninterrupted):
     records = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     by_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("warm start", "train", "epoch", "knn")}

@@ -129,6 +129,15 @@ def test_a_run_without_a_checkpoint_begins_anew(run, capsys):
         check_run_folder(config(run, resume=True, lr=0.5))
 
 
+def test_a_restarted_run_computes_as_it_began(run):
+    """The command of the first start says auto; what that meant is in the run's folder, and is not measured again."""
+    engine = {"engine.layout": "contiguous", "engine.compile": "off"}
+    write_config(run, config(run, precision="bf16", **engine))
+    again = check_run_folder(config(run, epochs="auto", precision="auto"), restarted=True)
+    assert again == config(run, resume=True, precision="bf16", **engine)
+    assert check_run_folder(config(run, precision="fp32"), restarted=True).precision == "fp32"  # asked for: told later
+
+
 @pytest.mark.parametrize("kept", ["checkpoints/best.pt", "export/backbone.safetensors"])
 def test_what_a_run_has_saved_is_never_lost_to_a_resume(run, kept):
     (run / "checkpoints" / "step-00000010.pt").unlink()

@@ -60,12 +60,13 @@ def extract(
     """Return the backbone's features of a source's images (or of `indices`), seen through the validation transform.
 
     The shorter side is resized to `resize` pixels and the centre `size` × `size` taken. The backbone is moved to
-    `device` (its memory format to channels_last), runs in evaluation mode and is left in the mode it was in. Broken
-    images are skipped and listed. Images are decoded by `workers` threads while the device computes. Raises CacoError
-    when no image can be read, when the backbone returns anything but [B, F], and when features are not finite.
+    `device`, runs in evaluation mode and is left in the mode and the memory format it was in (channels_last is fastest on
+    most machines): a run that is checked trains on as if it had not been. Broken images are skipped and listed. Images are
+    decoded by `workers` threads while the device computes. Raises CacoError when no image can be read, when the backbone
+    returns anything but [B, F], and when features are not finite.
     """
     device = torch.device(device)
-    backbone.to(device).to(memory_format=torch.channels_last)
+    backbone.to(device)
     chosen = range(len(source)) if indices is None else [int(index) for index in indices]
 
     def view(index: int) -> np.ndarray:

@@ -63,7 +63,7 @@ def judge(path: Path, config: Linear) -> tuple[float, float]:
     classes = tuple(open_source(config.data).classes)
     val = Relabelled(open_source(config.val, split="val"), classes)
     features = extract(
-        backbone.to(device),
+        backbone.to(device).to(memory_format=torch.channels_last),
         val,
         size=card.size,
         resize=card.resize,

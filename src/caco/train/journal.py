@@ -15,11 +15,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from caco.data.ahead import Batch
+from caco.errors import CacoError
+from caco.files import refused
 
 
 class Bar(tqdm):  # type: ignore[misc]
@@ -29,7 +31,7 @@ class Bar(tqdm):  # type: ignore[misc]
 
 
 class Journal:
-    """The files of one run, appended to as it goes on."""
+    """The files of one run, appended to as it goes on. Raises CacoError, with the file, when the system refuses."""
 
     def __init__(self, folder: Path, keep_bytes: int = 0, tensorboard: bool = False) -> None:
         """keep_bytes: length of metrics.jsonl at the checkpoint resumed from; what came later is done again."""
@@ -43,8 +45,7 @@ class Journal:
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one record to metrics.jsonl."""
         line = json.dumps({"kind": kind, "step": step, **values})
-        self._metrics.write(line.encode() + b"\n")
-        self._metrics.flush()
+        _append(self._metrics, line.encode() + b"\n")
         if self._events is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -53,8 +54,7 @@ class Journal:
     def record_speed(self, step: int, images_per_second: float, data_wait: float) -> None:
         """Append one record to speed.jsonl. data_wait: share of the time, 0-1."""
         record = {"step": step, "images_per_second": round(images_per_second, 2), "data_wait": round(data_wait, 4)}
-        self._speed.write(json.dumps(record) + "\n")
-        self._speed.flush()
+        _append(self._speed, json.dumps(record) + "\n")
 
     def say(self, text: str) -> None:
         """Say something on the console (above a progress bar) and in train.log."""
@@ -64,8 +64,7 @@ class Journal:
 
     def note(self, text: str) -> None:
         """Write something to train.log only."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        _append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def sync(self) -> int:
         """Bring metrics.jsonl to the disk and return its length in bytes, for a checkpoint."""
@@ -75,9 +74,18 @@ class Journal:
     def close(self) -> None:
         """Close the files."""
         for file in (self._metrics, self._speed, self._log):
-            file.close()
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _append(file: IO[Any], text: str | bytes) -> None:
+    try:
+        file.write(text)
+        file.flush()
+    except OSError as error:
+        raise CacoError(refused(error, Path(file.name))) from error
 
 
 class SilentJournal(Journal):

@@ -48,6 +48,9 @@ from caco.train.state import TrainingState
 from caco.train.trainer import Trainer, warm_start_steps
 from caco.weights import BackboneCard, save_backbone
 
+RANDOM_STRIDE = 0x5851F42D4C957F2D
+"""Between the seeds of two processes: no process of a run has the seed of another run that one may compare it with."""
+
 
 def run(
     world: World,
@@ -126,6 +129,8 @@ def prepare(
     state = create_state(config, backbone, world)
     if not config.resume:
         start_from(state, config, loader.steps_per_epoch, warm_start_steps(config, loader.steps_per_epoch), world)
+    if world.rank:  # all have drawn the same weights; what is dropped in training, each draws for itself
+        torch.manual_seed((config.seed + world.rank * RANDOM_STRIDE) % 2**63)
     return Prepared(config, state, loader, broken, monitor, _backbone_card(config, backbone), precision, why)
 
 

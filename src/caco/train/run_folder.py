@@ -19,12 +19,15 @@ from pathlib import Path
 from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.files import check_writable, replace_json
-from caco.options import flatten, from_dictionary
+from caco.options import flatten, from_dictionary, override
 from caco.train.lock import LOCK, RunLock
 
 # What a resumed run may change: these have no part in the mathematics.
 FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download", "data", "val")
 FREE_GROUPS = ("engine.", "monitor.", "distributed.")
+
+RESOLVED = ("epochs", "precision", "engine.layout", "engine.compile")
+"""Options that a run writes into its config.json with a value in place of "auto"."""
 
 WRITTEN = (
     *("environment.json", "metrics.jsonl", "speed.jsonl", "train.log", "index.npz", "skipped.txt"),
@@ -40,10 +43,10 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
 
     A run to be resumed that has saved nothing yet begins anew, which comes to the same: all follows from its settings.
     restarted: by torchrun after a process was lost, or by SLURM after a requeue; the command is the same, so it is
-    decided here that the same run goes on. Returns the configuration with these decisions.
+    decided here that the same run goes on, computed as it began. Returns the configuration with these decisions.
     """
     if restarted and _holds_run(Path(config.out)):
-        config = replace(config, resume=True, overwrite=False)
+        config = _as_decided(replace(config, resume=True, overwrite=False), read_config(Path(config.out)))
     if not config.out:
         raise UsageError("--out is missing: name a folder for the run, for example --out runs/first")
     folder = Path(config.out)
@@ -69,6 +72,12 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
         print(f"the run in {folder} had saved no checkpoint yet: it begins anew, the same", file=sys.stderr)
         return replace(config, resume=False, overwrite=True)
     return config
+
+
+def _as_decided(config: Pretrain, saved: Pretrain) -> Pretrain:
+    """Return the configuration with what the saved one has decided in place of each "auto": it is not decided again."""
+    asked, decided = flatten(config), flatten(saved)
+    return override(config, {name: decided[name] for name in RESOLVED if asked[name] == "auto"})
 
 
 def open_run_folder(config: Pretrain, lock: RunLock) -> Path:

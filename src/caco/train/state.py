@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from caco.distributed.world import World
@@ -51,6 +52,16 @@ class TrainingState:
             "knn_is_owed": self.knn_is_owed,
             "random": world.gather_objects(random_state(world.device)),
         }
+
+    def is_finite(self) -> bool:
+        """Return whether all weights and batch-norm statistics of this process are finite. Waits for the device."""
+        norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
+        statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        tensors = [t for t in (*self.model.parameters(), *statistics) if t.is_floating_point() and t.numel()]
+        ends = [
+            end.detach() for tensor in tensors for end in torch.aminmax(tensor)
+        ]  # without a copy as large as the bank
+        return bool(torch.isfinite(torch.stack(ends)).all())
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
         """Take over what `state_dict` returned. Raises UsageError when it is of another model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -45,6 +45,24 @@ def warm_start_lr(config: Pretrain) -> float:
     return config.lr * config.batch_size / 256
 
 
+def remarks_on_rates(config: Pretrain) -> Iterator[str]:
+    """Yield what is odd about the rates of a run, in words."""
+    epochs, warmup = int(config.epochs), config.optimizer.warmup_epochs
+    if warmup >= epochs and warmup > 1:  # of a single epoch the rate is --lr from the start
+        reaches = "reaches --lr in the last epoch only" if warmup == epochs else "never reaches --lr"
+        yield (
+            f"the learning rate {reaches}: it warms up over {warmup} epochs (--optimizer.warmup-epochs), and the run "
+            f"has {epochs}"
+        )
+    ends = (
+        ("lr", config.lr, "optimizer", config.optimizer.final_lr),
+        ("bank.lr", config.bank.lr, "bank", config.bank.final_lr),
+    )
+    for name, first, group, final in ends:
+        if final > first:  # one was given, the other is the recipe's
+            yield f"--{name} {first:g} grows over the run, for --{group}.final-lr is {final:g}; set both to change this"
+
+
 def train_step(
     state: TrainingState,
     network: nn.Module,
@@ -83,7 +101,7 @@ def compute_gradients(
     autocast = torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32)
     outputs: list[ViewOutput] = []
     positives_of_parts: list[Tensor] = []
-    parts = list(zip(*(view.chunk(accumulate) for view in views), strict=True))
+    parts = parts_of(views, accumulate)
     for part, crops in enumerate(parts):
         with autocast:
             positives = model.find_positives(crops)
@@ -97,6 +115,12 @@ def compute_gradients(
                 output.loss.backward()
             outputs.append(output._replace(loss=output.loss.detach()))
     return step_output(outputs, positives_of_parts)
+
+
+def parts_of(views: Sequence[Tensor], accumulate: int) -> list[list[Tensor]]:
+    """Return the views of each part of a batch: of every so-manyth image, so that their batch norms see the same images
+    whatever the number of processes, each of which has a run of neighbours."""
+    return [[view[first::accumulate] for view in views] for first in range(accumulate)]
 
 
 def _gradients_stay_here(network: nn.Module, stay: bool) -> AbstractContextManager[None]:
@@ -121,7 +145,7 @@ def warm_start_step(
     set_lr(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
     losses, keys = [], []
-    for part, crops in enumerate(zip(*(view.chunk(accumulate) for view in views[:2]), strict=True)):
+    for part, crops in enumerate(parts_of(views[:2], accumulate)):
         with _gradients_stay_here(network, part < accumulate - 1):
             with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
                 loss, found = network(crops)
@@ -130,7 +154,7 @@ def warm_start_step(
         keys.append(found)
     state.optimizer.step()
     state.model.update_key_encoder(key_momentum)
-    state.model.bank.fill(world.gather(torch.cat(keys)), batch=state.warm_start_step)
+    state.model.bank.fill(world.gather(torch.stack(keys, dim=1).flatten(0, 1)), batch=state.warm_start_step)
     state.warm_start_step += 1
     mean = torch.stack(losses).mean()
     state.meters.note_loss(mean, state.warm_start_step)

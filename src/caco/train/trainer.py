@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caco.config import Pretrain, Views
-from caco.distributed.data_parallel import data_parallel
+from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, UsageError, counted
 from caco.evaluate.health import verdict
@@ -18,7 +18,7 @@ from caco.train.checkpoint import CheckpointFolder, Latest
 from caco.train.interrupt import InterruptFlag
 from caco.train.journal import Forecast, Journal, ProgressBar, SilentJournal, Stopwatch
 from caco.train.monitor import knn_is_due
-from caco.train.step import Rates, rates_at, train_step, warm_start_lr, warm_start_step
+from caco.train.step import Rates, rates_at, remarks_on_rates, train_step, warm_start_lr, warm_start_step
 
 if TYPE_CHECKING:
     from caco.train.pretrain import Prepared
@@ -42,6 +42,7 @@ class Trainer:
         config = run.config
         self.epochs = int(config.epochs)
         self.steps = self.epochs * self.loader.steps_per_epoch
+        self.unused = unused_parameters(run.state.model.encoder.get_submodule("backbone"), config.views.size, world)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.monitor.keep_checkpoints)
         self.last_saved = time.monotonic()
         self.last_spread = 1.0
@@ -81,13 +82,8 @@ class Trainer:
         )
         if self.engine:
             self.journal.say(f"encoder: {self.engine}")
-        warmup = config.optimizer.warmup_epochs
-        if warmup >= self.epochs and warmup > 1:  # of a single epoch the rate is --lr from the start
-            reaches = "reaches --lr in the last epoch only" if warmup == self.epochs else "never reaches --lr"
-            self.journal.say(
-                f"the learning rate {reaches}: it warms up over {warmup} epochs (--optimizer.warmup-epochs), and the run "
-                f"has {self.epochs}"
-            )
+        for remark in remarks_on_rates(self.config):
+            self.journal.say(remark)
 
     def _position(self) -> str:
         state = self.state
@@ -100,7 +96,9 @@ class Trainer:
         if state.warm_start_step >= steps:
             return
         network = data_parallel(
-            WarmStart(state.model, self.config.bank.warm_start_temperature), self.world, ignored=["model.bank.weight"]
+            WarmStart(state.model, self.config.bank.warm_start_temperature),
+            self.world,
+            ignored=[state.model.bank.weight, *self.unused],
         )
         lr, momentum = warm_start_lr(self.config), self.config.bank.warm_start_key_momentum
         cost = warm_start_cost(self.config.views)
@@ -128,7 +126,8 @@ class Trainer:
 
     def _train_epochs(self) -> None:
         state, per_epoch = self.state, self.loader.steps_per_epoch
-        network = data_parallel(state.model, self.world, ignored=["bank.weight"] if self.config.bank.sharded else [])
+        apart = [state.model.bank.weight] if self.config.bank.sharded else []
+        network = data_parallel(state.model, self.world, ignored=[*apart, *self.unused])
         if state.knn_is_owed:  # the run was stopped between the end of an epoch and its check
             self._save_when_due(state.step, known_to_all=True, best=self._check(state.step // per_epoch - 1))
         clock = Stopwatch()
@@ -232,7 +231,10 @@ class Trainer:
             )
 
     def _save(self, best: bool) -> Path:
+        """Write a checkpoint. Raises CacoError instead when it would hold what no step can go on from."""
         self._stop_if_not_finite(self.state.meters.bad_step(self.world))
+        if any(self.world.any(not self.state.is_finite())):  # the loss of a step is that of the weights before it
+            self._stop_if_not_finite(self.state.step or self.state.warm_start_step, "weights are")
         contents = {
             **self.state.state_dict(self.world),
             "metrics_bytes": self.journal.sync(),
@@ -263,12 +265,12 @@ class Trainer:
         self.state.load_state_dict(contents, self.world)
         return int(contents["metrics_bytes"]), latest.problems
 
-    def _stop_if_not_finite(self, step: int | None) -> None:
+    def _stop_if_not_finite(self, step: int | None, what: str = "loss is") -> None:
         if step is not None:
             kept = [path.name for path in self.checkpoints.paths()]
-            what = "step" if self.state.step else "warm-start step"
+            kind = "step" if self.state.step else "warm-start step"
             raise CacoError(
-                f"the loss is not finite at {what} {step:,}; the run stops. Last good checkpoint: "
+                f"the {what} not finite at {kind} {step:,}; the run stops. Last good checkpoint: "
                 f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
                 "or --precision fp32."
             )
