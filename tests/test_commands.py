@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 import caco
+from caco.backbone import create_backbone
 from caco.cli import main
 from caco.errors import CacoError, UsageError
 from caco.judge import _counts_line
+from caco.weights import BackboneCard, save_backbone
 
 CLASSES = ("blue", "green", "red")
 TINY = {
@@ -234,6 +236,16 @@ def test_another_size_than_trained_at(run, val, tmp_path):
         assert file["vectors"].shape == (12, 96)
 
 
+def test_a_size_that_the_encoder_does_not_take(val, tmp_path, capsys):
+    """The positions of this transformer are those of one size."""
+    file = tmp_path / "vit.safetensors"
+    save_backbone(file, create_backbone("test_vit_relpos", 32), BackboneCard("test_vit_relpos", size=32, resize=32))
+    words = ["embed", str(file), "--data", str(val), "--out", str(tmp_path / "f.npz")]
+    assert main([*words, "--size", "48"]) == 2
+    assert "the backbone does not take pictures of 48 x 48 pixels" in capsys.readouterr().err
+    assert main([*words, "--size", "32"]) == 0
+
+
 def test_unlabelled_and_broken_images_are_embedded_as_far_as_they_go(run, tmp_path, capsys):
     folder = make_photos(tmp_path / "flat", 4, ("only",)) / "only"
     (folder / "aaa.jpg").write_bytes(b"not a picture")
@@ -243,6 +255,25 @@ def test_unlabelled_and_broken_images_are_embedded_as_far_as_they_go(run, tmp_pa
         assert file["keys"].tolist() == [f"{number:03}.jpg" for number in range(4)]
     error = capsys.readouterr().err
     assert "1 of 5 images were skipped, the first: aaa.jpg" in error
+
+
+def test_a_process_with_broken_images_only_spoils_nothing(photos, tmp_path):
+    """Of two processes the first gets the folder of broken images; all the same the result is that of one process."""
+    folder = tmp_path / "photos"
+    for number in range(4):
+        for name, content in (("a", b"nonsense"), ("b", (photos / "red" / f"{2 + 3 * number:03}.jpg").read_bytes())):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / f"{number}.jpg").write_bytes(content)
+    options = {"data": folder, "size": 16, "device": "cpu"}
+    for processes in (1, 2):
+        caco.embed("pixels", **options, out=tmp_path / f"{processes}.npz", distributed={"processes": processes})
+    with np.load(tmp_path / "1.npz") as one, np.load(tmp_path / "2.npz") as two:
+        assert one["keys"].tolist() == [f"b/{number}.jpg" for number in range(4)]
+        assert all(np.array_equal(one[name], two[name]) for name in ("keys", "vectors", "labels", "classes"))
+    for path in (folder / "b").iterdir():
+        path.write_bytes(b"nonsense")
+    with pytest.raises(CacoError, match="none of the 8 images of .* can be read; the first, a/0.jpg"):
+        caco.embed("pixels", **options, out=tmp_path / "none.npz", distributed={"processes": 2})
 
 
 def test_broken_images_are_listed_in_the_result(run, photos, tmp_path):

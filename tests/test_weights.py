@@ -129,6 +129,20 @@ FORMS = {
             "bank.weight": torch.zeros(4, 4),
         },
     },
+    "MoCo v3": lambda state: {
+        "state_dict": {
+            **{f"module.base_encoder.{name}": tensor for name, tensor in state.items()},
+            **{f"module.momentum_encoder.{name}": torch.zeros_like(tensor) for name, tensor in state.items()},
+            "module.base_encoder.fc.0.weight": torch.zeros(2, 2),
+            "module.predictor.0.weight": torch.zeros(2, 2),
+        }
+    },
+    "SwAV": lambda state: {
+        **{f"module.{name}": tensor for name, tensor in state.items()},
+        "module.projection_head.0.weight": torch.zeros(2, 2),
+        "module.prototypes.weight": torch.zeros(2, 2),
+    },
+    "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "no counters": lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
 }
 

@@ -19,7 +19,7 @@ from caco.distributed.launch import launch
 from caco.distributed.world import World, choose_device
 from caco.errors import CacoError, UsageError, counted
 from caco.files import check_writable
-from caco.given import NOTHING, Own, open_encoder, open_images, say_broken
+from caco.given import NOTHING, Own, open_encoder, open_images, say_broken, say_unfinished
 from caco.judge import knn, linear
 from caco.train import pretrain as pretraining
 
@@ -79,6 +79,8 @@ def export(options: Export) -> Path:
     """Write the encoder in another format; say how to load it, and return the file's path."""
     path = check_export_path(options.out, options.format)
     how = export_encoder(Path(options.run), options.format, path)
+    if options.format != "reference":  # which says itself how many epochs are done
+        say_unfinished(options.run)
     print(f"{path} is written; load it with {how}")
     return path
 

@@ -30,8 +30,8 @@ NOTHING = Own()
 def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> UsableEncoder:
     """Return the encoder that the options name, or the user's own. Raises UsageError."""
     backbone, card = load_encoder(options, own)
-    if world.is_main and Path(options.run).is_dir() and (weights := find_weights(Path(options.run))).suffix == ".pt":
-        print(f"{options.run} is not finished: its latest checkpoint is used, {weights.name}", file=sys.stderr)
+    if world.is_main:
+        say_unfinished(options.run)
     if backbone is not None:
         backbone.to(world.device).to(memory_format=torch.channels_last)
     return UsableEncoder(
@@ -47,6 +47,12 @@ def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> Us
 def open_images(options: Evaluation, own: ImageSource | None, data: str, split: str) -> ImageSource:
     """Return the user's own images, or those that `data` names. Raises UsageError."""
     return open_source(data, split=split, download=options.download) if own is None else own
+
+
+def say_unfinished(run: str) -> None:
+    """Say so when the encoder of a run folder is not the finished one."""
+    if Path(run).is_dir() and (weights := find_weights(Path(run))).suffix == ".pt":
+        print(f"{run} is not finished: its latest checkpoint is used, {weights.name}", file=sys.stderr)
 
 
 def say_broken(source: ImageSource, broken: list[tuple[str, str]]) -> None:

@@ -38,14 +38,18 @@ CARD_FORMAT = "caco-backbone-1"
 PREFIXES = (
     "encoder.backbone.",
     "module.encoder_q.",
+    "module.base_encoder.",
     "module.backbone.",
+    "module._orig_mod.",
     "encoder_q.",
+    "base_encoder.",
+    "_orig_mod.",
     "module.",
     "backbone.",
     "model.",
 )
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
-HEADS = ("fc.", "head.", "classifier.")
+HEADS = ("fc.", "head.", "head_dist.", "classifier.", "projection_head.", "prototypes.")
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def _for_timm(card: BackboneCard) -> dict[str, Any]:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy weights into a module. A classifier's weights in `tensors` are left out; anything else must fit exactly.
+    """Copy weights into a module. The weights of a head in `tensors` are left out; anything else must fit exactly.
 
     Raises UsageError that names the first keys that are missing, left over or of another shape.
     """

@@ -1,6 +1,8 @@
 """Features in files that other tools read."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -82,6 +84,32 @@ def test_a_vector_is_its_own_row_after_slicing(tmp_path):
     assert rows == wide[:, ::2].tolist()
 
 
+MEMORY = """
+import re, sys, torch
+from pathlib import Path
+from caco.deliver.embed import write_features
+from caco.evaluate.features import Features
+
+features = Features(torch.rand(50_000, 1024), None, [f"row {row}" for row in range(50_000)])
+if sys.argv[1].endswith(".parquet"):
+    import pyarrow.parquet
+def peak():  # not resource's: that of a child counts what its parent took
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+before = peak()
+write_features(Path(sys.argv[1]), features, ())
+print((peak() - before) / (50_000 * 1024 * 4 / 1024))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("name", ["f.npz", "f.parquet"])
+def test_writing_takes_little_memory_beside_the_features(tmp_path, name):
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.6
+
+
 @pytest.mark.parametrize(("path", "words"), [("", "--out is missing"), ("f.csv", "as .npz or .parquet"), ("f", ".npz")])
 def test_paths_that_cannot_be(path, words):
     with pytest.raises(UsageError, match=words):
@@ -89,8 +117,6 @@ def test_paths_that_cannot_be(path, words):
 
 
 def test_parquet_without_pyarrow(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert check_features_path("f.npz").name == "f.npz"

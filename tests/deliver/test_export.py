@@ -78,8 +78,17 @@ def assert_published(content: dict, arch: str) -> None:
 def test_reference_has_exactly_the_published_keys(run, tmp_path):
     out = caco.export(run, format="reference", out=tmp_path / "checkpoint.pth.tar")
     content = torch.load(out, weights_only=True)
+    assert content.pop("card")["size"] == 32
     assert_published(content, "resnet18")
     assert content["epoch"] == 2
+
+
+def test_reference_of_another_size_than_the_published_one_is_judged_at_its_own(run, photos, tmp_path):
+    file = caco.export(run, format="reference", out=tmp_path / "checkpoint.pth.tar")
+    for name, encoder in (("run", run), ("file", file)):
+        caco.embed(encoder, data=photos, out=tmp_path / f"{name}.npz", device="cpu")
+    with np.load(tmp_path / "run.npz") as one, np.load(tmp_path / "file.npz") as other:
+        assert np.array_equal(one["vectors"], other["vectors"])
 
 
 def test_reference_of_a_resnet50_has_exactly_the_published_keys():

@@ -251,6 +251,18 @@ def test_pieces_that_cannot_be_had_are_said(run, option, said):
     assert part(page, "curves").count('<svg class="chart"') == 8
 
 
+@pytest.mark.parametrize("name", ["encoder.backbone.bn1.running_var", "key_encoder.projector.6.weight"])
+def test_features_that_are_not_finite_are_said(run, name):
+    path = max((run / "checkpoints").glob("step-*.pt"))
+    content = torch.load(path, weights_only=True)
+    content["model"][name].fill_(torch.nan)
+    torch.save(content, path)
+    page = caco.report(run, device="cpu").read_text(encoding="utf-8")
+    Checker(page)
+    for section in ("neighbours", "slots", "map"):
+        assert "gives features that are not finite" in part(page, section)
+
+
 def test_no_run_is_an_error(tmp_path):
     with pytest.raises(UsageError, match=r"no run in .*config\.json"):
         caco.report(tmp_path)

@@ -33,11 +33,17 @@ def test_covers_the_truth_about_95_times_in_100():
     assert 0.91 <= inside / 400 <= 0.98
 
 
-def test_repeatable_and_at_the_ends():
+@pytest.mark.parametrize("images", [1, 5, 40, 1000])
+def test_images_that_are_all_alike_are_no_certainty(images):
+    """An encoder that is right less often than `low` has a chance of less than 0.025 to be right on all of them."""
+    low, high = bootstrap_interval(np.ones(images, bool))
+    assert (low**images, high) == (pytest.approx(0.025), 1.0)
+    assert bootstrap_interval(np.zeros(images, bool)) == (0.0, pytest.approx(1 - low))
+
+
+def test_repeatable():
     correct = np.array([True, False, True])
     assert bootstrap_interval(correct) == bootstrap_interval(correct)
-    assert bootstrap_interval(np.array([True])) == (1.0, 1.0)
-    assert bootstrap_interval(np.zeros(5, bool)) == (0.0, 0.0)
     narrow, wide = bootstrap_interval(correct, confidence=0.5), bootstrap_interval(correct, confidence=0.99)
     assert wide[0] <= narrow[0] <= narrow[1] <= wide[1]
     with pytest.raises(CacoError):

@@ -14,7 +14,15 @@ from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.data.decode import BrokenImage
 from caco.errors import CacoError
 from caco.evaluate import features
-from caco.evaluate.features import ahead, backbone_features, evaluation_mode, extract, in_batches, pixel_features
+from caco.evaluate.features import (
+    ahead,
+    backbone_features,
+    evaluation_mode,
+    extract,
+    in_batches,
+    joined,
+    pixel_features,
+)
 
 OPTIONS = {"size": 32, "resize": 36, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": "cpu", "workers": 2}
 
@@ -137,6 +145,12 @@ def test_a_few_images_at_a_time_give_the_same(backbone, monkeypatch):
         with evaluation_mode(backbone), torch.no_grad():
             whole, parts = backbone(images), backbone_features(backbone, images, "fp32")
         assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_joined_lets_go_of_its_parts():
+    parts = list(torch.randn(10, 3).split(4))
+    whole = torch.cat(parts)
+    assert torch.equal(joined(parts), whole) and not parts
 
 
 def test_raw_pixels():

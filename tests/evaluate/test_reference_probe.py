@@ -183,5 +183,7 @@ def test_errors_say_what_is_wrong():
         train_reference_probe(Edges(), labelled, Stripes(4, 0, labelled=False), **OPTIONS)
     with pytest.raises(CacoError, match="none of the 4 images"):
         train_reference_probe(Edges(), Stripes(4, 0, broken=range(4)), labelled, **OPTIONS)
+    with pytest.raises(CacoError, match="diverged in epoch . at --lr 1e\\+30; try a lower one"):
+        train_reference_probe(Edges(), labelled, labelled, epochs=9, learning_rate=1e30, **OPTIONS)
     with pytest.raises(UsageError, match="at least one epoch"):
         train_reference_probe(Edges(), labelled, labelled, epochs=0, **OPTIONS)

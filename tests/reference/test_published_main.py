@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,17 +88,48 @@ def test_the_programs_at_the_root(tree, tmp_path):
 
 
 def test_linear_judges_a_written_classifier_again(tree, checkpoint, capsys):
-    words = ["--data", str(tree), "--pretrained", str(checkpoint), "--size", "32", "-b", "24"]
+    words = ["--data", str(tree), "--pretrained", str(checkpoint), "-b", "24"]
     assert linear.main([*words, "--epochs", "1"]) == 0
     *_, trained = capsys.readouterr().out.splitlines()
     assert linear.main([*words, "--evaluate"]) == 0
     assert capsys.readouterr().out == trained + "\n"
     written = checkpoint.parent / "linear_lars" / "bs_24" / "lr_0.100" / "wd_0.0" / "checkpoint.pth.tar"
     content = torch.load(written, weights_only=True)
-    assert set(content) == {"epoch", "arch", "state_dict", "best_acc1", "optimizer"}
+    assert set(content) == {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "classes", "card"}
+    assert content["card"]["size"] == 32  # as main.py trained it, which its file says
     assert content["state_dict"]["module.fc.weight"].shape == (2, 96)
-    assert linear.main(["--data", str(tree), "--resume", str(written), "-e", "--size", "32"]) == 0
+    assert linear.main(["--data", str(tree), "--resume", str(written), "-e"]) == 0
     assert capsys.readouterr().out == trained + "\n"
+
+
+def test_a_written_classifier_keeps_its_classes(tree, checkpoint, tmp_path, capsys):
+    """Whatever folders stand beside the images it judges."""
+    words = ["--pretrained", str(checkpoint), "-b", "8", "--lr", "100"]
+    assert linear.main(["--data", str(tree), *words, "--epochs", "3"]) == 0
+    folder = checkpoint.parent / "linear_lars" / "bs_8" / "lr_100.000" / "wd_0.0"
+    other = shutil.copytree(tree, tmp_path / "other")
+    for split in ("train", "val"):
+        shutil.rmtree(other / split / "n01440764")
+        shutil.copytree(other / split / "n01443537", other / split / "n02")
+        for number in range(2):
+            (other / split / "n02" / f"{number}.JPEG").write_bytes(b"nonsense")
+    capsys.readouterr()
+    assert linear.main(["--data", str(other), *words, "-e"]) == 2
+    assert "has the class 'n02', which the training images lack" in capsys.readouterr().err
+    for split in ("train", "val"):
+        (other / split / "n02").rename(other / split / "n01440764")
+    for path in (other / "val" / "n01440764").glob("n*"):
+        path.unlink()
+    (other / "val" / "n01440764" / "one.JPEG").write_bytes((tree / "val/n01440764/n01440764_0.JPEG").read_bytes())
+    assert linear.main(["--data", str(other), *words, "-e"]) == 0
+    said = capsys.readouterr()
+    assert "2 of 8 images were skipped, the first: n01440764/0.JPEG" in said.err
+    content = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+    del content["classes"], content["card"]  # as the published code leaves it
+    torch.save(content, tmp_path / "theirs.pth.tar")
+    shutil.copytree(tree / "train" / "n01443537", other / "train" / "n02")
+    assert linear.main(["--data", str(other), "-e", "--resume", str(tmp_path / "theirs.pth.tar"), "--size", "32"]) == 2
+    assert "tells 2 classes apart" in capsys.readouterr().err
 
 
 def test_linear_refuses_another_architecture(tree, checkpoint, capsys):

@@ -352,3 +352,5 @@ def test_skipped_images_and_an_unfinished_run_are_told(tmp_path, capfd):
     shutil.rmtree(tmp_path / "run/export")
     caco.knn(tmp_path / "run", photos)
     assert "run is not finished: its latest checkpoint is used, step-" in capfd.readouterr().err
+    caco.export(tmp_path / "run", out=tmp_path / "backbone.safetensors")
+    assert "run is not finished: its latest checkpoint is used, step-" in capfd.readouterr().err

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 
 from caco.errors import UsageError
 from caco.evaluate.features import Features
-from caco.files import check_writable, replace_file
+from caco.files import check_writable, replacing
 
 ENDINGS = (".npz", ".parquet")
+ROW_GROUP = 4096
+"""Rows that Parquet encodes at a time, which takes as much memory as they have, and more."""
 
 
 def check_features_path(path: str) -> Path:
@@ -32,24 +33,24 @@ def write_features(path: Path, features: Features, classes: tuple[str, ...]) -> 
     .npz: arrays "keys", "vectors", "labels", "classes". .parquet: columns key, vector, label, class.
     """
     vectors = features.vectors.numpy()
-    buffer = io.BytesIO()
     if path.suffix == ".npz":
         arrays = {"keys": np.array(features.keys), "vectors": vectors}
         if features.labels is not None:
             arrays |= {"labels": features.labels.numpy(), "classes": np.array(classes)}
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    else:
-        pyarrow, parquet = _pyarrow()
-        flat = pyarrow.array(vectors.ravel())
-        columns = {
-            "key": [_readable(key) for key in features.keys],
-            "vector": pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-        }
-        if features.labels is not None:
-            numbers = features.labels.tolist()
-            columns |= {"label": numbers, "class": [_readable(classes[number]) for number in numbers]}
-        parquet.write_table(pyarrow.table(columns), buffer)
-    replace_file(path, buffer.getvalue())
+        with replacing(path) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        return
+    pyarrow, parquet = _pyarrow()
+    flat = pyarrow.array(vectors.ravel())
+    columns = {
+        "key": [_readable(key) for key in features.keys],
+        "vector": pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+    }
+    if features.labels is not None:
+        numbers = features.labels.tolist()
+        columns |= {"label": numbers, "class": [_readable(classes[number]) for number in numbers]}
+    with replacing(path) as file:
+        parquet.write_table(pyarrow.table(columns), file, row_group_size=ROW_GROUP)
 
 
 def _readable(name: str) -> str:

@@ -108,7 +108,7 @@ def look(
     """Show at most `images` images, evenly spaced through the source, to the networks.
 
     Each through the validation transform, as for every evaluation. Broken images are left out. Raises CacoError when
-    none is good.
+    none is good, and when features are not finite.
     """
     size, resize = config.views.size, config.views.resize()
 
@@ -140,6 +140,8 @@ def look(
         raise CacoError(f"none of the {len(broken):,} images looked at can be read")
     all_pixels, all_features = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     embeddings = [part[2] for part in parts if part[2] is not None]
+    if not all(map(bool, (torch.isfinite(made).all() for made in (all_features, *embeddings)))):
+        raise CacoError("the encoder gives features that are not finite")
     return Seen(
         keys=[source.key(index) for index in taken],
         classes=source.classes,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from caco.after_training import Evaluation
-from caco.backbone import adopt_backbone, create_backbone
+from caco.backbone import adopt_backbone, create_backbone, try_size
 from caco.config import usual_resize
 from caco.data.source import ImageSource
 from caco.distributed.world import World, precision_name
@@ -77,7 +77,10 @@ def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.
         torch.manual_seed(options.seed)
         return create_backbone(options.backbone, card.size).eval(), card
     module, card = load_backbone(find_weights(Path(run)), options.backbone, size, own)
-    return module, replace(card, size=size, resize=usual_resize(size)) if size else card
+    if not size:
+        return module, card
+    try_size(module, size)
+    return module, replace(card, size=size, resize=usual_resize(size))
 
 
 def find_weights(path: Path) -> Path:

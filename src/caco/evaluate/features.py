@@ -43,6 +43,16 @@ class Features:
     """Key and reason of each image that could not be read."""
 
 
+class NoneReadable(CacoError):
+    """None of the images of a source, or of a part of it, can be read."""
+
+    def __init__(self, name: str, broken: list[tuple[str, str]]) -> None:
+        """name: of the source. broken: key and reason of each image."""
+        why = f"; the first, {broken[0][0]}: {broken[0][1]}" if broken else ""
+        super().__init__(f"none of the {len(broken):,} images of {name} can be read{why}")
+        self.name, self.broken = name, broken
+
+
 def extract(
     backbone: nn.Module,
     source: ImageSource,
@@ -102,13 +112,22 @@ def gather_features(
     """Return make(indices) (None: of all `count` images), the work shared among all processes of `world`.
 
     Each process makes a contiguous part, so that every image counts once and the order is the source's, whatever their
-    number. All processes get the whole.
+    number. All processes get the whole. A part without a good image is no error while another has one: raises NoneReadable
+    in all processes when none has.
     """
     chosen = np.arange(count) if indices is None else indices
     if world.size == 1 or len(chosen) < world.size:
         return make(chosen)
-    own = make(world.part(chosen))
-    keys, broken = zip(*world.gather_objects((own.keys, own.broken)), strict=True)
+    try:
+        own = make(world.part(chosen))
+        told = own.keys, own.broken, own.vectors.shape[1], own.labels is not None
+    except NoneReadable as error:
+        name, told = error.name, ([], error.broken, 0, False)
+    keys, broken, widths, labelled = zip(*world.gather_objects(told), strict=True)
+    if not max(widths):
+        raise NoneReadable(name, sum(broken, []))
+    if not told[2]:
+        own = Features(torch.empty(0, max(widths)), torch.empty(0, dtype=torch.int64) if any(labelled) else None, [])
     labels = None if own.labels is None else world.gather_parts(own.labels)
     return Features(world.gather_parts(own.vectors), labels, sum(keys, []), sum(broken, []))
 
@@ -210,11 +229,22 @@ def _at_a_time(images: Float[Tensor, "B 3 S S"]) -> int:
     return torch.get_num_threads() * min(max(share, 1), IMAGES_A_THREAD)
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """Return the rows of all parts as one tensor. Empties the list, so that hardly more than the result is ever held."""
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    parts.reverse()
+    row = 0
+    while parts:
+        part = parts.pop()
+        whole[row : row + len(part)] = part
+        row += len(part)
+    return whole
+
+
 def _collect(source: ImageSource, taken: list[int], broken: list[tuple[str, str]], finished: list[Tensor]) -> Features:
     if not taken:
-        why = f"; the first, {broken[0][0]}: {broken[0][1]}" if broken else ""
-        raise CacoError(f"none of the {len(broken):,} images of {source.name} can be read{why}")
-    vectors = torch.cat(finished)
+        raise NoneReadable(source.name, broken)
+    vectors = joined(finished)
     if not torch.isfinite(vectors).all():
         raise CacoError(f"the encoder gives features that are not finite for images of {source.name}")
     labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken])

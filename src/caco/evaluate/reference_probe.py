@@ -117,7 +117,7 @@ def train_reference_probe(
     learning_rate · batch_size / 256, a cosine to 0 by epochs. A batch larger than the training set is the whole set.
     on_epoch(epoch, mean loss) is called after each epoch, counted from 0. The result's head is that of the last epoch.
     The processes of `world` share the features' work; each trains the same head on all of them, and has the result.
-    Raises CacoError without labels, on labels out of range, or when no image can be read.
+    Raises CacoError without labels, on labels out of range, when no image can be read, or when the head diverges.
     """
     device = world.device
     train_labels, val_labels = _labels(train_source), _labels(val_source)
@@ -134,6 +134,10 @@ def train_reference_probe(
         loss = _train_epoch(head, optimizer, crops.batches(epoch, batch_size))
         if loss is None:
             raise CacoError(f"none of the {len(train_source):,} images of {train_source.name} can be read")
+        if not all(torch.isfinite(tensor).all() for tensor in (loss, *head.parameters())):
+            raise CacoError(
+                f"the linear probe diverged in epoch {epoch + 1} at --lr {learning_rate:g}; try a lower one"
+            )
         if on_epoch is not None:
             on_epoch(epoch, loss.item())
 

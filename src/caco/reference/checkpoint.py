@@ -3,6 +3,9 @@
 {epoch, arch, best_acc, knn_acc, state_dict, optimizer, Memory_Bank}. In `state_dict` the encoder is
 `module.encoder_q.<torchvision's ResNet names>` with the projector as its `fc` (`fc.0`, `fc.1`, `fc.3`, `fc.4`, `fc.6`), the
 key encoder the same under `module.encoder_k.`. `Memory_Bank` is {W, v}, both [D, K]: a slot is a *column* there.
+
+Published encoders see pictures of 224 px, so the format does not say it. One that was trained on others would be judged at
+the wrong size: its file has one entry more, `card` (`caco.weights.BackboneCard`), which the published programs do not read.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from caco.errors import UsageError
 from caco.files import replace_file
-from caco.weights import load_torch
+from caco.weights import BackboneCard, load_torch
 
 ENCODER, KEY_ENCODER = "module.encoder_q.", "module.encoder_k."
 LEARNT = ("weight", "bias")
@@ -48,6 +51,8 @@ class Snapshot:
     """LARS: the buffer of each parameter of the encoder, counted in the order of its state dict."""
     group: dict[str, float]
     """LARS: learning rate, weight decay, momentum, trust coefficient."""
+    card: dict[str, Any]
+    """How pictures are prepared for the encoder, as far as the file says it (`BackboneCard`)."""
 
 
 def read_snapshot(path: Path) -> Snapshot | None:
@@ -84,6 +89,7 @@ def from_published(content: Mapping[str, Any]) -> Snapshot:
         velocity=bank["v"].T.contiguous(),
         momentum={int(number): entry["mu"] for number, entry in optimizer["state"].items()},
         group={name: float(group[name]) for name in GROUP if name in group},
+        card=dict(content.get("card") or {}),
     )
 
 
@@ -106,11 +112,12 @@ def from_ours(content: Mapping[str, Any]) -> Snapshot:
         velocity=next((velocity for velocity in velocities if velocity is not None), torch.zeros_like(bank)),
         momentum={int(number): entry["momentum_buffer"] for number, entry in momentum.items()},
         group={name: float(group[name]) for name in GROUP} if is_lars else {},
+        card=content["card"],
     )
 
 
 def to_published(snapshot: Snapshot) -> dict[str, Any]:
-    """Return a published checkpoint: exactly its keys and shapes."""
+    """Return a published checkpoint: exactly its keys and shapes, and `card` where pictures are prepared otherwise."""
     state = {ENCODER + _published_name(name): tensor for name, tensor in snapshot.encoder.items()}
     state |= {KEY_ENCODER + _published_name(name): tensor for name, tensor in snapshot.key_encoder.items()}
     # The published optimizer was given both encoders' parameters; those of the key encoder never had a gradient.
@@ -126,6 +133,7 @@ def to_published(snapshot: Snapshot) -> dict[str, Any]:
             "param_groups": [{**snapshot.group, "params": list(range(parameters))}],
         },
         "Memory_Bank": {"W": snapshot.bank.T.contiguous(), "v": snapshot.velocity.T.contiguous()},
+        **({} if _is_as_published(snapshot) else {"card": snapshot.card}),
     }
 
 
@@ -134,6 +142,13 @@ def write_published(path: Path, snapshot: Snapshot) -> None:
     buffer = io.BytesIO()
     torch.save(to_published(snapshot), buffer)
     replace_file(path, buffer.getbuffer())
+
+
+def _is_as_published(snapshot: Snapshot) -> bool:
+    """Return whether pictures are prepared as every reader of the format supposes. (An "own" module no card can build.)"""
+    usual = vars(BackboneCard(snapshot.arch))
+    told = (name for name in ("size", "resize", "mean", "std") if name in snapshot.card)
+    return snapshot.arch == "own" or all(snapshot.card[name] == usual[name] for name in told)
 
 
 def _published_name(name: str) -> str:

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 
 from caco.after_training import Linear
-from caco.backbone import create_backbone
-from caco.config import usual_resize
 from caco.data.labels import Relabelled
 from caco.data.source import open_source
-from caco.distributed.world import World, choose_device, choose_precision, precision_name
+from caco.distributed.world import World, choose_device
 from caco.errors import UsageError
 from caco.evaluate.encoder import load_encoder
-from caco.evaluate.features import extract
+from caco.evaluate.features import labels_of
 from caco.evaluate.linear import judge_head
 from caco.files import replace_file
-from caco.weights import known_card, load_into, load_torch, strip_prefix
+from caco.given import open_encoder, say_broken
+from caco.weights import known_card, load_torch, strip_prefix
 
 HEAD = ("fc.weight", "fc.bias")
 
 
 def write_checkpoint(path: Path, config: Linear, report: dict[str, Any]) -> None:
-    """Write {epoch, arch, state_dict, best_acc1, optimizer} from the judged encoder and the head that was written."""
+    """Write {epoch, arch, state_dict, best_acc1, optimizer} from the judged encoder and the head that was written.
+
+    And what the published code takes for granted, so that the file can be judged again as it was: {classes, card}.
+    """
     backbone, card = load_encoder(config)
     assert backbone is not None  # pixels are refused before
-    head = safetensors.torch.load_file(config.head)
+    with safetensors.safe_open(config.head, framework="pt") as file:
+        head = {name: file.get_tensor(name) for name in ("weight", "bias")}
+        classes = json.loads(file.metadata()["classes"])
     tensors = {**backbone.state_dict(), "fc.weight": head["weight"], "fc.bias": head["bias"]}
     content = {
         "epoch": config.epochs,
@@ -38,6 +43,8 @@ def write_checkpoint(path: Path, config: Linear, report: dict[str, Any]) -> None
         "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()},
         "best_acc1": report["top1"],
         "optimizer": {"state": {}, "param_groups": []},
+        "classes": classes,
+        "card": asdict(card),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -45,36 +52,26 @@ def write_checkpoint(path: Path, config: Linear, report: dict[str, Any]) -> None
 
 
 def judge(path: Path, config: Linear) -> tuple[float, float]:
-    """Return top-1 and top-5 in percent of a written classifier on the validation images. Raises UsageError."""
+    """Return top-1 and top-5 in percent of a written classifier on the validation images. Raises UsageError.
+
+    Its classes are those that it names; a published file names none, so they are those of the training images.
+    """
     if not path.is_file():
         raise UsageError(f"--evaluate: there is no classifier {path}; train it first, or name one with --resume")
     content = load_torch(path)
     tensors = strip_prefix(content.get("state_dict", {}))
     if not all(name in tensors for name in HEAD):
         raise UsageError(f"--evaluate: {path} holds no classifier (fc.weight, fc.bias)")
-    card = known_card(content, tensors)
-    if card is None:
+    if "card" not in content and known_card(content, tensors) is None:
         raise UsageError(f"--evaluate: {path} is of an unknown backbone ({content.get('arch')!r})")
-    if config.size:
-        card = replace(card, size=config.size, resize=usual_resize(config.size))
-    backbone = create_backbone(card.backbone, card.size, card.stem)
-    load_into(backbone, tensors, str(path))
-    device = choose_device(config.device)
-    classes = tuple(open_source(config.data).classes)
+    world = World(choose_device(config.device))
+    encoder = open_encoder(world, replace(config, run=str(path), backbone=""), None)
+    weight, bias = (tensors[name].to(world.device) for name in HEAD)
+    classes = tuple(content["classes"]) if "classes" in content else tuple(open_source(config.data).classes)
+    if len(bias) != len(classes):
+        raise UsageError(f"--evaluate: {path} tells {len(bias)} classes apart, {config.data} has {len(classes)}")
     val = Relabelled(open_source(config.val, split="val"), classes)
-    features = extract(
-        backbone.to(device).to(memory_format=torch.channels_last),
-        val,
-        size=card.size,
-        resize=card.resize,
-        mean=card.mean,
-        std=card.std,
-        device=device,
-        workers=World(device).worker_count(config.workers),
-        precision=precision_name(choose_precision(config.precision, device)),
-    )
-    if features.labels is None:
-        raise UsageError(f"--data: {config.val} has no labels (a folder for each class)")
-    weight, bias = (tensors[name].to(device) for name in HEAD)
-    result = judge_head(weight, bias, features.vectors, features.labels, 0.0, (), config.epochs, 0, device)
+    features = encoder.features(val)
+    say_broken(val, features.broken)
+    result = judge_head(weight, bias, features.vectors, labels_of(features), 0.0, (), config.epochs, 0, world.device)
     return 100 * result.top1, 100 * result.top5
