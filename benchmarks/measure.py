@@ -198,10 +198,10 @@ def gigabytes(count: int | None) -> str | None:
 
 
 def save(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
-    """Write the numbers, the machine and the options to --out, if it was given."""
+    """Write the numbers, the machine and the options (of files the names only) to --out, if it was given."""
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        given = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
         whole = {"machine": machine(options.device), "options": given, **result}
         options.out.write_text(json.dumps(whole, indent=2) + "\n")
 

@@ -207,7 +207,9 @@ def main() -> None:
             print(f"{name}: {took} s a step, while other programs kept {answer.others} cores busy", flush=True)
     rows = {name: summary(name, seconds[name], rounds[name], work) for name in names}
     show(rows, work)
-    save(options, {"work": vars(work), "contestants": rows})
+    data = Path(work.data).name  # not where it lies on this machine
+    options.data = data
+    save(options, {"work": {**vars(work), "data": data}, "contestants": rows})
 
 
 def summary(name: str, seconds: list[float], rounds: list[dict[str, Any]], work: Work) -> dict[str, Any]:
