@@ -111,7 +111,7 @@ def decoders() -> dict[str, Callable[[bytes], object]]:
         "Pillow, draft 1/2": partial(by_pillow, shrink=2),
         "torchvision.io": by_torchvision,
         "caco": partial(decode_rgb, key="picture"),
-        "caco, shrink 2": partial(decode_rgb, key="picture", shrink=2),
+        "caco, shrink 2": partial(decode_rgb, key="picture", shrink=lambda height, width: 2),
     }
     if decode.simplejpeg is not None:
         named["simplejpeg"] = decode.simplejpeg.decode_jpeg
@@ -272,11 +272,12 @@ def measure_files(size: int, shape: tuple[int, int], count: int, rounds: int) ->
 
     def caco(shrinks: bool, epoch: int) -> None:
         for index, file in enumerate(files):
-            factor = largest_shrink(recipes, *shape, seed=0, epoch=epoch, index=index) if shrinks else 1
-            pixels = decode_rgb(file, "picture", factor)
+            shrink = partial(largest_shrink, recipes, seed=0, epoch=epoch, index=index) if shrinks else None
+            decoded = decode_rgb(file, "picture", shrink)
             for view, recipe in enumerate(recipes):
                 drawn = draw_parameters(recipe, *shape, seed=0, epoch=epoch, indices=[index], view=view)
-                render_views([pixels], drawn.shrunk(np.array([factor])), recipe, IMAGENET_MEAN, IMAGENET_STD)
+                drawn = drawn.shrunk(np.array([decoded.factor]))
+                render_views([decoded.pixels], drawn, recipe, IMAGENET_MEAN, IMAGENET_STD)
 
     pipelines = [pillow_view(recipe) for recipe in recipes]
 

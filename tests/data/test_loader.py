@@ -35,7 +35,7 @@ class Pictures:
     def key(self, index):
         return f"picture {index}"
 
-    def load(self, index, shrink=None):
+    def load(self, index):
         if index in self.broken:
             raise BrokenImage(self.key(index), "made so")
         return self.images[index]
@@ -203,10 +203,11 @@ def test_a_broken_image_is_replaced_by_the_next_good_one(equal, tmp_path):
 
 def test_load_or_next():
     source, broken = Pictures(5, broken=[3, 4]), BrokenImages(5, 1.0)
-    assert load_or_next(source, 3, broken) is source.images[0]
+    assert load_or_next(source, 3, broken, source.load) is source.images[0]
     assert len(broken) == 2
+    none = Pictures(3, broken=[0, 1, 2])
     with pytest.raises(CacoError, match="no image that can be read"):
-        load_or_next(Pictures(3, broken=[0, 1, 2]), 1, BrokenImages(3, 1.0))
+        load_or_next(none, 1, BrokenImages(3, 1.0), none.load)
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["resident", "streamed"])
@@ -224,7 +225,7 @@ def test_errors_in_a_thread_reach_the_consumer():
     broken_at = int(epoch_order(COUNT, 3, 0)[BATCH])  # in the second batch
     good = source.load
 
-    def load(index, shrink=None):
+    def load(index):
         if index == broken_at:
             raise ZeroDivisionError("in a thread")
         return good(index)
@@ -264,7 +265,7 @@ def test_batches_are_made_ahead_but_not_all():
     source, loads = Pictures(80, equal=False), []
     views = views_of(source)
     good = source.load
-    source.load = lambda index, shrink=None: (loads.append(index), good(index))[1]
+    source.load = lambda index: (loads.append(index), good(index))[1]
     batches = views.batches(0)
     next(batches)
     threading.Event().wait(0.4)  # time enough to run far ahead

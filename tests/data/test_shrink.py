@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from caco.config import IMAGENET_MEAN, IMAGENET_STD, Views
 from caco.data.augment import draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.decode import BrokenImage, decode_rgb
-from caco.data.load import load_shrunk
+from caco.data.load import load_decoded, load_or_next
 from caco.data.loader import TrainingViews
 from caco.data.parameters import NEVER_SHRUNK, largest_shrink
 from caco.data.resident import decode_all
@@ -109,7 +110,8 @@ def test_views_of_shrunk_photos_differ_little(size: int) -> None:
     for index, (height, width) in enumerate([(600, 801), (767, 511), (900, 1203), (1000, 1333)]):
         data = jpeg(photo(height, width, index))
         factor = largest_shrink(recipes, height, width, seed=0, epoch=0, index=index)
-        whole, small = decode_rgb(data, "photo"), decode_rgb(data, "photo", factor)
+        whole = decode_rgb(data, "photo").pixels
+        small = decode_rgb(data, "photo", lambda height, width, factor=factor: factor).pixels
         factors.append(factor)
         for view, recipe in enumerate(recipes):
             parameters = draw_parameters(recipe, height, width, seed=0, epoch=0, indices=[index], view=view)
@@ -183,8 +185,9 @@ def test_what_was_decoded_and_from_what(photos: Path) -> None:
     names = [source.key(index) for index in range(12)]
 
     def load(name: str) -> tuple[object, ...]:
-        loaded = load_shrunk(source, names.index(name), broken, lambda height, width: 4)
-        return loaded.pixels.shape, loaded.height, loaded.width, loaded.factor
+        load = partial(load_decoded, source, shrink=lambda height, width: 4)
+        decoded = load_or_next(source, names.index(name), broken, load)
+        return decoded.pixels.shape, *decoded[1:]
 
     assert load("1.jpg") == ((135, 156, 3), 540, 624, 4)
     assert load("3.jpg") == ((162, 155, 3), 646, 620, 4)  # turned upright
@@ -192,7 +195,7 @@ def test_what_was_decoded_and_from_what(photos: Path) -> None:
     assert load("b.jpg") == ((23, 30, 3), 90, 120, 4)  # the one after it
     assert len(broken) == 1
     array = open_source(np.zeros((2, 500, 400, 3), np.uint8))
-    assert load_shrunk(array, 1, broken, lambda height, width: 8)[1:] == (500, 400, 1)
+    assert load_decoded(array, 1, lambda height, width: 8)[1:] == (500, 400, 1)
 
 
 def test_sets_whose_images_may_be_shrunk_are_not_held(tmp_path: Path) -> None:

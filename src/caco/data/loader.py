@@ -19,7 +19,7 @@ from caco.data.ahead import Batch, ahead, side_stream
 from caco.data.augment import draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.compiled import CompiledViews
-from caco.data.load import load_shrunk
+from caco.data.load import load_decoded, load_or_next
 from caco.data.parameters import ViewParameters, largest_shrink
 from caco.data.render import copy_to
 from caco.data.resident import decode_all
@@ -152,7 +152,8 @@ class TrainingViews:
         loaded = []
         for index in indices[rows].tolist():
             shrink = partial(largest_shrink, self.recipes, seed=self.seed, epoch=epoch, index=index)
-            loaded.append(load_shrunk(self.source, index, self.broken, shrink))
+            load = partial(load_decoded, self.source, shrink=shrink)
+            loaded.append(load_or_next(self.source, index, self.broken, load))
         pixels, heights, widths, factors = zip(*loaded, strict=True)
         drawn = self._draw(indices[rows], np.array(heights), np.array(widths), epoch)
         self._render(list(pixels), [parameters.shrunk(np.array(factors)) for parameters in drawn], views)
