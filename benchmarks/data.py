@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, Views
 from caco.data import decode
-from caco.data.augment import draw_parameters, render_views
+from caco.data.augment import Renderer, draw_parameters, render_views, render_with_numba, render_with_torch
 from caco.data.compiled import CompiledViews
 from caco.data.decode import decode_rgb
 from caco.data.folder import folder_source
@@ -141,7 +141,7 @@ def measure_decoding(count: int, rounds: int) -> dict[str, object]:
 # --- contestants: views of decoded pictures ---------------------------------------------------------------------------
 
 
-def caco_views(engine: str, images: Pictures, recipes: Recipes) -> Run:
+def caco_views(renderer: Renderer, images: Pictures, recipes: Recipes) -> Run:
     small = len({image.shape for image in images}) == 1 and images[0].shape[0] <= 64
     batch = torch.from_numpy(np.stack(images)) if small else list(images)
     heights, widths = np.array([image.shape[:2] for image in images]).T
@@ -150,7 +150,8 @@ def caco_views(engine: str, images: Pictures, recipes: Recipes) -> Run:
     def run(epoch: int) -> None:
         for view, recipe in enumerate(recipes):
             parameters = draw_parameters(recipe, heights, widths, seed=0, epoch=epoch, indices=indices, view=view)
-            render_views(batch, parameters, recipe, IMAGENET_MEAN, IMAGENET_STD, engine=engine)
+            out = torch.empty(len(images), 3, recipe.size, recipe.size, memory_format=torch.channels_last)
+            renderer(batch, parameters, IMAGENET_MEAN, IMAGENET_STD, out)
 
     return run
 
@@ -248,8 +249,8 @@ def measure_views(
     tensors = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images[:slow]]
     contestants: dict[str, tuple[int, Run]] = {}
     if find_spec("numba"):
-        contestants["caco, numba"] = count, caco_views("numba", images, recipes)
-    contestants["caco, torch"] = slow, caco_views("torch", images[:slow], recipes)
+        contestants["caco, numba"] = count, caco_views(render_with_numba, images, recipes)
+    contestants["caco, torch"] = slow, caco_views(render_with_torch, images[:slow], recipes)
     contestants[PILLOW] = slow, one_by_one(pillow_view, [Image.fromarray(image) for image in images[:slow]], recipes)
     contestants["torchvision v2 on tensors"] = slow, one_by_one(tensor_view, list(tensors), recipes)
     if find_spec("kornia"):

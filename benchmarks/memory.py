@@ -33,7 +33,7 @@ from caco.train.step import Rates, train_step
 
 CPU = torch.device("cpu")
 AHEAD = 2
-"""Batches of views that are made ahead of a step (`caco.data.ahead`)."""
+"""Batches of views that are made ahead of a step (`caco.data.prefetch`)."""
 
 
 class Live(TorchDispatchMode):

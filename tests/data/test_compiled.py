@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from renderers import render_by
 
 from caco.config import Views
-from caco.data.augment import draw_parameters, render_views
+from caco.data.augment import draw_parameters, render_with_torch
 from caco.data.compiled import CompiledViews
 from caco.data.render import make_views
 
@@ -49,7 +50,7 @@ def test_stages_that_no_view_of_a_batch_needs_change_nothing(view: int) -> None:
         drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=epoch, indices=np.arange(40), view=view)
         for rows in (slice(0, 1), slice(1, 3), slice(0, 40)):
             ours = render(images[rows], drawn.rows(rows))
-            theirs = render_views(images[rows], drawn.rows(rows), recipe, *STATISTICS, engine="torch")
+            theirs = render_by(render_with_torch, images[rows], drawn.rows(rows), recipe, *STATISTICS)
             assert torch.allclose(ours, theirs, atol=1e-4)
 
 
@@ -65,7 +66,7 @@ def test_what_cannot_be_compiled_is_done_in_plain_torch_and_said_once(caplog: py
     render._compiled = fail
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert torch.equal(render(images, drawn), render_views(images, drawn, recipe, *STATISTICS, engine="torch"))
+            assert torch.equal(render(images, drawn), render_by(render_with_torch, images, drawn, recipe, *STATISTICS))
     (record,) = caplog.records
     assert record.getMessage() == "the views are not compiled, which is slower: RuntimeError: no compiler here"
 
@@ -83,7 +84,7 @@ def test_what_has_been_compiled_is_used_again_after_torch_refused_it_once(caplog
         return make_views(*work)
 
     render._compiled = compiled
-    plain = render_views(images, drawn, recipe, *STATISTICS, engine="torch")
+    plain = render_by(render_with_torch, images, drawn, recipe, *STATISTICS)
     assert all(torch.equal(render(images, drawn), plain) for _ in range(3))
     assert len(calls) == 3 and not caplog.records
 

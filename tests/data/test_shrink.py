@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from renderers import RENDERERS, render_by
 
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, Views
-from caco.data.augment import draw_parameters, render_views
+from caco.data.augment import Renderer, draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.decode import BrokenImage, decode_rgb
 from caco.data.load import load_decoded, load_or_next
@@ -24,7 +25,6 @@ from caco.data.source import open_source
 
 PLAIN = (0.0,) * 3, (1.0,) * 3
 CPU = torch.device("cpu")
-ENGINES = ("torch", "numba")
 CROP_ONLY = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": 0, "solarize_probability": 0}
 
 
@@ -73,9 +73,9 @@ def test_small_pictures_are_left_alone() -> None:
     assert largest_shrink(recipes, side, 4 * side, **key) > 1
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("factor", [2, 4, 8])
-def test_crops_keep_their_place_to_a_fraction_of_a_pixel(factor: int, engine: str) -> None:
+def test_crops_keep_their_place_to_a_fraction_of_a_pixel(factor: int, renderer: Renderer) -> None:
     """Of a ramp, which averaging by pixels and by triangles leaves a ramp, the views are the same but for their edge."""
     y, x = np.mgrid[:403, :597]
     ramp = np.stack([0.4181 * x, 0.6067 * y, 0.1931 * x + 0.3119 * y], axis=2)  # no slope that rounds to one side
@@ -85,8 +85,8 @@ def test_crops_keep_their_place_to_a_fraction_of_a_pixel(factor: int, engine: st
     parameters = draw_parameters(recipe, 403, 597, seed=0, epoch=0, indices=np.arange(20), view=0)
     assert (parameters.shrunk(np.full(20, factor)).top % 1 > 0).any()
     images = [np.rint(pixels).astype(np.uint8) for pixels in (ramp, means)]
-    whole = render_views([images[0]] * 20, parameters, recipe, *PLAIN, engine=engine)
-    small = render_views([images[1]] * 20, parameters.shrunk(np.full(20, factor)), recipe, *PLAIN, engine=engine)
+    whole = render_by(renderer, [images[0]] * 20, parameters, recipe, *PLAIN)
+    small = render_by(renderer, [images[1]] * 20, parameters.shrunk(np.full(20, factor)), recipe, *PLAIN)
     # Both were rounded to bytes: by half a step at most, which the finer one averages away. A crop that is displaced by
     # half a pixel of the smaller image would be off by 0.3 · factor / 2 steps.
     inner = (whole - small)[:, :, 3:-3, 3:-3] * 255
@@ -94,12 +94,12 @@ def test_crops_keep_their_place_to_a_fraction_of_a_pixel(factor: int, engine: st
     assert inner.mean(dim=(0, 2, 3)).abs().max() < 0.03
 
 
-def test_engines_agree_on_fractions_of_a_pixel() -> None:
+def test_renderers_agree_on_fractions_of_a_pixel() -> None:
     recipe = Views(size=24).recipes()[0]
     images = [photo(61, 47, seed) for seed in range(30)]
     parameters = draw_parameters(recipe, 485, 371, seed=0, epoch=0, indices=np.arange(30), view=0)
     shrunk = parameters.shrunk(np.full(30, 8))
-    slow, fast = (render_views(images, shrunk, recipe, *PLAIN, engine=engine) for engine in ENGINES)
+    slow, fast = (render_by(renderer, images, shrunk, recipe, *PLAIN) for renderer in RENDERERS)
     assert (slow - fast).abs().max() <= 1e-4
 
 

@@ -385,7 +385,7 @@ def render_rows(images, table, scale, offset, scratch, views):
 _scratch = threading.local()
 
 
-def render_with_numba(
+def fill_views(
     images: NDArray[np.uint8],
     table: NDArray[np.float32],
     mean: Sequence[float],

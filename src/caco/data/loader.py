@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from caco.config import ViewRecipe
-from caco.data.ahead import Batch, ahead, side_stream
 from caco.data.augment import draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.compiled import CompiledViews
 from caco.data.load import load_decoded, load_or_next
 from caco.data.parameters import ViewParameters, largest_shrink
+from caco.data.prefetch import Batch, prefetch, side_stream
 from caco.data.render import copy_to
 from caco.data.resident import decode_all
 from caco.data.source import ImageSource
@@ -98,7 +98,7 @@ class TrainingViews:
         steps = range(first_step, self.steps_per_epoch if last_step is None else last_step)
         with ThreadPoolExecutor(self._workers, thread_name_prefix="views") as pool:
             batches = (self._batch(pool, part, of) for of, part in self._parts(epoch, steps))
-            yield from ahead(batches, self.device, self._stream)
+            yield from prefetch(batches, self.device, self._stream)
 
     def _parts(self, epoch: int, steps: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield for each step its epoch and this process's images; steps are counted from the start of `epoch`."""

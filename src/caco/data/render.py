@@ -45,17 +45,18 @@ class Stages(NamedTuple):
 def render_with_torch(
     images: UInt8[Tensor, "B H W 3"] | list[NDArray[np.uint8]],
     parameters: ViewParameters,
-    size: int,
     mean: Sequence[float],
     std: Sequence[float],
-) -> Float[Tensor, "B 3 S S"]:
-    """Return one view of each image, float32 [B, 3, size, size], on the images' device (the CPU for arrays)."""
-    device = images.device if isinstance(images, Tensor) else torch.device("cpu")
-    rows, statistics = to_device(device, parameters, mean, std)
+    out: Float[Tensor, "B 3 S S"],
+) -> None:
+    """Fill `out` with one view of each image, on the images' device (the CPU for arrays)."""
+    rows, statistics = to_device(out.device, parameters, mean, std)
+    size, stages = out.shape[-1], Stages.needed(parameters)
     if isinstance(images, Tensor):
-        return make_views(images, rows, statistics, size, Stages.needed(parameters))
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return _finish(_crop_arrays(images, rows, size), rows, statistics, Stages.needed(parameters))
+        out.copy_(make_views(images, rows, statistics, size, stages))
+        return
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        out.copy_(_finish(_crop_arrays(images, rows, size), rows, statistics, stages))
 
 
 def copy_to(device: torch.device, host: Tensor) -> Tensor:

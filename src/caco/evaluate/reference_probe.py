@@ -22,11 +22,11 @@ from caco.data.decode import BrokenImage
 from caco.data.loader import epoch_order
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
+from caco.data.threads import map_in_order
 from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
 from caco.evaluate.features import (
     Features,
-    ahead,
     backbone_features,
     evaluation_mode,
     extract,
@@ -196,9 +196,9 @@ class _CroppedFeatures:
         """Yield features and labels of an epoch's batches on the device; the last may be smaller."""
         waiting = torch.empty(0, device=self.world.device)
         indices: list[int] = []
-        for places, features in self._good_images(epoch):
+        for part, features in self._good_images(epoch):
             waiting = torch.cat([waiting, features]) if len(waiting) else features
-            indices += places
+            indices += part
             while len(indices) >= batch_size:
                 yield waiting[:batch_size], self._labels(indices[:batch_size])
                 waiting, indices = waiting[batch_size:], indices[batch_size:]
@@ -215,18 +215,18 @@ class _CroppedFeatures:
         order, group = epoch_order(len(self.source), self.seed, epoch), FORWARD_BATCH * self.world.size
         parts = [self.world.part(order[first : first + group]).tolist() for first in range(0, len(order), group)]
         own = (index for part in parts for index in part)
-        views = ahead(partial(self._crop, epoch), own, [], 2 * FORWARD_BATCH + self.workers, self.workers)
+        views = map_in_order(partial(self._crop, epoch), own, [], 2 * FORWARD_BATCH + self.workers, self.workers)
         for part in parts:
             good = [(index, view) for index, view in islice(views, len(part)) if view is not None]
             features = self._forward([view for _, view in good])
-            places = self.world.gather_objects([index for index, _ in good])
-            yield [index for others in places for index in others], self.world.gather_parts(features)
+            read = self.world.gather_objects([index for index, _ in good])
+            yield [index for others in read for index in others], self.world.gather_parts(features)
 
     def _crop(self, epoch: int, index: int) -> Float[Tensor, "3 S S"] | None:
         """Return the epoch's crop of an image; None, noted in `broken`, where it cannot be read."""
         try:
             image = self.source.load(index)
-        except BrokenImage as error:  # not left to `ahead`: what it skips would shift the parts that follow
+        except BrokenImage as error:  # not left to `map_in_order`: what it skips would shift the parts that follow
             self.broken[index] = error.reason
             return None
         recipe = _crop_and_flip(self.size)
