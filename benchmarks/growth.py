@@ -48,7 +48,7 @@ def by_images(quick: bool, device: torch.device) -> Curves:
     pixels = np.random.default_rng(0).integers(0, 256, (sizes[-1], 8, 8, 3), dtype=np.uint8)
     curves: Curves = {"a batch in mid-epoch": {}, "the first batch": {}}
     for size in sizes:
-        views = TrainingViews(
+        views = TrainingViews.create(
             ArraySource(pixels[:size]),
             [recipe],
             (0.5, 0.5, 0.5),

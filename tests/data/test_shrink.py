@@ -20,7 +20,7 @@ from caco.data.decode import BrokenImage, decode_rgb
 from caco.data.load import load_decoded, load_or_next
 from caco.data.loader import TrainingViews
 from caco.data.parameters import NEVER_SHRUNK, largest_shrink
-from caco.data.resident import decode_all
+from caco.data.resident import decode_whole_set
 from caco.data.source import open_source
 
 PLAIN = (0.0,) * 3, (1.0,) * 3
@@ -139,7 +139,7 @@ def photos(tmp_path: Path) -> Path:
 
 def loader(folder: Path, **place: int) -> TrainingViews:
     source = open_source(folder)
-    return TrainingViews(
+    return TrainingViews.create(
         source,
         Views(size=32, small=1, small_size=24).recipes(),
         IMAGENET_MEAN,
@@ -162,6 +162,7 @@ def test_the_loader_asks_for_it_and_nothing_else_changes(photos: Path) -> None:
     for number, view in enumerate(batch.views):
         assert torch.equal(torch.cat([part.views[number] for part in parts]), view)
 
+    recipes = views.maker.views.recipes
     smaller, differences = 0, []
     for row, index in enumerate(batch.indices.tolist()):
         source = views.source
@@ -170,8 +171,8 @@ def test_the_loader_asks_for_it_and_nothing_else_changes(photos: Path) -> None:
         except BrokenImage:
             whole = source.load((index + 1) % len(source))
         key = {"seed": 0, "epoch": 1}
-        smaller += largest_shrink(views.recipes, *whole.shape[:2], index=index, **key) > 1
-        for number, recipe in enumerate(views.recipes):
+        smaller += largest_shrink(recipes, *whole.shape[:2], index=index, **key) > 1
+        for number, recipe in enumerate(recipes):
             drawn = draw_parameters(recipe, *whole.shape[:2], indices=[index], view=number, **key)
             full = render_views([whole], drawn, recipe, IMAGENET_MEAN, IMAGENET_STD)[0]
             differences.append(float((full - batch.views[number][row]).abs().mean()))
@@ -203,9 +204,9 @@ def test_sets_whose_images_may_be_shrunk_are_not_held(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(513, 513, number)))
     broken = BrokenImages(3, 1.0)
-    assert decode_all(open_source(tmp_path), broken, 1, CPU) is None
+    assert decode_whole_set(open_source(tmp_path), broken, 1, CPU) is None
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(512, 512, number)))
-    held = decode_all(open_source(tmp_path), broken, 1, CPU)
+    held = decode_whole_set(open_source(tmp_path), broken, 1, CPU)
     assert held is not None
     assert np.array_equal(held[2].numpy(), open_source(tmp_path).load(2))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
-from caco.data.loader import epoch_order
+from caco.data.order import epoch_order
 from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
 from caco.evaluate import reference_probe

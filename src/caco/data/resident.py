@@ -20,7 +20,7 @@ RESIDENT_SHARE = 0.25
 """Share of the free memory that such a set may take."""
 
 
-def decode_all(
+def decode_whole_set(
     source: ImageSource, broken: BrokenImages, workers: int, device: torch.device, local_size: int = 1
 ) -> UInt8[Tensor, "N H W 3"] | None:
     """Return all images, uint8 [N, H, W, 3], in main memory, if they are of one size and fit there and on the device.

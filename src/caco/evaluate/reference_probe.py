@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
-from caco.data.loader import epoch_order
+from caco.data.order import epoch_order
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
 from caco.data.threads import map_in_order
