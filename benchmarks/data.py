@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, Views
 from caco.data import decode
 from caco.data.augment import Renderer, draw_parameters, render_views, render_with_numba, render_with_torch
-from caco.data.compiled import CompiledViews
+from caco.data.compiled import DeviceViews
 from caco.data.decode import decode_rgb
 from caco.data.folder import folder_source
 from caco.data.parameters import largest_shrink
@@ -159,7 +159,7 @@ def caco_views(renderer: Renderer, images: Pictures, recipes: Recipes) -> Run:
 def caco_on_gpu(images: Pictures, recipes: Recipes) -> Run:
     batch = torch.from_numpy(np.stack(images)).cuda()
     height, width = images[0].shape[:2]
-    renders = [CompiledViews(recipe, IMAGENET_MEAN, IMAGENET_STD, compiled=True) for recipe in recipes]
+    renders = [DeviceViews(recipe, IMAGENET_MEAN, IMAGENET_STD, compiled=True) for recipe in recipes]
 
     def run(epoch: int) -> None:
         for view, (recipe, render) in enumerate(zip(recipes, renders, strict=True)):

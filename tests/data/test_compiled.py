@@ -13,7 +13,7 @@ from renderers import render_by
 
 from caco.config import Views
 from caco.data.augment import draw_parameters, render_with_torch
-from caco.data.compiled import CompiledViews
+from caco.data.compiled import DeviceViews
 from caco.data.render import make_views
 
 STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -25,13 +25,13 @@ def test_the_views_are_one_graph_with_the_same_pixels() -> None:
 import numpy, torch
 from caco.config import Views
 from caco.data.augment import draw_parameters
-from caco.data.compiled import CompiledViews
+from caco.data.compiled import DeviceViews
 from caco.data.render import make_views, to_device
 
 images = torch.from_numpy(numpy.random.default_rng(0).integers(0, 256, (8, 20, 18, 3), dtype=numpy.uint8))
 graph = torch.compile(make_views, backend="aot_eager", dynamic=False, fullgraph=True)
 recipe = Views(size=16).recipes()[1]
-stages = CompiledViews(recipe, (0.0,) * 3, (1.0,) * 3, compiled=False).stages
+stages = DeviceViews(recipe, (0.0,) * 3, (1.0,) * 3, compiled=False).stages
 for epoch in range(2):
     drawn = draw_parameters(recipe, 20, 18, seed=0, epoch=epoch, indices=numpy.arange(8), view=1)
     work = images, *to_device(images.device, drawn, (0.0,) * 3, (1.0,) * 3), 16, stages
@@ -45,7 +45,7 @@ for epoch in range(2):
 def test_stages_that_no_view_of_a_batch_needs_change_nothing(view: int) -> None:
     recipe = Views(size=16).recipes()[view]
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8))
-    render = CompiledViews(recipe, *STATISTICS, compiled=False)
+    render = DeviceViews(recipe, *STATISTICS, compiled=False)
     for epoch in range(3):
         drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=epoch, indices=np.arange(40), view=view)
         for rows in (slice(0, 1), slice(1, 3), slice(0, 40)):
@@ -58,7 +58,7 @@ def test_what_cannot_be_compiled_is_done_in_plain_torch_and_said_once(caplog: py
     recipe = Views(size=16).recipes()[0]
     images = torch.zeros(2, 20, 20, 3, dtype=torch.uint8)
     drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
-    render = CompiledViews(recipe, *STATISTICS, compiled=True)
+    render = DeviceViews(recipe, *STATISTICS, compiled=True)
 
     def fail(*work: object) -> torch.Tensor:
         raise RuntimeError("no compiler here\nand a long explanation")
@@ -75,7 +75,7 @@ def test_what_has_been_compiled_is_used_again_after_torch_refused_it_once(caplog
     recipe = Views(size=16).recipes()[0]
     images = torch.zeros(2, 20, 20, 3, dtype=torch.uint8)
     drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
-    render, calls = CompiledViews(recipe, *STATISTICS, compiled=True), []
+    render, calls = DeviceViews(recipe, *STATISTICS, compiled=True), []
 
     def compiled(*work: object) -> torch.Tensor:
         calls.append(work)
@@ -111,7 +111,7 @@ import numpy, torch
 from caco.backbone import create_backbone
 from caco.config import Views
 from caco.data.augment import draw_parameters
-from caco.data.compiled import CompiledViews
+from caco.data.compiled import DeviceViews
 from caco.data.render import make_views, to_device
 from caco.distributed.world import choose_device
 
@@ -119,7 +119,7 @@ device, backend = choose_device(sys.argv[1]), sys.argv[2]
 statistics = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 images = torch.from_numpy(numpy.random.default_rng(0).integers(0, 256, (8, 20, 18, 3), dtype=numpy.uint8)).to(device)
 recipes = Views(size=16).recipes()
-renders = [CompiledViews(recipe, *statistics, compiled=False) for recipe in recipes]
+renders = [DeviceViews(recipe, *statistics, compiled=False) for recipe in recipes]
 for render in renders:
     render._compiled = torch.compile(make_views, backend=backend, dynamic=False, fullgraph=True)
 

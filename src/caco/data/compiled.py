@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,12 +14,12 @@ from caco.data.parameters import ViewParameters
 from caco.data.render import Stages, make_views, to_device
 
 
-class CompiledViews:
+class DeviceViews:
     """Makes one recipe's views of images on a device; by plain torch if asked to, where compiling fails, and while it goes on."""
 
     def __init__(self, recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], *, compiled: bool) -> None:
         self.recipe, self.mean, self.std = recipe, mean, std
-        self.stages = _possible(recipe)
+        self.stages = Stages.of_recipe(recipe)  # the graph is the same for all its batches
         self._compiled: Callable[..., Tensor] | None = None
         self._has_worked = False
         if compiled:
@@ -47,14 +46,3 @@ class CompiledViews:
                     logging.getLogger(__name__).warning("the views are not compiled, which is slower: %s", reason)
                 # Else: torch (up to 2.11) refuses every compiled call while another thread compiles, as the first step does.
         return make_views(*work)
-
-
-def _possible(recipe: ViewRecipe) -> Stages:
-    """Return what any view of a recipe may need: the graph is the same for all its batches."""
-    changes = recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
-    return Stages(
-        jitter=recipe.jitter_probability > 0 and any(changes),
-        gray=recipe.gray_probability > 0,
-        radius=math.ceil(3 * recipe.blur_sigma[1]) if recipe.blur_probability > 0 else 0,
-        solarize=recipe.solarize_probability > 0,
-    )

@@ -18,7 +18,7 @@ from torch import Tensor
 from caco.config import ViewRecipe
 from caco.data.augment import Images, draw_parameters, render_views
 from caco.data.broken import BrokenImages
-from caco.data.compiled import CompiledViews
+from caco.data.compiled import DeviceViews
 from caco.data.decode import Decoded
 from caco.data.load import load_decoded, load_or_next
 from caco.data.parameters import ViewParameters, largest_shrink
@@ -112,7 +112,7 @@ class FromDevice:
     def __init__(self, images: UInt8[Tensor, "N H W 3"], views: RandomViews) -> None:
         self.images, self.views = images, views
         compiled = images.device.type == "cuda"
-        self.renders = [CompiledViews(recipe, views.mean, views.std, compiled=compiled) for recipe in views.recipes]
+        self.renders = [DeviceViews(recipe, views.mean, views.std, compiled=compiled) for recipe in views.recipes]
 
     def __call__(self, indices: np.ndarray, epoch: int, pool: ThreadPoolExecutor) -> list[Tensor]:
         """Return the views; the pool is left alone."""

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from caco.config import ViewRecipe
 from caco.data import parameters as p
 from caco.data.parameters import ViewParameters
 
@@ -25,7 +26,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class Stages(NamedTuple):
-    """What a batch's views need apart from crop and normalisation."""
+    """What views need apart from crop and normalisation."""
 
     jitter: bool
     gray: bool
@@ -34,7 +35,18 @@ class Stages(NamedTuple):
     solarize: bool
 
     @classmethod
-    def needed(cls, parameters: ViewParameters) -> Stages:
+    def of_recipe(cls, recipe: ViewRecipe) -> Stages:
+        """Return what any view of a recipe may need."""
+        changes = recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
+        return cls(
+            jitter=recipe.jitter_probability > 0 and any(changes),
+            gray=recipe.gray_probability > 0,
+            radius=math.ceil(3 * recipe.blur_sigma[1]) if recipe.blur_probability > 0 else 0,
+            solarize=recipe.solarize_probability > 0,
+        )
+
+    @classmethod
+    def of_batch(cls, parameters: ViewParameters) -> Stages:
         """Return what any of these views needs; known without asking the device: the parameters came from the host."""
         factors = (parameters.brightness, parameters.contrast, parameters.saturation)
         jitter = bool(parameters.hue.any()) or any((factor != 1).any() for factor in factors)
@@ -51,7 +63,7 @@ def render_with_torch(
 ) -> None:
     """Fill `out` with one view of each image, on the images' device (the CPU for arrays)."""
     rows, statistics = to_device(out.device, parameters, mean, std)
-    size, stages = out.shape[-1], Stages.needed(parameters)
+    size, stages = out.shape[-1], Stages.of_batch(parameters)
     if isinstance(images, Tensor):
         out.copy_(make_views(images, rows, statistics, size, stages))
         return
