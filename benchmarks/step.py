@@ -74,7 +74,7 @@ class Step:
         self.rates: Rates = rates_at(config, config.optimizer.warmup_epochs)
         self.loader = TrainingViews.create(
             source,
-            config.views.recipes(),
+            config.views.augmentations(),
             config.views.mean,
             config.views.std,
             batch_size=config.batch_size,
@@ -83,7 +83,7 @@ class Step:
             device=device,
             broken=BrokenImages(len(source), 0.0),
         )
-        self.views = len(config.views.recipes())
+        self.views = len(config.views.augmentations())
         self.batches: Iterator[list[Tensor]] = (batch.views for batch in self.loader.batches(0, 0, 10**6))
 
     def whole(self) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from caco.config import ViewRecipe
+from caco.config import Augmentation
 from caco.data.augment import Images, Renderer, ViewParameters, render_with_numba, render_with_torch
 
 RENDERERS = (render_with_torch, render_with_numba)
@@ -13,11 +13,11 @@ def render_by(
     renderer: Renderer,
     images: Images,
     parameters: ViewParameters,
-    recipe: ViewRecipe,
+    augmentation: Augmentation,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> Tensor:
     """Return one view of each image, float32 [B, 3, S, S], on the CPU."""
-    out = torch.empty(len(images), 3, recipe.size, recipe.size, memory_format=torch.channels_last)
+    out = torch.empty(len(images), 3, augmentation.size, augmentation.size, memory_format=torch.channels_last)
     renderer(images, parameters, mean, std, out)
     return out

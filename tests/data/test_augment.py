@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, Views
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Views
 from caco.data import augment
 from caco.data.augment import (
     Renderer,
@@ -30,7 +30,7 @@ from caco.data.augment import (
 )
 from caco.data.parameters import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, ViewParameters
 
-FIRST, SECOND = Views(size=32).recipes()
+FIRST, SECOND = Views(size=32).augmentations()
 PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
@@ -164,12 +164,12 @@ def test_resized_crop_against_pillow(height: int, width: int, size: int, rendere
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
-@pytest.mark.parametrize("recipe", [*Views(size=32).recipes(), *Views(size=96).recipes()])
-def test_whole_pipeline_against_pillow(recipe: ViewRecipe, renderer: Renderer) -> None:
+@pytest.mark.parametrize("augmentation", [*Views(size=32).augmentations(), *Views(size=96).augmentations()])
+def test_whole_pipeline_against_pillow(augmentation: Augmentation, renderer: Renderer) -> None:
     images = [photo(120, 160, seed) for seed in range(24)]
-    parameters = draw_parameters(recipe, 120, 160, seed=5, epoch=1, indices=np.arange(24), view=0)
-    ours = render_by(renderer, images, parameters, recipe, *PLAIN)
-    theirs = torch.stack([published(image, parameters, row, recipe.size) for row, image in enumerate(images)])
+    parameters = draw_parameters(augmentation, 120, 160, seed=5, epoch=1, indices=np.arange(24), view=0)
+    ours = render_by(renderer, images, parameters, augmentation, *PLAIN)
+    theirs = torch.stack([published(image, parameters, row, augmentation.size) for row, image in enumerate(images)])
     difference = (ours - theirs).abs().mean(dim=(1, 2, 3))
     assert difference.mean() <= 0.006
     assert difference.max() <= 0.01
@@ -252,10 +252,10 @@ def test_parameters_of_other_images_are_refused() -> None:
 
 
 def draw(
-    count: int = 20_000, recipe: ViewRecipe = SECOND, shape: tuple[int, int] = (375, 500), **key: int
+    count: int = 20_000, augmentation: Augmentation = SECOND, shape: tuple[int, int] = (375, 500), **key: int
 ) -> ViewParameters:
     where = {"seed": 0, "epoch": 0, "view": 0, **key}
-    return draw_parameters(recipe, *shape, indices=np.arange(count), **where)
+    return draw_parameters(augmentation, *shape, indices=np.arange(count), **where)
 
 
 def kolmogorov_smirnov(one: NDArray[np.floating], two: NDArray[np.floating]) -> float:
@@ -318,10 +318,10 @@ def test_probabilities_and_ranges() -> None:
     for factor in (parameters.contrast, parameters.saturation):
         assert (factor[~jittered] == 1).all()
     assert (parameters.hue[~jittered] == 0).all()
-    always = draw(recipe=FIRST)
+    always = draw(augmentation=FIRST)
     assert (always.sigma > 0).all()
     assert not always.solarize.any()
-    assert (draw(recipe=replace(FIRST, brightness=1.5)).brightness >= 0).all()
+    assert (draw(augmentation=replace(FIRST, brightness=1.5)).brightness >= 0).all()
 
 
 def test_orders_of_the_jitter_are_equally_likely() -> None:
@@ -332,10 +332,10 @@ def test_orders_of_the_jitter_are_equally_likely() -> None:
 
 
 def test_draws_are_independent_of_each_other_and_of_their_neighbours() -> None:
-    recipe = replace(FIRST, jitter_probability=1.0)
+    augmentation = replace(FIRST, jitter_probability=1.0)
 
     def columns(**key: int) -> NDArray[np.floating]:
-        drawn = draw(recipe=recipe, **key)
+        drawn = draw(augmentation=augmentation, **key)
         names = ("brightness", "contrast", "saturation", "hue", "sigma", "flip", "gray", "height", "top", "left")
         return np.stack([getattr(drawn, name).astype(float) for name in names])
 
@@ -347,12 +347,12 @@ def test_draws_are_independent_of_each_other_and_of_their_neighbours() -> None:
 
 
 def test_a_sample_gets_the_same_view_in_any_batch() -> None:
-    recipe = FIRST
+    augmentation = FIRST
     shapes = np.random.default_rng(0).integers(20, 400, (2, 300))
     key = {"seed": 7, "epoch": 3, "view": 1}
-    whole = draw_parameters(recipe, *shapes, indices=np.arange(300), **key)
+    whole = draw_parameters(augmentation, *shapes, indices=np.arange(300), **key)
     for rows in (np.arange(100, 131), np.random.default_rng(1).permutation(300), np.array([299])):
-        part = draw_parameters(recipe, *shapes[:, rows], indices=rows, **key)
+        part = draw_parameters(augmentation, *shapes[:, rows], indices=rows, **key)
         for field in fields(ViewParameters):
             np.testing.assert_array_equal(getattr(part, field.name), getattr(whole.rows(rows), field.name))
 

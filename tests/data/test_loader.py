@@ -46,7 +46,7 @@ class Pictures:
 def views_of(source, *, batch_size=BATCH, seed=3, workers=2, broken=None, device="cpu", **place):
     return TrainingViews.create(
         source,
-        VIEWS.recipes(),
+        VIEWS.augmentations(),
         VIEWS.mean,
         VIEWS.std,
         batch_size=batch_size,
@@ -102,7 +102,7 @@ def test_views_are_those_of_the_image_the_indices_name():
     plain = Views(size=8, jitter=0.0, gray=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0), evaluation_resize=8)
     batches = TrainingViews.create(
         source,
-        plain.recipes(),
+        plain.augmentations(),
         (0.0, 0.0, 0.0),
         (1.0, 1.0, 1.0),
         batch_size=5,

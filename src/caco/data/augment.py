@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from caco.config import ViewRecipe
+from caco.config import Augmentation
 from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import copy_to, render_with_torch
 
@@ -29,13 +29,13 @@ Images = UInt8[Tensor, "B H W 3"] | list[NDArray[np.uint8]]
 def render_views(
     images: Images,
     parameters: ViewParameters,
-    recipe: ViewRecipe,
+    augmentation: Augmentation,
     mean: Sequence[float],
     std: Sequence[float],
     *,
     out: Float[Tensor, "B 3 S S"] | None = None,
 ) -> Float[Tensor, "B 3 S S"]:
-    """Render one view of each image: float32 [B, 3, S, S], S = recipe.size, less mean, over std (of pixels in 0-1).
+    """Render one view of each image: float32 [B, 3, S, S], S = augmentation.size, less mean, over std (of pixels in 0-1).
 
     By numba for images on the CPU where it is installed, else by torch. out: where to write the views. They come in memory
     format channels_last, and so must `out`.
@@ -44,7 +44,7 @@ def render_views(
         raise ValueError(f"{len(images)} images, but parameters of {len(parameters)}")
     device = images.device if isinstance(images, Tensor) else torch.device("cpu")
     if out is None:
-        shape = len(images), 3, recipe.size, recipe.size
+        shape = len(images), 3, augmentation.size, augmentation.size
         out = torch.empty(shape, device=device, memory_format=torch.channels_last)
     if len(images):
         choose_renderer(device)(images, parameters, mean, std, out)

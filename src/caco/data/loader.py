@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from caco.config import ViewRecipe
+from caco.config import Augmentation
 from caco.data.broken import BrokenImages
 from caco.data.makers import FromDevice, FromMemory, FromSource, RandomViews, ViewMaker
 from caco.data.order import StepOrder
@@ -60,7 +60,7 @@ class TrainingViews:
     def create(
         cls,
         source: ImageSource,
-        recipes: Sequence[ViewRecipe],
+        augmentations: Sequence[Augmentation],
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         *,
@@ -81,7 +81,7 @@ class TrainingViews:
         """
         check_batch_size(source, batch_size, world_size)
         order = StepOrder(len(source), batch_size, seed, rank, world_size)
-        views = RandomViews(tuple(recipes), mean, std, seed)
+        views = RandomViews(tuple(augmentations), mean, std, seed)
         held = decode_whole_set(source, broken, workers, device, local_size)
         maker: ViewMaker
         if held is None:

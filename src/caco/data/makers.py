@@ -15,7 +15,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from caco.config import ViewRecipe
+from caco.config import Augmentation
 from caco.data.augment import Images, draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.compiled import DeviceViews
@@ -40,7 +40,7 @@ One float32 [B, 3, S, S] for each view, on the device.
 class RandomViews:
     """How the views of a run look."""
 
-    recipes: tuple[ViewRecipe, ...]
+    augmentations: tuple[Augmentation, ...]
     """One for each view."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -51,18 +51,18 @@ class RandomViews:
     ) -> list[ViewParameters]:
         """Return each view's parameters for these images of these stored sizes."""
         return [
-            draw_parameters(recipe, heights, widths, seed=self.seed, epoch=epoch, indices=indices, view=view)
-            for view, recipe in enumerate(self.recipes)
+            draw_parameters(augmentation, heights, widths, seed=self.seed, epoch=epoch, indices=indices, view=view)
+            for view, augmentation in enumerate(self.augmentations)
         ]
 
     def shrink(self, height: int, width: int, *, index: int, epoch: int) -> int:
         """Return by how much an image of this stored size may be decoded smaller for its views: 1, 2, 4 or 8."""
-        return largest_shrink(self.recipes, height, width, seed=self.seed, epoch=epoch, index=index)
+        return largest_shrink(self.augmentations, height, width, seed=self.seed, epoch=epoch, index=index)
 
     def render(self, images: Images, drawn: list[ViewParameters], out: list[Tensor]) -> None:
         """Fill `out`, one float32 [B, 3, S, S] for each view, with the views of images on the CPU."""
-        for recipe, parameters, views in zip(self.recipes, drawn, out, strict=True):
-            render_views(images, parameters, recipe, self.mean, self.std, out=views)
+        for augmentation, parameters, views in zip(self.augmentations, drawn, out, strict=True):
+            render_views(images, parameters, augmentation, self.mean, self.std, out=views)
 
 
 class FromSource:
@@ -81,7 +81,7 @@ class FromSource:
             drawn = self.views.draw(indices[rows], np.array(heights), np.array(widths), epoch)
             self.views.render(list(pixels), [parameters.shrunk(np.array(factors)) for parameters in drawn], out)
 
-        return _fill_in_threads(pool, len(indices), DECODED_CHUNK, self.views.recipes, self.device, fill)
+        return _fill_in_threads(pool, len(indices), DECODED_CHUNK, self.views.augmentations, self.device, fill)
 
     def _decode(self, index: int, epoch: int) -> Decoded:
         shrink = partial(self.views.shrink, index=index, epoch=epoch)
@@ -103,7 +103,7 @@ class FromMemory:
             pixels = torch.from_numpy(self.images.numpy()[indices[rows]])
             self.views.render(pixels, [parameters.rows(rows) for parameters in drawn], out)
 
-        return _fill_in_threads(pool, len(indices), HELD_CHUNK, self.views.recipes, self.images.device, fill)
+        return _fill_in_threads(pool, len(indices), HELD_CHUNK, self.views.augmentations, self.images.device, fill)
 
 
 class FromDevice:
@@ -112,7 +112,9 @@ class FromDevice:
     def __init__(self, images: UInt8[Tensor, "N H W 3"], views: RandomViews) -> None:
         self.images, self.views = images, views
         compiled = images.device.type == "cuda"
-        self.renders = [DeviceViews(recipe, views.mean, views.std, compiled=compiled) for recipe in views.recipes]
+        self.renders = [
+            DeviceViews(augmentation, views.mean, views.std, compiled=compiled) for augmentation in views.augmentations
+        ]
 
     def __call__(self, indices: np.ndarray, epoch: int, pool: ThreadPoolExecutor) -> list[Tensor]:
         """Return the views; the pool is left alone."""
@@ -130,13 +132,13 @@ def _fill_in_threads(
     pool: ThreadPoolExecutor,
     count: int,
     chunk: int,
-    recipes: Sequence[ViewRecipe],
+    augmentations: Sequence[Augmentation],
     device: torch.device,
     fill: Callable[[slice, list[Tensor]], None],
 ) -> list[Tensor]:
     """Return `count` rows of each view, which `fill` writes on the CPU, some rows a call, and which are copied to the device."""
     pinned = device.type == "cuda"  # only from such memory is a copy that nobody waits for
-    shapes = [(count, 3, recipe.size, recipe.size) for recipe in recipes]
+    shapes = [(count, 3, augmentation.size, augmentation.size) for augmentation in augmentations]
     views = [torch.empty(shape, memory_format=torch.channels_last, pin_memory=pinned) for shape in shapes]
 
     def fill_from(first: int) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from caco.config import ViewRecipe
+from caco.config import Augmentation
 from caco.data import parameters as p
 from caco.data.parameters import ViewParameters
 
@@ -35,14 +35,14 @@ class Stages(NamedTuple):
     solarize: bool
 
     @classmethod
-    def of_recipe(cls, recipe: ViewRecipe) -> Stages:
-        """Return what any view of a recipe may need."""
-        changes = recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
+    def of_augmentation(cls, augmentation: Augmentation) -> Stages:
+        """Return what any view by an augmentation may need."""
+        changes = augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue
         return cls(
-            jitter=recipe.jitter_probability > 0 and any(changes),
-            gray=recipe.gray_probability > 0,
-            radius=math.ceil(3 * recipe.blur_sigma[1]) if recipe.blur_probability > 0 else 0,
-            solarize=recipe.solarize_probability > 0,
+            jitter=augmentation.jitter_probability > 0 and any(changes),
+            gray=augmentation.gray_probability > 0,
+            radius=math.ceil(3 * augmentation.blur_sigma[1]) if augmentation.blur_probability > 0 else 0,
+            solarize=augmentation.solarize_probability > 0,
         )
 
     @classmethod

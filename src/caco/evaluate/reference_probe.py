@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
 from caco.data.order import epoch_order
@@ -229,11 +229,11 @@ class _CroppedFeatures:
         except BrokenImage as error:  # not left to `map_in_order`: what it skips would shift the parts that follow
             self.broken[index] = error.reason
             return None
-        recipe = _crop_and_flip(self.size)
+        augmentation = Augmentation.crop_and_flip(self.size)
         parameters = draw_parameters(
-            recipe, [image.shape[0]], [image.shape[1]], seed=self.seed, epoch=epoch, indices=[index], view=0
+            augmentation, [image.shape[0]], [image.shape[1]], seed=self.seed, epoch=epoch, indices=[index], view=0
         )
-        return render_views([image], parameters, recipe, self.mean, self.std)[0]
+        return render_views([image], parameters, augmentation, self.mean, self.std)[0]
 
     def _forward(self, views: list[Tensor]) -> Float[Tensor, "B F"]:
         if not views:
@@ -243,24 +243,6 @@ class _CroppedFeatures:
 
     def _labels(self, indices: list[int]) -> Int[Tensor, " B"]:
         return self.labels[indices].to(self.world.device)
-
-
-def _crop_and_flip(size: int) -> ViewRecipe:
-    """Return torchvision's RandomResizedCrop(size) and RandomHorizontalFlip as a recipe."""
-    return ViewRecipe(
-        size=size,
-        area=(0.08, 1.0),
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        hue=0.0,
-        jitter_probability=0.0,
-        gray_probability=0.0,
-        blur_probability=0.0,
-        blur_sigma=(0.1, 2.0),
-        solarize_probability=0.0,
-        flip_probability=0.5,
-    )
 
 
 def _new_head(features: int, classes: int, seed: int, device: torch.device) -> nn.Linear:
