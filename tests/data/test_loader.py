@@ -43,7 +43,7 @@ class Pictures:
         return self.images[index]
 
 
-def views_of(source, *, batch_size=BATCH, seed=3, workers=2, broken=None, device="cpu", **place):
+def views_of(source, *, batch_size=BATCH, seed=3, workers=2, broken=None, device="cpu", **share):
     return TrainingViews.create(
         source,
         VIEWS.augmentations(),
@@ -54,7 +54,7 @@ def views_of(source, *, batch_size=BATCH, seed=3, workers=2, broken=None, device
         workers=workers,
         device=torch.device(device),
         broken=BrokenImages(len(source), 1.0) if broken is None else broken,
-        **place,
+        **share,
     )
 
 

@@ -138,7 +138,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loader(folder: Path, **place: int) -> TrainingViews:
+def loader(folder: Path, **options: int) -> TrainingViews:
     source = open_source(folder)
     return TrainingViews.create(
         source,
@@ -149,15 +149,15 @@ def loader(folder: Path, **place: int) -> TrainingViews:
         seed=0,
         device=CPU,
         broken=BrokenImages(len(source), 1.0),
-        **{"workers": 2, **place},
+        **{"workers": 2, **options},
     )
 
 
 def test_the_loader_asks_for_it_and_nothing_else_changes(photos: Path) -> None:
     views = loader(photos)
     (batch,) = views.batches(1)
-    for place in ({"workers": 1}, {"workers": 5}):
-        (same,) = loader(photos, **place).batches(1)
+    for options in ({"workers": 1}, {"workers": 5}):
+        (same,) = loader(photos, **options).batches(1)
         assert all(torch.equal(one, other) for one, other in zip(batch.views, same.views, strict=True))
     parts = [next(iter(loader(photos, rank=rank, world_size=2).batches(1))) for rank in range(2)]
     for number, view in enumerate(batch.views):

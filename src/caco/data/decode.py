@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -112,24 +113,21 @@ def _plain_jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
     return pixels if pixels.shape == (height, width, 3) else None
 
 
-class explained:
+@contextmanager
+def explained(key: str) -> Iterator[None]:
     """Turn whatever Pillow raises inside `with` into a BrokenImage with a reason in plain words."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
-        if isinstance(problem, Image.DecompressionBombError):
-            raise BrokenImage(self.key, f"too large: more than {MOST_PIXELS:,} pixels") from problem
-        # Damaged files make Pillow raise nearly anything (KeyError, struct.error, SyntaxError, ...): one bad file among
-        # millions must not end a run of days. Only Pillow's own calls stand inside this `with`.
-        if isinstance(problem, Exception) and not isinstance(problem, (BrokenImage, MemoryError)):
-            said = str(problem) or type(problem).__name__
-            kind_of_damage = "truncated" if isinstance(problem, EOFError) or "truncated" in said.lower() else "damaged"
-            raise BrokenImage(self.key, f"{kind_of_damage}: {said}") from problem
+    try:
+        yield
+    except (BrokenImage, MemoryError):
+        raise
+    except Image.DecompressionBombError as problem:
+        raise BrokenImage(key, f"too large: more than {MOST_PIXELS:,} pixels") from problem
+    # Damaged files make Pillow raise nearly anything (KeyError, struct.error, SyntaxError, ...): one bad file among
+    # millions must not end a run of days. Only Pillow's own calls stand inside this `with`.
+    except Exception as problem:
+        said = str(problem) or type(problem).__name__
+        kind_of_damage = "truncated" if isinstance(problem, EOFError) or "truncated" in said.lower() else "damaged"
+        raise BrokenImage(key, f"{kind_of_damage}: {said}") from problem
 
 
 def _open(data: bytes, key: str) -> Image.Image:

@@ -60,17 +60,17 @@ def resize_taps(start, length, pixels, size, flip, step, first, count, weights):
         centre = start + (target + 0.5) * scale
         low = max(int(centre - support + 0.5), 0)
         taps = min(int(centre + support + 0.5), pixels) - low
-        place = size - 1 - target if flip else target
+        pixel = size - 1 - target if flip else target
         total = 0.0
         for tap in range(taps):
             weight = max(1.0 - abs(low + tap + 0.5 - centre) / support, 0.0)
-            weights[place, tap] = weight
+            weights[pixel, tap] = weight
             total += weight
         for tap in range(taps):
-            weights[place, tap] /= total
-        weights[place, taps] = 0.0
-        first[place] = low * step
-        count[place] = taps
+            weights[pixel, tap] /= total
+        weights[pixel, taps] = 0.0
+        first[pixel] = low * step
+        count[pixel] = taps
 
 
 @njit(**OPTIONS)
@@ -191,8 +191,8 @@ def sum_gray(red, green, blue):
 @no_type_check
 def apply_jitter(red, green, blue, parameters, first, last, mean):
     """Apply the operations first to last - 1 of the sample's order; mean: of the grey image, for the contrast."""
-    for place in range(first, last):
-        operation = int(parameters[p.ORDER + place])
+    for stage in range(first, last):
+        operation = int(parameters[p.ORDER + stage])
         if operation == p.BRIGHTNESS or operation == p.CONTRAST:
             is_contrast = operation == p.CONTRAST
             factor = parameters[p.CONTRAST_FACTOR] if is_contrast else parameters[p.BRIGHTNESS_FACTOR]
@@ -276,19 +276,19 @@ def mix_neighbours(source, centre, stride, weights, radius, target):
 def finish(red, green, blue, solarize, scale, offset, target):
     """Solarise and normalise a stretch of pixels, and write them to the view, the channels side by side."""
     s0, s1, s2, o0, o1, o2 = scale[0], scale[1], scale[2], offset[0], offset[1], offset[2]
-    place = UINTP(0)
+    pixel = UINTP(0)
     if solarize:
         for x in range(len(red)):
-            target[place] = s0 * min(red[x], ONE - red[x]) + o0
-            target[place + UINTP(1)] = s1 * min(green[x], ONE - green[x]) + o1
-            target[place + UINTP(2)] = s2 * min(blue[x], ONE - blue[x]) + o2
-            place += UINTP(3)
+            target[pixel] = s0 * min(red[x], ONE - red[x]) + o0
+            target[pixel + UINTP(1)] = s1 * min(green[x], ONE - green[x]) + o1
+            target[pixel + UINTP(2)] = s2 * min(blue[x], ONE - blue[x]) + o2
+            pixel += UINTP(3)
     else:
         for x in range(len(red)):
-            target[place] = s0 * red[x] + o0
-            target[place + UINTP(1)] = s1 * green[x] + o1
-            target[place + UINTP(2)] = s2 * blue[x] + o2
-            place += UINTP(3)
+            target[pixel] = s0 * red[x] + o0
+            target[pixel + UINTP(1)] = s1 * green[x] + o1
+            target[pixel + UINTP(2)] = s2 * blue[x] + o2
+            pixel += UINTP(3)
 
 
 @njit(**OPTIONS)

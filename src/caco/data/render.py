@@ -157,11 +157,11 @@ def resize_weights(
     Like Pillow: a triangle as wide as two source pixels or two target pixels, whichever is more, cut at the crop's
     borders and normalised. A pixel of which the stretch covers a part counts as a whole one.
     """
-    place = torch.arange(size, dtype=torch.float32, device=start.device).expand(len(start), size)
+    pixel = torch.arange(size, dtype=torch.float32, device=start.device).expand(len(start), size)
     if flip is not None:
-        place = torch.where(flip[:, None], size - 1 - place, place)
+        pixel = torch.where(flip[:, None], size - 1 - pixel, pixel)
     scale = length[:, None] / size
-    centre = (place + 0.5) * scale
+    centre = (pixel + 0.5) * scale
     source = torch.arange(extent, dtype=torch.float32, device=start.device) + 0.5 - start[:, None]
     inside = (source > -0.5) & (source < length[:, None] + 0.5)
     distance = (source[:, None, :] - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]
@@ -180,8 +180,8 @@ def jitter(view: Float[Tensor, "B 3 S S"], rows: Float[Tensor, "B columns"]) -> 
 
     The first three are one operation, a blend with black, the mean grey or the grey image; pixels are in 0-1.
     """
-    for place in range(4):
-        operation = rows[:, p.ORDER + place, None, None, None]
+    for stage in range(4):
+        operation = rows[:, p.ORDER + stage, None, None, None]
         is_contrast, is_saturation = operation == p.CONTRAST, operation == p.SATURATION
         factor = torch.where(
             is_contrast,
@@ -241,9 +241,9 @@ def blur(view: Float[Tensor, "B 3 S S"], sigma: Float[Tensor, " B"], radius: int
     wide = sigma.clamp(min=1e-6)[:, None]
     weights = torch.exp(-0.5 * (offset / wide) ** 2) * near
     weights = weights / weights.sum(dim=1, keepdim=True)
-    place = torch.arange(size, device=view.device)
-    source = (place[None, :] + offset[:, None]).clamp(0, size - 1)
-    taken = (source[:, :, None] == place).to(view.dtype)
+    pixel = torch.arange(size, device=view.device)
+    source = (pixel[None, :] + offset[:, None]).clamp(0, size - 1)
+    taken = (source[:, :, None] == pixel).to(view.dtype)
     matrix = (weights @ taken.flatten(1)).view(-1, 1, size, size)
     return matrix @ view @ matrix.mT
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from caco.config import Augmentation, Pretrain
 from caco.data.augment import ViewParameters, draw_parameters, render_views
-from caco.data.decode import BrokenImage
+from caco.data.decode import BrokenImage, Pixels
 from caco.data.source import ImageSource
 from caco.deliver.insight import evenly_spaced
-from caco.deliver.pictures import Pixels
 
 
 @dataclass(frozen=True, eq=False)

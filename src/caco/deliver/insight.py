@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from caco.backbone import Encoder, create_backbone, projector
 from caco.config import Pretrain
 from caco.data.augment import centre_view, normalise
+from caco.data.decode import Pixels
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
 from caco.data.threads import batched, map_in_order
-from caco.deliver.pictures import Pixels
 from caco.errors import CacoError, UsageError
 from caco.evaluate.features import evaluation_mode
 from caco.model import embed
