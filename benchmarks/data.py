@@ -29,10 +29,10 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, Views
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Views
 from caco.data import decode
-from caco.data.augment import draw_parameters, render_views
-from caco.data.compiled import CompiledViews
+from caco.data.augment import Renderer, draw_parameters, render_views, render_with_numba, render_with_torch
+from caco.data.compiled import DeviceViews
 from caco.data.decode import decode_rgb
 from caco.data.folder import folder_source
 from caco.data.parameters import largest_shrink
@@ -40,7 +40,7 @@ from caco.data.parameters import largest_shrink
 torch.set_num_threads(1)
 PILLOW = "torchvision on Pillow"
 Run = Callable[[int], object]
-Recipes = tuple[ViewRecipe, ...]
+Augmentations = tuple[Augmentation, ...]
 Pictures = Sequence[NDArray[np.uint8]]
 
 
@@ -111,7 +111,7 @@ def decoders() -> dict[str, Callable[[bytes], object]]:
         "Pillow, draft 1/2": partial(by_pillow, shrink=2),
         "torchvision.io": by_torchvision,
         "caco": partial(decode_rgb, key="picture"),
-        "caco, shrink 2": partial(decode_rgb, key="picture", shrink=2),
+        "caco, shrink 2": partial(decode_rgb, key="picture", shrink=lambda height, width: 2),
     }
     if decode.simplejpeg is not None:
         named["simplejpeg"] = decode.simplejpeg.decode_jpeg
@@ -141,62 +141,63 @@ def measure_decoding(count: int, rounds: int) -> dict[str, object]:
 # --- contestants: views of decoded pictures ---------------------------------------------------------------------------
 
 
-def caco_views(engine: str, images: Pictures, recipes: Recipes) -> Run:
+def caco_views(renderer: Renderer, images: Pictures, augmentations: Augmentations) -> Run:
     small = len({image.shape for image in images}) == 1 and images[0].shape[0] <= 64
     batch = torch.from_numpy(np.stack(images)) if small else list(images)
     heights, widths = np.array([image.shape[:2] for image in images]).T
     indices = np.arange(len(images))
 
     def run(epoch: int) -> None:
-        for view, recipe in enumerate(recipes):
-            parameters = draw_parameters(recipe, heights, widths, seed=0, epoch=epoch, indices=indices, view=view)
-            render_views(batch, parameters, recipe, IMAGENET_MEAN, IMAGENET_STD, engine=engine)
+        for view, augmentation in enumerate(augmentations):
+            parameters = draw_parameters(augmentation, heights, widths, seed=0, epoch=epoch, indices=indices, view=view)
+            out = torch.empty(len(images), 3, augmentation.size, augmentation.size, memory_format=torch.channels_last)
+            renderer(batch, parameters, IMAGENET_MEAN, IMAGENET_STD, out)
 
     return run
 
 
-def caco_on_gpu(images: Pictures, recipes: Recipes) -> Run:
+def caco_on_gpu(images: Pictures, augmentations: Augmentations) -> Run:
     batch = torch.from_numpy(np.stack(images)).cuda()
     height, width = images[0].shape[:2]
-    renders = [CompiledViews(recipe, IMAGENET_MEAN, IMAGENET_STD, compiled=True) for recipe in recipes]
+    renders = [DeviceViews(augmentation, IMAGENET_MEAN, IMAGENET_STD, compiled=True) for augmentation in augmentations]
 
     def run(epoch: int) -> None:
-        for view, (recipe, render) in enumerate(zip(recipes, renders, strict=True)):
+        for view, (augmentation, render) in enumerate(zip(augmentations, renders, strict=True)):
             indices = np.arange(len(images))
-            render(batch, draw_parameters(recipe, height, width, seed=0, epoch=epoch, indices=indices, view=view))
+            render(batch, draw_parameters(augmentation, height, width, seed=0, epoch=epoch, indices=indices, view=view))
 
     return run
 
 
-def pillow_view(recipe: ViewRecipe) -> transforms.Compose:
+def pillow_view(augmentation: Augmentation) -> transforms.Compose:
     def blur(image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(*recipe.blur_sigma))))
+        return image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(*augmentation.blur_sigma))))
 
-    colours = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    colours = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(recipe.size, scale=recipe.area),
-            transforms.RandomApply([transforms.ColorJitter(*colours)], recipe.jitter_probability),
-            transforms.RandomGrayscale(recipe.gray_probability),
-            transforms.RandomApply([blur], recipe.blur_probability),
-            transforms.RandomApply([lambda image: ImageOps.solarize(image, 128)], recipe.solarize_probability),
-            transforms.RandomHorizontalFlip(recipe.flip_probability),
+            transforms.RandomResizedCrop(augmentation.size, scale=augmentation.area),
+            transforms.RandomApply([transforms.ColorJitter(*colours)], augmentation.jitter_probability),
+            transforms.RandomGrayscale(augmentation.gray_probability),
+            transforms.RandomApply([blur], augmentation.blur_probability),
+            transforms.RandomApply([lambda image: ImageOps.solarize(image, 128)], augmentation.solarize_probability),
+            transforms.RandomHorizontalFlip(augmentation.flip_probability),
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
 
 
-def tensor_view(recipe: ViewRecipe) -> v2.Compose:
-    colours = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+def tensor_view(augmentation: Augmentation) -> v2.Compose:
+    colours = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
     return v2.Compose(
         [
-            v2.RandomResizedCrop(recipe.size, scale=recipe.area, antialias=True),
-            v2.RandomApply([v2.ColorJitter(*colours)], recipe.jitter_probability),
-            v2.RandomGrayscale(recipe.gray_probability),
-            v2.RandomApply([v2.GaussianBlur(13, recipe.blur_sigma)], recipe.blur_probability),
-            v2.RandomSolarize(128, recipe.solarize_probability),
-            v2.RandomHorizontalFlip(recipe.flip_probability),
+            v2.RandomResizedCrop(augmentation.size, scale=augmentation.area, antialias=True),
+            v2.RandomApply([v2.ColorJitter(*colours)], augmentation.jitter_probability),
+            v2.RandomGrayscale(augmentation.gray_probability),
+            v2.RandomApply([v2.GaussianBlur(13, augmentation.blur_sigma)], augmentation.blur_probability),
+            v2.RandomSolarize(128, augmentation.solarize_probability),
+            v2.RandomHorizontalFlip(augmentation.flip_probability),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
@@ -204,9 +205,9 @@ def tensor_view(recipe: ViewRecipe) -> v2.Compose:
 
 
 def one_by_one(
-    build: Callable[[ViewRecipe], Callable[..., torch.Tensor]], pictures: list[object], recipes: Recipes
+    build: Callable[[Augmentation], Callable[..., torch.Tensor]], pictures: list[object], augmentations: Augmentations
 ) -> Run:
-    pipelines = [build(recipe) for recipe in recipes]
+    pipelines = [build(augmentation) for augmentation in augmentations]
 
     def run(epoch: int) -> None:
         for view in pipelines:
@@ -215,22 +216,22 @@ def one_by_one(
     return run
 
 
-def kornia_views(images: Pictures, recipes: Recipes, device: str) -> Run:
+def kornia_views(images: Pictures, augmentations: Augmentations, device: str) -> Run:
     from kornia import augmentation as k
 
-    def pipeline(recipe: ViewRecipe) -> torch.nn.Module:
-        colours = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    def pipeline(augmentation: Augmentation) -> torch.nn.Module:
+        colours = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
         return k.AugmentationSequential(
-            k.RandomResizedCrop((recipe.size, recipe.size), scale=recipe.area),
-            k.ColorJitter(*colours, p=recipe.jitter_probability),
-            k.RandomGrayscale(p=recipe.gray_probability),
-            k.RandomGaussianBlur((13, 13), recipe.blur_sigma, p=recipe.blur_probability),
-            k.RandomSolarize(0.0, 0.0, p=recipe.solarize_probability),
-            k.RandomHorizontalFlip(p=recipe.flip_probability),
+            k.RandomResizedCrop((augmentation.size, augmentation.size), scale=augmentation.area),
+            k.ColorJitter(*colours, p=augmentation.jitter_probability),
+            k.RandomGrayscale(p=augmentation.gray_probability),
+            k.RandomGaussianBlur((13, 13), augmentation.blur_sigma, p=augmentation.blur_probability),
+            k.RandomSolarize(0.0, 0.0, p=augmentation.solarize_probability),
+            k.RandomHorizontalFlip(p=augmentation.flip_probability),
             k.Normalize(torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)),
         )
 
-    pipelines = [pipeline(recipe) for recipe in recipes]
+    pipelines = [pipeline(augmentation) for augmentation in augmentations]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
 
     def run(epoch: int) -> None:
@@ -244,21 +245,24 @@ def measure_views(
     size: int, shape: tuple[int, int], count: int, slow: int, rounds: int, device: str
 ) -> dict[str, object]:
     """count: pictures a call; slow: of those that take long."""
-    recipes, images = Views(size=size).recipes(), photos(count, *shape)
+    augmentations, images = Views(size=size).augmentations(), photos(count, *shape)
     tensors = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images[:slow]]
     contestants: dict[str, tuple[int, Run]] = {}
     if find_spec("numba"):
-        contestants["caco, numba"] = count, caco_views("numba", images, recipes)
-    contestants["caco, torch"] = slow, caco_views("torch", images[:slow], recipes)
-    contestants[PILLOW] = slow, one_by_one(pillow_view, [Image.fromarray(image) for image in images[:slow]], recipes)
-    contestants["torchvision v2 on tensors"] = slow, one_by_one(tensor_view, list(tensors), recipes)
+        contestants["caco, numba"] = count, caco_views(render_with_numba, images, augmentations)
+    contestants["caco, torch"] = slow, caco_views(render_with_torch, images[:slow], augmentations)
+    contestants[PILLOW] = (
+        slow,
+        one_by_one(pillow_view, [Image.fromarray(image) for image in images[:slow]], augmentations),
+    )
+    contestants["torchvision v2 on tensors"] = slow, one_by_one(tensor_view, list(tensors), augmentations)
     if find_spec("kornia"):
-        contestants["kornia"] = slow, kornia_views(images[:slow], recipes, "cpu")
+        contestants["kornia"] = slow, kornia_views(images[:slow], augmentations, "cpu")
     if device == "cuda":
-        contestants["caco on the GPU"] = count, caco_on_gpu(images, recipes)
+        contestants["caco on the GPU"] = count, caco_on_gpu(images, augmentations)
         if find_spec("kornia"):
-            contestants["kornia on the GPU"] = count, kornia_views(images, recipes, "cuda")
-    doubled = {name: (len(recipes) * units, run) for name, (units, run) in contestants.items()}
+            contestants["kornia on the GPU"] = count, kornia_views(images, augmentations, "cuda")
+    doubled = {name: (len(augmentations) * units, run) for name, (units, run) in contestants.items()}
     title = f"augment {shape[1]}x{shape[0]} to {size} px"
     return contest(title, "views", doubled, rounds, PILLOW)
 
@@ -268,17 +272,18 @@ def measure_views(
 
 def measure_files(size: int, shape: tuple[int, int], count: int, rounds: int) -> dict[str, object]:
     """Decode and make two views: with shrink as training does, without it, and as torchvision's users do."""
-    recipes, files = Views(size=size).recipes(), jpegs(photos(count, *shape))
+    augmentations, files = Views(size=size).augmentations(), jpegs(photos(count, *shape))
 
     def caco(shrinks: bool, epoch: int) -> None:
         for index, file in enumerate(files):
-            factor = largest_shrink(recipes, *shape, seed=0, epoch=epoch, index=index) if shrinks else 1
-            pixels = decode_rgb(file, "picture", factor)
-            for view, recipe in enumerate(recipes):
-                drawn = draw_parameters(recipe, *shape, seed=0, epoch=epoch, indices=[index], view=view)
-                render_views([pixels], drawn.shrunk(np.array([factor])), recipe, IMAGENET_MEAN, IMAGENET_STD)
+            shrink = partial(largest_shrink, augmentations, seed=0, epoch=epoch, index=index) if shrinks else None
+            decoded = decode_rgb(file, "picture", shrink)
+            for view, augmentation in enumerate(augmentations):
+                drawn = draw_parameters(augmentation, *shape, seed=0, epoch=epoch, indices=[index], view=view)
+                drawn = drawn.shrunk(np.array([decoded.factor]))
+                render_views([decoded.pixels], drawn, augmentation, IMAGENET_MEAN, IMAGENET_STD)
 
-    pipelines = [pillow_view(recipe) for recipe in recipes]
+    pipelines = [pillow_view(augmentation) for augmentation in augmentations]
 
     def peer(epoch: int) -> None:
         for file in files:

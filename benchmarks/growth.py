@@ -44,13 +44,13 @@ Curves = dict[str, dict[int, float]]
 def by_images(quick: bool, device: torch.device) -> Curves:
     """Time the loader on epochs of more and more images."""
     sizes = [1 << power for power in ((10, 12, 14) if quick else range(11, 22, 2))]
-    recipe = replace(find_recipe("cifar").views, size=16).recipes()[0]
+    augmentation = replace(find_recipe("cifar").views, size=16).augmentations()[0]
     pixels = np.random.default_rng(0).integers(0, 256, (sizes[-1], 8, 8, 3), dtype=np.uint8)
     curves: Curves = {"a batch in mid-epoch": {}, "the first batch": {}}
     for size in sizes:
-        views = TrainingViews(
+        views = TrainingViews.create(
             ArraySource(pixels[:size]),
-            [recipe],
+            [augmentation],
             (0.5, 0.5, 0.5),
             (0.25, 0.25, 0.25),
             batch_size=256,

@@ -33,7 +33,7 @@ from caco.train.step import Rates, train_step
 
 CPU = torch.device("cpu")
 AHEAD = 2
-"""Batches of views that are made ahead of a step (`caco.data.ahead`)."""
+"""Batches of views that are made ahead of a step (`caco.data.prefetch`)."""
 
 
 class Live(TorchDispatchMode):
@@ -100,8 +100,10 @@ def reckon(config: Pretrain) -> int:
 
 def views_of(config: Pretrain) -> list[Tensor]:
     return [
-        torch.randn(config.batch_size, 3, recipe.size, recipe.size).contiguous(memory_format=torch.channels_last)
-        for recipe in config.views.recipes()
+        torch.randn(config.batch_size, 3, augmentation.size, augmentation.size).contiguous(
+            memory_format=torch.channels_last
+        )
+        for augmentation in config.views.augmentations()
     ]
 
 

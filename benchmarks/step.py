@@ -72,9 +72,9 @@ class Step:
         self.state.model.train()
         self.precision, self.accumulate = PRECISIONS[config.precision], config.accumulate
         self.rates: Rates = rates_at(config, config.optimizer.warmup_epochs)
-        self.loader = TrainingViews(
+        self.loader = TrainingViews.create(
             source,
-            config.views.recipes(),
+            config.views.augmentations(),
             config.views.mean,
             config.views.std,
             batch_size=config.batch_size,
@@ -83,6 +83,7 @@ class Step:
             device=device,
             broken=BrokenImages(len(source), 0.0),
         )
+        self.views = len(config.views.augmentations())
         self.batches: Iterator[list[Tensor]] = (batch.views for batch in self.loader.batches(0, 0, 10**6))
 
     def whole(self) -> None:
@@ -147,10 +148,9 @@ class Step:
             state.optimizer.zero_grad(set_to_none=True)
             state.bank_optimizer.zero_grad(set_to_none=True)
 
-        views = self.loader.recipes
         of_views = [
             part
-            for number in range(len(views))
+            for number in range(self.views)
             for part in (
                 ("query passes", partial(query, number)),
                 ("bank: search, loss, both gradients", partial(loss, number)),

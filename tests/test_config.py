@@ -6,7 +6,7 @@ import typing
 import pytest
 
 from caco.after_training import Embed, Evaluation, Knn, Linear, Report
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Demo, Pretrain, ViewRecipe, Views
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Demo, Pretrain, Views
 from caco.options import _field_help
 
 COMMANDS = (Pretrain, Knn, Linear, Embed, Report, Demo)
@@ -70,16 +70,16 @@ COMMON |= {"blur_sigma": (0.1, 2.0), "flip_probability": 0.5, "ratio": (3 / 4, 4
 
 def test_single_crop_views_are_the_published_pair():
     both = {**COMMON, "size": 224, "area": (0.2, 1.0), "saturation": 0.2}
-    first = ViewRecipe(**both, blur_probability=1.0, solarize_probability=0.0)
-    second = ViewRecipe(**both, blur_probability=0.1, solarize_probability=0.2)
-    assert Views().recipes() == (first, second)
+    first = Augmentation(**both, blur_probability=1.0, solarize_probability=0.0)
+    second = Augmentation(**both, blur_probability=0.1, solarize_probability=0.2)
+    assert Views().augmentations() == (first, second)
     assert (
         (Views().mean, Views().std) == (IMAGENET_MEAN, IMAGENET_STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
 
 
-def test_recipes_come_large_first_and_only_the_first_differs():
-    views = Views(size=40, large=3, small=2, small_size=16, blur=(0.9, 0.3), solarize=(0.0, 0.7)).recipes()
+def test_augmentations_come_large_first_and_only_the_first_differs():
+    views = Views(size=40, large=3, small=2, small_size=16, blur=(0.9, 0.3), solarize=(0.0, 0.7)).augmentations()
     assert [view.size for view in views] == [40, 40, 40, 16, 16]
     assert [view.blur_probability for view in views] == [0.9, 0.3, 0.3, 0.3, 0.3]
     assert [view.solarize_probability for view in views] == [0.0, 0.7, 0.7, 0.7, 0.7]

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from caco.checks import check
-from caco.config import Pretrain, ViewRecipe
+from caco.config import Augmentation, Pretrain
 from caco.errors import UsageError
 from caco.options import flatten, override, parse
 from caco.recipes import RECIPES, find_recipe, listing, whole
@@ -64,7 +64,7 @@ def test_published_rows(name):
 
 
 def published_view(size, area, saturation, blur, solarize):
-    return ViewRecipe(
+    return Augmentation(
         size=size,
         area=area,
         brightness=0.4,
@@ -83,14 +83,14 @@ def published_view(size, area, saturation, blur, solarize):
 def test_published_views():
     pair = (published_view(224, (0.2, 1.0), 0.2, 1.0, 0.0), published_view(224, (0.2, 1.0), 0.2, 0.1, 0.2))
     for name in ("imagenet-200-b1024", "imagenet-200-b4096", "imagenet-800-b4096"):
-        assert find_recipe(name).views.recipes() == pair
+        assert find_recipe(name).views.augmentations() == pair
     large, small = published_view(224, (0.14, 1.0), 0.4, 0.5, 0.0), published_view(96, (0.05, 0.14), 0.4, 0.5, 0.0)
-    assert find_recipe("imagenet-800-multicrop-b2048").views.recipes() == (large,) * 2 + (small,) * 6
+    assert find_recipe("imagenet-800-multicrop-b2048").views.augmentations() == (large,) * 2 + (small,) * 6
 
 
 def test_small_images_are_not_blurred():
     cifar = find_recipe("cifar")
-    assert all(view.blur_probability == 0 and view.size == 32 for view in cifar.views.recipes())
+    assert all(view.blur_probability == 0 and view.size == 32 for view in cifar.views.augmentations())
     assert cifar.encoder.stem == "small"
 
 

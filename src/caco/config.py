@@ -22,22 +22,27 @@ def usual_resize(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class ViewRecipe:
-    """How one random view is made from one image (one column of the paper's augmentation table)."""
+class Augmentation:
+    """How one random view is made from one image (one column of the paper's augmentation table); by default by a crop."""
 
     size: int
     area: tuple[float, float]
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    jitter_probability: float
-    gray_probability: float
-    blur_probability: float
-    blur_sigma: tuple[float, float]
-    solarize_probability: float
-    flip_probability: float
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_probability: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    jitter_probability: float = 0.0
+    gray_probability: float = 0.0
+    blur_probability: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = 0.0
+
+    @classmethod
+    def crop_and_flip(cls, size: int) -> Augmentation:
+        """Return torchvision's RandomResizedCrop(size) and RandomHorizontalFlip."""
+        return cls(size, area=(0.08, 1.0), flip_probability=0.5)
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,12 @@ class Views:
         """Return the pixels that the shorter side has before the centre crop of an evaluation."""
         return usual_resize(self.size) if self.evaluation_resize == "auto" else self.evaluation_resize
 
-    def recipes(self) -> tuple[ViewRecipe, ...]:
-        """Return one ViewRecipe for each view, large ones first."""
+    def augmentations(self) -> tuple[Augmentation, ...]:
+        """Return one Augmentation for each view, large ones first."""
 
-        def view(number: int, size: int, area: tuple[float, float]) -> ViewRecipe:
-            place = 0 if number == 0 else 1
-            return ViewRecipe(
+        def view(number: int, size: int, area: tuple[float, float]) -> Augmentation:
+            first_or_other = 0 if number == 0 else 1
+            return Augmentation(
                 size=size,
                 area=area,
                 brightness=self.brightness,
@@ -101,9 +106,9 @@ class Views:
                 hue=self.hue,
                 jitter_probability=self.jitter,
                 gray_probability=self.gray,
-                blur_probability=self.blur[place],
+                blur_probability=self.blur[first_or_other],
                 blur_sigma=self.blur_sigma,
-                solarize_probability=self.solarize[place],
+                solarize_probability=self.solarize[first_or_other],
                 flip_probability=self.flip,
             )
 

@@ -11,18 +11,26 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
+from renderers import RENDERERS, render_by
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, Views
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Views
 from caco.data import augment
-from caco.data.augment import centre_view, draw_parameters, normalise, render_views
+from caco.data.augment import (
+    Renderer,
+    centre_view,
+    choose_renderer,
+    draw_parameters,
+    normalise,
+    render_views,
+    render_with_numba,
+    render_with_torch,
+)
 from caco.data.parameters import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, ViewParameters
-from caco.errors import UsageError
 
-FIRST, SECOND = Views(size=32).recipes()
-ENGINES = ("torch", "numba")
+FIRST, SECOND = Views(size=32).augmentations()
 PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
@@ -50,8 +58,8 @@ def unchanged(count: int, height: int, width: int, **changes: object) -> ViewPar
     )
 
 
-def render(image: NDArray[np.uint8], parameters: ViewParameters, size: int, engine: str) -> Tensor:
-    return render_views([image], parameters, replace(FIRST, size=size), *PLAIN, engine=engine)[0]
+def render(image: NDArray[np.uint8], parameters: ViewParameters, size: int, renderer: Renderer) -> Tensor:
+    return render_by(renderer, [image], parameters, replace(FIRST, size=size), *PLAIN)[0]
 
 
 def published(image: NDArray[np.uint8], parameters: ViewParameters, row: int, size: int) -> Tensor:
@@ -101,35 +109,35 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_against_pillow(name: str, engine: str) -> None:
+def test_operation_against_pillow(name: str, renderer: Renderer) -> None:
     changes, steps = OPERATIONS[name]
     image, parameters = photo(64, 64), unchanged(1, 64, 64, **changes)
-    difference = render(image, parameters, 64, engine) - published(image, parameters, 0, 64)
+    difference = render(image, parameters, 64, renderer) - published(image, parameters, 0, 64)
     assert difference.abs().max() <= steps * STEP
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("turns", [-0.5, -0.1, 0.03, 0.1, 0.5])
-def test_hue_against_torchvision(turns: float, engine: str) -> None:
+def test_hue_against_torchvision(turns: float, renderer: Renderer) -> None:
     image = photo(64, 64)
     image[:4] = image[:4, :, :1]  # grey pixels have no hue
     image[4], image[5] = 0, 255
     image[6, :, 1] = image[6, :, 0]  # two equal channels
     parameters = unchanged(1, 64, 64, hue=turns)
-    ours = render(image, parameters, 64, engine)
+    ours = render(image, parameters, 64, renderer)
     exact = F.adjust_hue(F.to_tensor(image), turns)
     assert (ours - exact).abs().max() <= 1e-5
     # Pillow keeps hue and saturation in 8 bits, so it is further from both.
     assert (ours - published(image, parameters, 0, 64)).abs().mean() <= 0.006
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("sigma", [0.1, 0.34, 0.7, 1.0, 1.5, 2.0, 3.3])
-def test_blur_against_torchvision_and_pillow(sigma: float, engine: str) -> None:
+def test_blur_against_torchvision_and_pillow(sigma: float, renderer: Renderer) -> None:
     image, parameters = photo(64, 64), unchanged(1, 64, 64, sigma=sigma)
-    ours = render(image, parameters, 64, engine)
+    ours = render(image, parameters, 64, renderer)
     radius = math.ceil(3 * np.float32(sigma))
     extended = torch.nn.functional.pad(F.to_tensor(image)[None], [2 * radius] * 4, mode="replicate")
     exact = F.gaussian_blur(extended, [2 * radius + 1] * 2, [sigma] * 2)[
@@ -140,28 +148,28 @@ def test_blur_against_torchvision_and_pillow(sigma: float, engine: str) -> None:
     assert (ours - published(image, parameters, 0, 64)).abs().mean() <= 0.006
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("size", [32, 64, 96, 224])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (375, 500), (8, 2000), (700, 9)])
-def test_resized_crop_against_pillow(height: int, width: int, size: int, engine: str) -> None:
+def test_resized_crop_against_pillow(height: int, width: int, size: int, renderer: Renderer) -> None:
     image = photo(height, width)
     parameters = draw_parameters(
         replace(FIRST, size=size, jitter_probability=0, gray_probability=0, blur_probability=0),
         height, width, seed=3, epoch=0, indices=np.arange(4), view=0,
     )  # fmt: skip
     for row in range(4):
-        ours = render(image, parameters.rows([row]), size, engine)
+        ours = render(image, parameters.rows([row]), size, renderer)
         # Pillow rounds after the horizontal and after the vertical pass.
         assert (ours - published(image, parameters, row, size)).abs().max() <= 1.1 * STEP
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("recipe", [*Views(size=32).recipes(), *Views(size=96).recipes()])
-def test_whole_pipeline_against_pillow(recipe: ViewRecipe, engine: str) -> None:
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("augmentation", [*Views(size=32).augmentations(), *Views(size=96).augmentations()])
+def test_whole_pipeline_against_pillow(augmentation: Augmentation, renderer: Renderer) -> None:
     images = [photo(120, 160, seed) for seed in range(24)]
-    parameters = draw_parameters(recipe, 120, 160, seed=5, epoch=1, indices=np.arange(24), view=0)
-    ours = render_views(images, parameters, recipe, *PLAIN, engine=engine)
-    theirs = torch.stack([published(image, parameters, row, recipe.size) for row, image in enumerate(images)])
+    parameters = draw_parameters(augmentation, 120, 160, seed=5, epoch=1, indices=np.arange(24), view=0)
+    ours = render_by(renderer, images, parameters, augmentation, *PLAIN)
+    theirs = torch.stack([published(image, parameters, row, augmentation.size) for row, image in enumerate(images)])
     difference = (ours - theirs).abs().mean(dim=(1, 2, 3))
     assert difference.mean() <= 0.006
     assert difference.max() <= 0.01
@@ -169,74 +177,70 @@ def test_whole_pipeline_against_pillow(recipe: ViewRecipe, engine: str) -> None:
     assert -0.001 <= (ours - theirs).mean() <= 1.5 * STEP
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_grey_images_stay_grey_and_solid_ones_solid(engine: str) -> None:
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_grey_images_stay_grey_and_solid_ones_solid(renderer: Renderer) -> None:
     grey = np.repeat(photo(40, 40)[:, :, :1], 3, axis=2)
     solid = np.full((40, 40, 3), 77, dtype=np.uint8)
     parameters = draw_parameters(FIRST, 40, 40, seed=0, epoch=0, indices=np.arange(2), view=0)
-    views = render_views([grey, solid], replace(parameters, solarize=np.zeros(2, bool)), FIRST, *PLAIN, engine=engine)
+    views = render_by(renderer, [grey, solid], replace(parameters, solarize=np.zeros(2, bool)), FIRST, *PLAIN)
     assert (views[0] - views[0].mean(dim=0)).abs().max() <= 1e-5
     assert views[1].std() <= 1e-5
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_views_are_normalised_and_read_only_the_crop(engine: str) -> None:
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_views_are_normalised_and_read_only_the_crop(renderer: Renderer) -> None:
     image = photo(50, 60)
     parameters = unchanged(1, 20, 30, top=11, left=17)
-    view = render_views([image], parameters, FIRST, *PLAIN, engine=engine)
+    view = render_by(renderer, [image], parameters, FIRST, *PLAIN)
     other = np.full_like(image, 255)
     other[11:31, 17:47] = image[11:31, 17:47]
-    assert torch.equal(render_views([other], parameters, FIRST, *PLAIN, engine=engine), view)
-    normalised = render_views([image], parameters, FIRST, IMAGENET_MEAN, IMAGENET_STD, engine=engine)
+    assert torch.equal(render_by(renderer, [other], parameters, FIRST, *PLAIN), view)
+    normalised = render_by(renderer, [image], parameters, FIRST, IMAGENET_MEAN, IMAGENET_STD)
     expected = F.normalize(view, IMAGENET_MEAN, IMAGENET_STD)
     assert torch.allclose(normalised, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_batch_is_its_samples(engine: str) -> None:
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_batch_is_its_samples(renderer: Renderer) -> None:
     """One tensor, a list of arrays, and one image at a time give the same views."""
     images = np.stack([photo(32, 32, seed) for seed in range(6)])
     parameters = draw_parameters(SECOND, 32, 32, seed=0, epoch=0, indices=np.arange(6), view=1)
-    batch = render_views(torch.from_numpy(images), parameters, SECOND, IMAGENET_MEAN, IMAGENET_STD, engine=engine)
-    several = render_views(list(images), parameters, SECOND, IMAGENET_MEAN, IMAGENET_STD, engine=engine)
+    batch = render_by(renderer, torch.from_numpy(images), parameters, SECOND, IMAGENET_MEAN, IMAGENET_STD)
+    several = render_by(renderer, list(images), parameters, SECOND, IMAGENET_MEAN, IMAGENET_STD)
     assert batch.shape == (6, 3, 32, 32)
     assert batch.dtype == torch.float32
     assert torch.allclose(batch, several, atol=1e-5)
     out = torch.full((8, 3, 32, 32), -9.0).contiguous(memory_format=torch.channels_last)
     for row in range(6):
         one = parameters.rows([row])
-        views = render_views(
-            [images[row]], one, SECOND, IMAGENET_MEAN, IMAGENET_STD, engine=engine, out=out[row : row + 1]
-        )
-        assert views.data_ptr() == out[row].data_ptr()
+        renderer([images[row]], one, IMAGENET_MEAN, IMAGENET_STD, out[row : row + 1])
     assert torch.allclose(out[:6], batch, atol=1e-5)
     assert (out[6:] == -9).all()
 
 
 def test_an_empty_batch_gives_no_views() -> None:
     nothing = draw_parameters(FIRST, 32, 32, seed=0, epoch=0, indices=[], view=0)
-    for engine in ENGINES:
-        assert render_views([], nothing, FIRST, *PLAIN, engine=engine).shape == (0, 3, 32, 32)
+    assert render_views([], nothing, FIRST, *PLAIN).shape == (0, 3, 32, 32)
 
 
 def test_autocast_does_not_reach_the_pixels() -> None:
     images = torch.from_numpy(np.stack([photo(32, 32)]))
     parameters = draw_parameters(FIRST, 32, 32, seed=0, epoch=0, indices=[0], view=0)
-    expected = render_views(images, parameters, FIRST, *PLAIN, engine="torch")
+    expected = render_by(render_with_torch, images, parameters, FIRST, *PLAIN)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(render_views(images, parameters, FIRST, *PLAIN, engine="torch"), expected)
+        assert torch.equal(render_by(render_with_torch, images, parameters, FIRST, *PLAIN), expected)
 
 
-def test_engines_are_chosen_by_device_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renderers_are_chosen_by_device_and_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, elsewhere = torch.device("cpu"), torch.device("meta")
-    assert [augment.choose_engine("auto", device) for device in (cpu, elsewhere)] == ["numba", "torch"]
-    assert augment.choose_engine("torch", cpu) == "torch"
-    with pytest.raises(UsageError, match="works on the CPU, but the images are on meta"):
-        augment.choose_engine("numba", elsewhere)
-    monkeypatch.setattr(augment, "find_spec", lambda name: None)
-    assert augment.choose_engine("auto", cpu) == "torch"
-    with pytest.raises(UsageError, match="needs numba: pip install"):
-        augment.choose_engine("numba", cpu)
+    assert [choose_renderer(device) for device in (cpu, elsewhere)] == [render_with_numba, render_with_torch]
+    images, parameters = [photo(40, 50)], unchanged(1, 20, 30, top=11, left=17)
+    for renderer in (render_with_numba, render_with_torch):
+        assert choose_renderer(cpu) is renderer
+        out = torch.full((1, 3, 32, 32), -9.0).contiguous(memory_format=torch.channels_last)
+        assert render_views(images, parameters, FIRST, *PLAIN, out=out) is out
+        assert torch.equal(out, render_by(renderer, images, parameters, FIRST, *PLAIN))
+        monkeypatch.setattr(augment, "find_spec", lambda name: None)
 
 
 def test_parameters_of_other_images_are_refused() -> None:
@@ -248,10 +252,10 @@ def test_parameters_of_other_images_are_refused() -> None:
 
 
 def draw(
-    count: int = 20_000, recipe: ViewRecipe = SECOND, shape: tuple[int, int] = (375, 500), **key: int
+    count: int = 20_000, augmentation: Augmentation = SECOND, shape: tuple[int, int] = (375, 500), **key: int
 ) -> ViewParameters:
     where = {"seed": 0, "epoch": 0, "view": 0, **key}
-    return draw_parameters(recipe, *shape, indices=np.arange(count), **where)
+    return draw_parameters(augmentation, *shape, indices=np.arange(count), **where)
 
 
 def kolmogorov_smirnov(one: NDArray[np.floating], two: NDArray[np.floating]) -> float:
@@ -314,10 +318,10 @@ def test_probabilities_and_ranges() -> None:
     for factor in (parameters.contrast, parameters.saturation):
         assert (factor[~jittered] == 1).all()
     assert (parameters.hue[~jittered] == 0).all()
-    always = draw(recipe=FIRST)
+    always = draw(augmentation=FIRST)
     assert (always.sigma > 0).all()
     assert not always.solarize.any()
-    assert (draw(recipe=replace(FIRST, brightness=1.5)).brightness >= 0).all()
+    assert (draw(augmentation=replace(FIRST, brightness=1.5)).brightness >= 0).all()
 
 
 def test_orders_of_the_jitter_are_equally_likely() -> None:
@@ -328,10 +332,10 @@ def test_orders_of_the_jitter_are_equally_likely() -> None:
 
 
 def test_draws_are_independent_of_each_other_and_of_their_neighbours() -> None:
-    recipe = replace(FIRST, jitter_probability=1.0)
+    augmentation = replace(FIRST, jitter_probability=1.0)
 
     def columns(**key: int) -> NDArray[np.floating]:
-        drawn = draw(recipe=recipe, **key)
+        drawn = draw(augmentation=augmentation, **key)
         names = ("brightness", "contrast", "saturation", "hue", "sigma", "flip", "gray", "height", "top", "left")
         return np.stack([getattr(drawn, name).astype(float) for name in names])
 
@@ -343,12 +347,12 @@ def test_draws_are_independent_of_each_other_and_of_their_neighbours() -> None:
 
 
 def test_a_sample_gets_the_same_view_in_any_batch() -> None:
-    recipe = FIRST
+    augmentation = FIRST
     shapes = np.random.default_rng(0).integers(20, 400, (2, 300))
     key = {"seed": 7, "epoch": 3, "view": 1}
-    whole = draw_parameters(recipe, *shapes, indices=np.arange(300), **key)
+    whole = draw_parameters(augmentation, *shapes, indices=np.arange(300), **key)
     for rows in (np.arange(100, 131), np.random.default_rng(1).permutation(300), np.array([299])):
-        part = draw_parameters(recipe, *shapes[:, rows], indices=rows, **key)
+        part = draw_parameters(augmentation, *shapes[:, rows], indices=rows, **key)
         for field in fields(ViewParameters):
             np.testing.assert_array_equal(getattr(part, field.name), getattr(whole.rows(rows), field.name))
 

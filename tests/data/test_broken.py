@@ -91,10 +91,10 @@ def test_an_image_that_is_read_after_all_leaves_the_list(tmp_path):
     source = open_source(path.parent)
     path.rename(tmp_path / "away.png")
     broken = BrokenImages(2, 0.5)
-    load_or_next(source, 0, broken)
+    load_or_next(source, 0, broken, source.load)
     assert len(broken) == 1
     (tmp_path / "away.png").rename(path)
-    load_or_next(source, 0, broken)
+    load_or_next(source, 0, broken, source.load)
     assert len(broken) == 0
 
 

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from renderers import render_by
 
 from caco.config import Views
-from caco.data.augment import draw_parameters, render_views
-from caco.data.compiled import CompiledViews
+from caco.data.augment import draw_parameters, render_with_torch
+from caco.data.compiled import DeviceViews
 from caco.data.render import make_views
 
 STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -24,15 +25,15 @@ def test_the_views_are_one_graph_with_the_same_pixels() -> None:
 import numpy, torch
 from caco.config import Views
 from caco.data.augment import draw_parameters
-from caco.data.compiled import CompiledViews
+from caco.data.compiled import DeviceViews
 from caco.data.render import make_views, to_device
 
 images = torch.from_numpy(numpy.random.default_rng(0).integers(0, 256, (8, 20, 18, 3), dtype=numpy.uint8))
 graph = torch.compile(make_views, backend="aot_eager", dynamic=False, fullgraph=True)
-recipe = Views(size=16).recipes()[1]
-stages = CompiledViews(recipe, (0.0,) * 3, (1.0,) * 3, compiled=False).stages
+augmentation = Views(size=16).augmentations()[1]
+stages = DeviceViews(augmentation, (0.0,) * 3, (1.0,) * 3, compiled=False).stages
 for epoch in range(2):
-    drawn = draw_parameters(recipe, 20, 18, seed=0, epoch=epoch, indices=numpy.arange(8), view=1)
+    drawn = draw_parameters(augmentation, 20, 18, seed=0, epoch=epoch, indices=numpy.arange(8), view=1)
     work = images, *to_device(images.device, drawn, (0.0,) * 3, (1.0,) * 3), 16, stages
     assert torch.allclose(graph(*work), make_views(*work), atol=1e-5)
 """
@@ -42,22 +43,22 @@ for epoch in range(2):
 
 @pytest.mark.parametrize("view", [0, 1])
 def test_stages_that_no_view_of_a_batch_needs_change_nothing(view: int) -> None:
-    recipe = Views(size=16).recipes()[view]
+    augmentation = Views(size=16).augmentations()[view]
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8))
-    render = CompiledViews(recipe, *STATISTICS, compiled=False)
+    render = DeviceViews(augmentation, *STATISTICS, compiled=False)
     for epoch in range(3):
-        drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=epoch, indices=np.arange(40), view=view)
+        drawn = draw_parameters(augmentation, 20, 20, seed=0, epoch=epoch, indices=np.arange(40), view=view)
         for rows in (slice(0, 1), slice(1, 3), slice(0, 40)):
             ours = render(images[rows], drawn.rows(rows))
-            theirs = render_views(images[rows], drawn.rows(rows), recipe, *STATISTICS, engine="torch")
+            theirs = render_by(render_with_torch, images[rows], drawn.rows(rows), augmentation, *STATISTICS)
             assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_what_cannot_be_compiled_is_done_in_plain_torch_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    recipe = Views(size=16).recipes()[0]
+    augmentation = Views(size=16).augmentations()[0]
     images = torch.zeros(2, 20, 20, 3, dtype=torch.uint8)
-    drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
-    render = CompiledViews(recipe, *STATISTICS, compiled=True)
+    drawn = draw_parameters(augmentation, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
+    render = DeviceViews(augmentation, *STATISTICS, compiled=True)
 
     def fail(*work: object) -> torch.Tensor:
         raise RuntimeError("no compiler here\nand a long explanation")
@@ -65,16 +66,18 @@ def test_what_cannot_be_compiled_is_done_in_plain_torch_and_said_once(caplog: py
     render._compiled = fail
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert torch.equal(render(images, drawn), render_views(images, drawn, recipe, *STATISTICS, engine="torch"))
+            assert torch.equal(
+                render(images, drawn), render_by(render_with_torch, images, drawn, augmentation, *STATISTICS)
+            )
     (record,) = caplog.records
     assert record.getMessage() == "the views are not compiled, which is slower: RuntimeError: no compiler here"
 
 
 def test_what_has_been_compiled_is_used_again_after_torch_refused_it_once(caplog: pytest.LogCaptureFixture) -> None:
-    recipe = Views(size=16).recipes()[0]
+    augmentation = Views(size=16).augmentations()[0]
     images = torch.zeros(2, 20, 20, 3, dtype=torch.uint8)
-    drawn = draw_parameters(recipe, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
-    render, calls = CompiledViews(recipe, *STATISTICS, compiled=True), []
+    drawn = draw_parameters(augmentation, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
+    render, calls = DeviceViews(augmentation, *STATISTICS, compiled=True), []
 
     def compiled(*work: object) -> torch.Tensor:
         calls.append(work)
@@ -83,7 +86,7 @@ def test_what_has_been_compiled_is_used_again_after_torch_refused_it_once(caplog
         return make_views(*work)
 
     render._compiled = compiled
-    plain = render_views(images, drawn, recipe, *STATISTICS, engine="torch")
+    plain = render_by(render_with_torch, images, drawn, augmentation, *STATISTICS)
     assert all(torch.equal(render(images, drawn), plain) for _ in range(3))
     assert len(calls) == 3 and not caplog.records
 
@@ -110,21 +113,21 @@ import numpy, torch
 from caco.backbone import create_backbone
 from caco.config import Views
 from caco.data.augment import draw_parameters
-from caco.data.compiled import CompiledViews
+from caco.data.compiled import DeviceViews
 from caco.data.render import make_views, to_device
 from caco.distributed.world import choose_device
 
 device, backend = choose_device(sys.argv[1]), sys.argv[2]
 statistics = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 images = torch.from_numpy(numpy.random.default_rng(0).integers(0, 256, (8, 20, 18, 3), dtype=numpy.uint8)).to(device)
-recipes = Views(size=16).recipes()
-renders = [CompiledViews(recipe, *statistics, compiled=False) for recipe in recipes]
+augmentations = Views(size=16).augmentations()
+renders = [DeviceViews(augmentation, *statistics, compiled=False) for augmentation in augmentations]
 for render in renders:
     render._compiled = torch.compile(make_views, backend=backend, dynamic=False, fullgraph=True)
 
 def views(epoch):
-    for number, (recipe, render) in enumerate(zip(recipes, renders)):
-        drawn = draw_parameters(recipe, 20, 18, seed=0, epoch=epoch, indices=numpy.arange(8), view=number)
+    for number, (augmentation, render) in enumerate(zip(augmentations, renders)):
+        drawn = draw_parameters(augmentation, 20, 18, seed=0, epoch=epoch, indices=numpy.arange(8), view=number)
         work = images, *to_device(device, drawn, *statistics), 16, render.stages
         assert torch.allclose(render(images, drawn), make_views(*work), atol=1e-4)
 

@@ -46,7 +46,7 @@ def test_pil_images_of_any_mode_are_those_of_files(picture: Callable[[], Image.I
     file = io.BytesIO()
     picture().save(file, "PNG")
     loaded = own_source(Items(lambda index: (picture(), 0))).load(0)
-    np.testing.assert_array_equal(loaded, decode_rgb(file.getvalue(), "file"))
+    np.testing.assert_array_equal(loaded, decode_rgb(file.getvalue(), "file").pixels)
 
 
 def damaged_png() -> bytes:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from caco.data import decode
-from caco.data.decode import BrokenImage, decode_rgb
+from caco.data.decode import BrokenImage, Shrink, decode_rgb
 from caco.errors import CacoError
 
 # Four patches of 24 x 32 pixels: red, green / blue, grey. Every turn and flip of it is another picture.
@@ -47,6 +47,10 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+def by(factor: int) -> Shrink:
+    return lambda height, width: factor
+
+
 def patches(pixels: np.ndarray) -> np.ndarray:
     """The middle colour of each quarter, int [2, 2, 3]: away from the seams, where JPEG rings."""
     height, width = pixels.shape[:2]
@@ -54,7 +58,7 @@ def patches(pixels: np.ndarray) -> np.ndarray:
 
 
 def assert_shows(data: bytes, expected: object, tolerance: int = 0, size: tuple[int, int] = (48, 64)) -> None:
-    pixels = decode_rgb(data, "picture")
+    pixels = decode_rgb(data, "picture").pixels
     assert pixels.dtype == np.uint8
     assert pixels.shape == (*size, 3)
     assert pixels.flags.writeable
@@ -266,14 +270,15 @@ def test_first_of_several_frames() -> None:
 def test_shrink_decodes_jpeg_smaller(factor: int) -> None:
     large = Image.fromarray(picture()).resize((301, 203), Image.Resampling.NEAREST)
     data = encoded(large, "JPEG", quality=95)
-    pixels = decode_rgb(data, "picture", shrink=factor)
+    asked = []
+    decoded = decode_rgb(data, "picture", shrink=lambda height, width: asked.append((height, width)) or factor)
+    assert asked == [(203, 301)]
+    assert decoded[1:] == (203, 301, factor)
+    pixels = decoded.pixels
     assert pixels.shape == (-(-203 // factor), -(-301 // factor), 3)
     assert np.abs(patches(pixels) - np.array(COLOURS).reshape(2, 2, 3)).max() <= 5
-    asked = []
-    by_size = decode_rgb(data, "picture", shrink=lambda height, width: asked.append((height, width)) or factor)
-    assert asked == [(203, 301)]
-    assert np.array_equal(by_size, pixels)
-    assert decode_rgb(encoded(large, "PNG"), "picture", shrink=factor).shape == (203, 301, 3)
+    whole = decode_rgb(encoded(large, "PNG"), "picture", shrink=by(factor))
+    assert (whole.pixels.shape, *whole[1:]) == ((203, 301, 3), 203, 301, 1)
 
 
 def test_shrink_asks_with_the_upright_size_and_never_makes_nothing() -> None:
@@ -281,11 +286,11 @@ def test_shrink_asks_with_the_upright_size_and_never_makes_nothing() -> None:
     exif[0x0112] = 6
     data = encoded(Image.fromarray(picture()[:9, :60]), "JPEG", exif=exif)
     asked = []
-    pixels = decode_rgb(data, "picture", shrink=lambda height, width: asked.append((height, width)) or 8)
+    decoded = decode_rgb(data, "picture", shrink=lambda height, width: asked.append((height, width)) or 8)
     assert asked == [(60, 9)]
-    assert pixels.shape == (8, 2, 3)
+    assert (decoded.pixels.shape, *decoded[1:]) == ((8, 2, 3), 60, 9, 8)
     with pytest.raises(ValueError, match="not 3"):
-        decode_rgb(data, "picture", shrink=3)
+        decode_rgb(data, "picture", shrink=by(3))
 
 
 JPEG = encoded(Image.fromarray(picture()), "JPEG")
@@ -317,11 +322,6 @@ def test_broken(data: bytes, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_smallest_side_is_the_callers() -> None:
-    tiny = encoded(Image.fromarray(picture()[:2, :2]), "PNG")
-    assert decode_rgb(tiny, "tiny", minimum_side=2).shape == (2, 2, 3)
-
-
 def test_any_damage_ends_in_broken_image_or_pixels() -> None:
     generator = np.random.default_rng(0)
     noise = Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8))
@@ -334,7 +334,7 @@ def test_any_damage_ends_in_broken_image_or_pixels() -> None:
             for place in generator.integers(0, min(reach, len(data)), 3):
                 data[place] = generator.integers(0, 256)
             try:
-                assert decode_rgb(bytes(data), kind).dtype == np.uint8
+                assert decode_rgb(bytes(data), kind).pixels.dtype == np.uint8
                 outcomes["pixels"] += 1
             except BrokenImage:
                 outcomes["broken"] += 1
@@ -347,7 +347,7 @@ def by_each(data: bytes, factor: int, monkeypatch: pytest.MonkeyPatch) -> list[n
     for module in (pytest.importorskip("simplejpeg"), None):
         monkeypatch.setattr(decode, "simplejpeg", module)
         try:
-            outcomes.append(decode_rgb(data, "picture", factor))
+            outcomes.append(decode_rgb(data, "picture", by(factor)).pixels)
         except BrokenImage as problem:
             outcomes.append(problem.reason)
     return outcomes
@@ -404,15 +404,15 @@ class TestTheTwoDecoders:
         data = encoded(Image.fromarray(grain(40, 60)), "JPEG", exif=exif)
         monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded by Pillow"))
         monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded by Pillow"))
-        assert decode_rgb(data, "picture", 4).shape == (15, 10, 3)
+        assert decode_rgb(data, "picture", by(4)).pixels.shape == (15, 10, 3)
 
 
 def test_many_threads_see_the_same_and_no_filter_changes() -> None:
     files = [encoded(Image.fromarray(np.roll(picture(), shift, axis=1)), "JPEG") for shift in range(16)]
-    alone = [decode_rgb(data, "picture") for data in files]
+    alone = [decode_rgb(data, "picture").pixels for data in files]
     filters = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda number: decode_rgb(files[number % 16], "picture"), range(320)))
+        together = list(pool.map(lambda number: decode_rgb(files[number % 16], "picture").pixels, range(320)))
     assert all(np.array_equal(pixels, alone[number % 16]) for number, pixels in enumerate(together))
     assert list(warnings.filters) == filters
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from renderers import RENDERERS, render_by
 
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, Views
-from caco.data.augment import draw_parameters, render_views
+from caco.data.augment import draw_parameters, render_with_numba
 
 pytest.importorskip("numba")
 STATISTICS = IMAGENET_MEAN, IMAGENET_STD
@@ -27,59 +28,63 @@ def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("size", [8, 32, 37, 64, 96, 224])
 @pytest.mark.parametrize("view", [0, 1])
-def test_engines_agree(size: int, view: int) -> None:
-    recipe = replace(Views().recipes()[view], size=size, blur_probability=0.6, solarize_probability=0.3)
+def test_renderers_agree(size: int, view: int) -> None:
+    augmentation = replace(Views().augmentations()[view], size=size, blur_probability=0.6, solarize_probability=0.3)
     shapes = [(8, 8), (375, 500), (8, 2000), (1500, 9), (1, 1), (33, 31), (224, 224), (640, 480)]
     images = [noise(*shape, seed) for seed, shape in enumerate(shapes * 2)]
     heights, widths = np.array(shapes * 2).T
-    parameters = draw_parameters(recipe, heights, widths, seed=1, epoch=0, indices=np.arange(len(images)), view=view)
+    parameters = draw_parameters(
+        augmentation, heights, widths, seed=1, epoch=0, indices=np.arange(len(images)), view=view
+    )
     slow, fast = (
-        render_views(images, parameters, recipe, (0.0,) * 3, (1.0,) * 3, engine=engine) for engine in ("torch", "numba")
+        render_by(renderer, images, parameters, augmentation, (0.0,) * 3, (1.0,) * 3) for renderer in RENDERERS
     )
     assert (slow - fast).abs().max() <= 1e-4
 
 
-def test_engines_agree_at_every_order_and_combination() -> None:
-    recipe = replace(Views(size=16).recipes()[0], blur_probability=0.5, solarize_probability=0.5, gray_probability=0.3)
+def test_renderers_agree_at_every_order_and_combination() -> None:
+    augmentation = replace(
+        Views(size=16).augmentations()[0], blur_probability=0.5, solarize_probability=0.5, gray_probability=0.3
+    )
     images = torch.from_numpy(np.stack([noise(20, 20, seed) for seed in range(400)]))
-    parameters = draw_parameters(recipe, 20, 20, seed=0, epoch=0, indices=np.arange(400), view=0)
+    parameters = draw_parameters(augmentation, 20, 20, seed=0, epoch=0, indices=np.arange(400), view=0)
     assert len(np.unique(parameters.order, axis=0)) == 24
     slow, fast = (
-        render_views(images, parameters, recipe, (0.0,) * 3, (1.0,) * 3, engine=engine) for engine in ("torch", "numba")
+        render_by(renderer, images, parameters, augmentation, (0.0,) * 3, (1.0,) * 3) for renderer in RENDERERS
     )
     assert (slow - fast).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("sigma", [4.0, 9.5])
 def test_blur_wider_than_the_published_one_and_than_the_view(sigma: float) -> None:
-    recipe = replace(Views(size=24).recipes()[0], blur_sigma=(sigma, sigma))
-    parameters = draw_parameters(recipe, 30, 30, seed=0, epoch=0, indices=[0, 1], view=0)
+    augmentation = replace(Views(size=24).augmentations()[0], blur_sigma=(sigma, sigma))
+    parameters = draw_parameters(augmentation, 30, 30, seed=0, epoch=0, indices=[0, 1], view=0)
     images = [noise(30, 30), noise(30, 30, 1)]
-    slow, fast = (render_views(images, parameters, recipe, *STATISTICS, engine=engine) for engine in ("torch", "numba"))
+    slow, fast = (render_by(renderer, images, parameters, augmentation, *STATISTICS) for renderer in RENDERERS)
     assert (slow - fast).abs().max() <= 1e-4
 
 
 def test_batches_change_no_bit() -> None:
-    recipe = Views(size=32).recipes()[0]
+    augmentation = Views(size=32).augmentations()[0]
     images = torch.from_numpy(np.stack([noise(32, 32, seed) for seed in range(64)]))
-    parameters = draw_parameters(recipe, 32, 32, seed=0, epoch=0, indices=np.arange(64), view=0)
-    whole = render_views(images, parameters, recipe, *STATISTICS, engine="numba")
-    several = render_views(list(images.numpy()), parameters, recipe, *STATISTICS, engine="numba")
+    parameters = draw_parameters(augmentation, 32, 32, seed=0, epoch=0, indices=np.arange(64), view=0)
+    whole = render_by(render_with_numba, images, parameters, augmentation, *STATISTICS)
+    several = render_by(render_with_numba, list(images.numpy()), parameters, augmentation, *STATISTICS)
     assert torch.equal(several, whole)
-    part = render_views(images[20:31], parameters.rows(slice(20, 31)), recipe, *STATISTICS, engine="numba")
+    part = render_by(render_with_numba, images[20:31], parameters.rows(slice(20, 31)), augmentation, *STATISTICS)
     assert torch.equal(part, whole[20:31])
 
 
 def test_many_threads_at_once_do_not_disturb_each_other() -> None:
     """Each thread has its own scratch memory, also when images of different sizes make it grow."""
-    recipes = [replace(Views().recipes()[0], size=size) for size in (16, 96, 48)]
+    augmentations = [replace(Views().augmentations()[0], size=size) for size in (16, 96, 48)]
     images = [noise(40 + 37 * (seed % 5), 50 + 11 * (seed % 7), seed) for seed in range(60)]
 
     def one(number: int) -> torch.Tensor:
-        recipe = recipes[number % 3]
+        augmentation = augmentations[number % 3]
         image = images[number % 60]
-        parameters = draw_parameters(recipe, *image.shape[:2], seed=0, epoch=0, indices=[number], view=0)
-        return render_views([image], parameters, recipe, *STATISTICS, engine="numba")
+        parameters = draw_parameters(augmentation, *image.shape[:2], seed=0, epoch=0, indices=[number], view=0)
+        return render_by(render_with_numba, [image], parameters, augmentation, *STATISTICS)
 
     alone = [one(number) for number in range(240)]
     with ThreadPoolExecutor(8) as pool:
@@ -89,20 +94,21 @@ def test_many_threads_at_once_do_not_disturb_each_other() -> None:
 
 def test_any_memory_layout() -> None:
     """Decoders give read-only arrays, upright turning gives strided ones."""
-    recipe = Views(size=32).recipes()[0]
+    augmentation = Views(size=32).augmentations()[0]
     image = noise(50, 70)
     read_only = image.copy()
     read_only.flags.writeable = False
     turned = np.rot90(np.ascontiguousarray(np.rot90(image)), -1)
     assert not turned.flags.c_contiguous
-    parameters = draw_parameters(recipe, 50, 70, seed=0, epoch=0, indices=[4], view=0)
+    parameters = draw_parameters(augmentation, 50, 70, seed=0, epoch=0, indices=[4], view=0)
     views = [
-        render_views([pixels], parameters, recipe, *STATISTICS, engine="numba") for pixels in (image, read_only, turned)
+        render_by(render_with_numba, [pixels], parameters, augmentation, *STATISTICS)
+        for pixels in (image, read_only, turned)
     ]
     assert torch.equal(views[0], views[1])
     assert torch.equal(views[0], views[2])
     spread = torch.from_numpy(np.stack([image] * 4))[::2]
-    twice = render_views(spread, parameters.rows([0, 0]), recipe, *STATISTICS, engine="numba")
+    twice = render_by(render_with_numba, spread, parameters.rows([0, 0]), augmentation, *STATISTICS)
     assert torch.equal(twice[1], views[0][0])
 
 
@@ -110,12 +116,12 @@ def test_rubbish_in_scratch_memory_does_not_reach_a_view() -> None:
     """Zero times what lay in memory before would be NaN where that was infinite."""
     from caco.data import kernel
 
-    recipe = Views(size=32).recipes()[0]
-    parameters = draw_parameters(recipe, 9, 7, seed=0, epoch=0, indices=np.arange(50), view=0)
+    augmentation = Views(size=32).augmentations()[0]
+    parameters = draw_parameters(augmentation, 9, 7, seed=0, epoch=0, indices=np.arange(50), view=0)
     images = [noise(9, 7, seed) for seed in range(50)]
-    clean = render_views(images, parameters, recipe, *STATISTICS, engine="numba")
+    clean = render_by(render_with_numba, images, parameters, augmentation, *STATISTICS)
     kernel._scratch.buffer[:] = np.inf
-    assert torch.equal(render_views(images, parameters, recipe, *STATISTICS, engine="numba"), clean)
+    assert torch.equal(render_by(render_with_numba, images, parameters, augmentation, *STATISTICS), clean)
 
 
 def test_a_process_that_compiles_makes_the_views_of_one_that_need_not(tmp_path):
@@ -125,9 +131,9 @@ from caco.config import Views
 from caco.data.augment import draw_parameters, render_views
 images = torch.from_numpy(numpy.random.default_rng(0).integers(0, 256, (64, 40, 48, 3), dtype=numpy.uint8))
 for size in (8, 24, 37):
-    recipe = Views(size=size).recipes()[0]
-    drawn = draw_parameters(recipe, 40, 48, seed=0, epoch=0, indices=numpy.arange(64), view=0)
-    views = render_views(images, drawn, recipe, (0.5,) * 3, (0.2,) * 3, engine="numba")
+    augmentation = Views(size=size).augmentations()[0]
+    drawn = draw_parameters(augmentation, 40, 48, seed=0, epoch=0, indices=numpy.arange(64), view=0)
+    views = render_views(images, drawn, augmentation, (0.5,) * 3, (0.2,) * 3)
     print(hashlib.sha256(views.contiguous().numpy().tobytes()).hexdigest())
 """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

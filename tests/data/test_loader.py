@@ -11,7 +11,9 @@ from caco.data import resident
 from caco.data.broken import BrokenImages
 from caco.data.decode import BrokenImage
 from caco.data.load import load_or_next
-from caco.data.loader import TrainingViews, epoch_order
+from caco.data.loader import TrainingViews
+from caco.data.makers import FromDevice, FromMemory, FromSource
+from caco.data.order import epoch_order
 from caco.errors import CacoError, UsageError
 
 SIDE, COUNT, BATCH = 12, 40, 8
@@ -35,27 +37,24 @@ class Pictures:
     def key(self, index):
         return f"picture {index}"
 
-    def load(self, index, shrink=None):
+    def load(self, index):
         if index in self.broken:
             raise BrokenImage(self.key(index), "made so")
         return self.images[index]
 
 
-def views_of(source, *, batch_size=BATCH, seed=3, workers=2, share=1.0, path=None, device="cpu", **place):
-    broken = BrokenImages(len(source), share)
-    if path is not None:
-        broken.list_in(path)
-    return TrainingViews(
+def views_of(source, *, batch_size=BATCH, seed=3, workers=2, broken=None, device="cpu", **share):
+    return TrainingViews.create(
         source,
-        VIEWS.recipes(),
+        VIEWS.augmentations(),
         VIEWS.mean,
         VIEWS.std,
         batch_size=batch_size,
         seed=seed,
         workers=workers,
         device=torch.device(device),
-        broken=broken,
-        **place,
+        broken=BrokenImages(len(source), 1.0) if broken is None else broken,
+        **share,
     )
 
 
@@ -101,9 +100,9 @@ def test_views_are_those_of_the_image_the_indices_name():
     source = Pictures(20)
     source.images = [np.full((SIDE, SIDE, 3), 10 * number, np.uint8) for number in range(20)]
     plain = Views(size=8, jitter=0.0, gray=0.0, blur=(0.0, 0.0), solarize=(0.0, 0.0), evaluation_resize=8)
-    batches = TrainingViews(
+    batches = TrainingViews.create(
         source,
-        plain.recipes(),
+        plain.augmentations(),
         (0.0, 0.0, 0.0),
         (1.0, 1.0, 1.0),
         batch_size=5,
@@ -170,18 +169,28 @@ def test_union_of_the_processes_is_the_batch_of_one(equal, size):
 def test_resident_and_streamed_views_are_the_same(monkeypatch):
     source = Pictures(broken=[4, 5])
     held = views_of(source)
-    assert held._resident is not None
+    assert isinstance(held.maker, FromMemory)
     monkeypatch.setattr(resident, "RESIDENT_SHARE", 0.0)  # nothing may be held
     streamed = views_of(source)
-    assert streamed._resident is None
+    assert isinstance(streamed.maker, FromSource)
     assert_equal_batches(held.batches(0), streamed.batches(0))
+
+
+def test_the_maker_of_a_gpu_makes_the_views_of_the_others():
+    """Here on the CPU, in plain torch; on a GPU: below."""
+    held = views_of(Pictures())
+    on_device = FromDevice(held.maker.images, held.maker.views)
+    for epoch, step in ((0, 1), (1, 0)):
+        batch = next(held.batches(epoch, step))
+        ours = on_device.make(batch.indices, epoch)
+        assert all(torch.allclose(one, other, atol=1e-3) for one, other in zip(ours, batch.views, strict=True))
 
 
 def test_sizes_that_differ_where_the_probes_do_not_look():
     source = Pictures(400)
     source.images[1] = np.zeros((SIDE + 1, SIDE, 3), np.uint8)
     assert 1 not in np.linspace(0, 399, 32).astype(int)
-    assert views_of(source)._resident is None
+    assert isinstance(views_of(source).maker, FromSource)
     assert len(list(views_of(source).batches(0, 48))) == 2
 
 
@@ -194,26 +203,30 @@ def test_a_broken_image_is_replaced_by_the_next_good_one(equal, tmp_path):
     else:
         healthy.images[7] = healthy.images[8] = healthy.images[9]
         healthy.images[-1] = healthy.images[0]
-    views = views_of(source, path=tmp_path / "skipped.txt")
-    assert_equal_batches(views.batches(0), views_of(healthy).batches(0))
-    views.broken.write()
+    broken = BrokenImages(COUNT, 1.0)
+    broken.list_in(tmp_path / "skipped.txt")
+    assert_equal_batches(views_of(source, broken=broken).batches(0), views_of(healthy).batches(0))
+    broken.write()
     expected = [f"picture {index}\tmade so" for index in (COUNT - 1, 7, 8)]
     assert sorted((tmp_path / "skipped.txt").read_text().splitlines()) == sorted(expected)
 
 
 def test_load_or_next():
     source, broken = Pictures(5, broken=[3, 4]), BrokenImages(5, 1.0)
-    assert load_or_next(source, 3, broken) is source.images[0]
+    assert load_or_next(source, 3, broken, source.load) is source.images[0]
     assert len(broken) == 2
+    none = Pictures(3, broken=[0, 1, 2])
     with pytest.raises(CacoError, match="no image that can be read"):
-        load_or_next(Pictures(3, broken=[0, 1, 2]), 1, BrokenImages(3, 1.0))
+        load_or_next(none, 1, BrokenImages(3, 1.0), none.load)
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["resident", "streamed"])
 def test_too_many_broken_images_stop_and_name_the_list(equal, tmp_path):
     path = tmp_path / "skipped.txt"
+    broken = BrokenImages(COUNT, 0.1)
+    broken.list_in(path)
     with pytest.raises(CacoError, match=r"5 of 40 images are broken, more than the share of 0\.1 .*skipped\.txt"):
-        list(views_of(Pictures(equal=equal, broken=range(3, 23)), share=0.1, path=path).batches(0))
+        list(views_of(Pictures(equal=equal, broken=range(3, 23)), broken=broken).batches(0))
     assert len(path.read_text().splitlines()) == 5
     assert no_thread_of_ours()
 
@@ -224,7 +237,7 @@ def test_errors_in_a_thread_reach_the_consumer():
     broken_at = int(epoch_order(COUNT, 3, 0)[BATCH])  # in the second batch
     good = source.load
 
-    def load(index, shrink=None):
+    def load(index):
         if index == broken_at:
             raise ZeroDivisionError("in a thread")
         return good(index)
@@ -264,7 +277,7 @@ def test_batches_are_made_ahead_but_not_all():
     source, loads = Pictures(80, equal=False), []
     views = views_of(source)
     good = source.load
-    source.load = lambda index, shrink=None: (loads.append(index), good(index))[1]
+    source.load = lambda index: (loads.append(index), good(index))[1]
     batches = views.batches(0)
     next(batches)
     threading.Event().wait(0.4)  # time enough to run far ahead

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from renderers import RENDERERS, render_by
 
 from caco.config import IMAGENET_MEAN, IMAGENET_STD, Views
-from caco.data.augment import draw_parameters, render_views
+from caco.data.augment import Renderer, draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.decode import BrokenImage, decode_rgb
-from caco.data.load import load_shrunk
+from caco.data.load import load_decoded, load_or_next
 from caco.data.loader import TrainingViews
 from caco.data.parameters import NEVER_SHRUNK, largest_shrink
-from caco.data.resident import decode_all
+from caco.data.resident import decode_whole_set
 from caco.data.source import open_source
 
 PLAIN = (0.0,) * 3, (1.0,) * 3
 CPU = torch.device("cpu")
-ENGINES = ("torch", "numba")
 CROP_ONLY = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": 0, "solarize_probability": 0}
 
 
@@ -45,20 +46,21 @@ def jpeg(pixels: np.ndarray, **options: object) -> bytes:
 
 @pytest.mark.parametrize("views", [Views(size=32), Views(size=128), Views(size=224, small=6, small_size=96)])
 def test_factor_is_the_largest_at_which_every_crop_fills_its_view(views: Views) -> None:
-    recipes = views.recipes()
+    augmentations = views.augmentations()
     sizes = np.random.default_rng(0).integers(max(400, 9 * views.size // 2), max(1200, 18 * views.size), (60, 2))
     chosen = set()
     for index, (height, width) in enumerate(sizes.tolist()):
         if height * width <= NEVER_SHRUNK:
             continue
         key = {"seed": 3, "epoch": 2}
-        factor = largest_shrink(recipes, height, width, index=index, **key)
+        factor = largest_shrink(augmentations, height, width, index=index, **key)
         drawn = [
-            draw_parameters(recipe, height, width, indices=[index], view=view, **key)
-            for view, recipe in enumerate(recipes)
+            draw_parameters(augmentation, height, width, indices=[index], view=view, **key)
+            for view, augmentation in enumerate(augmentations)
         ]
         room = min(
-            min(crop.height[0], crop.width[0]) / recipe.size for crop, recipe in zip(drawn, recipes, strict=True)
+            min(crop.height[0], crop.width[0]) / augmentation.size
+            for crop, augmentation in zip(drawn, augmentations, strict=True)
         )
         assert factor == max([allowed for allowed in (2, 4, 8) if allowed <= room], default=1)
         chosen.add(factor)
@@ -66,26 +68,26 @@ def test_factor_is_the_largest_at_which_every_crop_fills_its_view(views: Views) 
 
 
 def test_small_pictures_are_left_alone() -> None:
-    recipes, side = Views(size=16).recipes(), int(NEVER_SHRUNK**0.5)
+    augmentations, side = Views(size=16).augmentations(), int(NEVER_SHRUNK**0.5)
     key = {"seed": 0, "epoch": 0, "index": 0}
-    assert largest_shrink(recipes, side, side, **key) == 1
-    assert largest_shrink(recipes, side, 4 * side, **key) > 1
+    assert largest_shrink(augmentations, side, side, **key) == 1
+    assert largest_shrink(augmentations, side, 4 * side, **key) > 1
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("factor", [2, 4, 8])
-def test_crops_keep_their_place_to_a_fraction_of_a_pixel(factor: int, engine: str) -> None:
+def test_crops_keep_their_place_to_a_fraction_of_a_pixel(factor: int, renderer: Renderer) -> None:
     """Of a ramp, which averaging by pixels and by triangles leaves a ramp, the views are the same but for their edge."""
     y, x = np.mgrid[:403, :597]
     ramp = np.stack([0.4181 * x, 0.6067 * y, 0.1931 * x + 0.3119 * y], axis=2)  # no slope that rounds to one side
     padded = np.pad(ramp, ((0, -403 % factor), (0, -597 % factor), (0, 0)), mode="edge")
     means = padded.reshape(padded.shape[0] // factor, factor, -1, factor, 3).mean(axis=(1, 3))
-    recipe = replace(Views(size=40).recipes()[0], **CROP_ONLY)
-    parameters = draw_parameters(recipe, 403, 597, seed=0, epoch=0, indices=np.arange(20), view=0)
+    augmentation = replace(Views(size=40).augmentations()[0], **CROP_ONLY)
+    parameters = draw_parameters(augmentation, 403, 597, seed=0, epoch=0, indices=np.arange(20), view=0)
     assert (parameters.shrunk(np.full(20, factor)).top % 1 > 0).any()
     images = [np.rint(pixels).astype(np.uint8) for pixels in (ramp, means)]
-    whole = render_views([images[0]] * 20, parameters, recipe, *PLAIN, engine=engine)
-    small = render_views([images[1]] * 20, parameters.shrunk(np.full(20, factor)), recipe, *PLAIN, engine=engine)
+    whole = render_by(renderer, [images[0]] * 20, parameters, augmentation, *PLAIN)
+    small = render_by(renderer, [images[1]] * 20, parameters.shrunk(np.full(20, factor)), augmentation, *PLAIN)
     # Both were rounded to bytes: by half a step at most, which the finer one averages away. A crop that is displaced by
     # half a pixel of the smaller image would be off by 0.3 · factor / 2 steps.
     inner = (whole - small)[:, :, 3:-3, 3:-3] * 255
@@ -93,28 +95,29 @@ def test_crops_keep_their_place_to_a_fraction_of_a_pixel(factor: int, engine: st
     assert inner.mean(dim=(0, 2, 3)).abs().max() < 0.03
 
 
-def test_engines_agree_on_fractions_of_a_pixel() -> None:
-    recipe = Views(size=24).recipes()[0]
+def test_renderers_agree_on_fractions_of_a_pixel() -> None:
+    augmentation = Views(size=24).augmentations()[0]
     images = [photo(61, 47, seed) for seed in range(30)]
-    parameters = draw_parameters(recipe, 485, 371, seed=0, epoch=0, indices=np.arange(30), view=0)
+    parameters = draw_parameters(augmentation, 485, 371, seed=0, epoch=0, indices=np.arange(30), view=0)
     shrunk = parameters.shrunk(np.full(30, 8))
-    slow, fast = (render_views(images, shrunk, recipe, *PLAIN, engine=engine) for engine in ENGINES)
+    slow, fast = (render_by(renderer, images, shrunk, augmentation, *PLAIN) for renderer in RENDERERS)
     assert (slow - fast).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_views_of_shrunk_photos_differ_little(size: int) -> None:
-    recipes = [replace(recipe, **CROP_ONLY) for recipe in Views(size=size).recipes()]
+    augmentations = [replace(augmentation, **CROP_ONLY) for augmentation in Views(size=size).augmentations()]
     differences, factors = [], []
     for index, (height, width) in enumerate([(600, 801), (767, 511), (900, 1203), (1000, 1333)]):
         data = jpeg(photo(height, width, index))
-        factor = largest_shrink(recipes, height, width, seed=0, epoch=0, index=index)
-        whole, small = decode_rgb(data, "photo"), decode_rgb(data, "photo", factor)
+        factor = largest_shrink(augmentations, height, width, seed=0, epoch=0, index=index)
+        whole = decode_rgb(data, "photo").pixels
+        small = decode_rgb(data, "photo", lambda height, width, factor=factor: factor).pixels
         factors.append(factor)
-        for view, recipe in enumerate(recipes):
-            parameters = draw_parameters(recipe, height, width, seed=0, epoch=0, indices=[index], view=view)
-            theirs = render_views([whole], parameters, recipe, *PLAIN)
-            ours = render_views([small], parameters.shrunk(np.array([factor])), recipe, *PLAIN)
+        for view, augmentation in enumerate(augmentations):
+            parameters = draw_parameters(augmentation, height, width, seed=0, epoch=0, indices=[index], view=view)
+            theirs = render_views([whole], parameters, augmentation, *PLAIN)
+            ours = render_views([small], parameters.shrunk(np.array([factor])), augmentation, *PLAIN)
             differences.append(float((ours - theirs).abs().mean()) * 255)
     assert max(factors) > 1
     assert np.mean(differences) < 1.5  # steps of 8 bits
@@ -135,31 +138,32 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loader(folder: Path, **place: int) -> TrainingViews:
+def loader(folder: Path, **options: int) -> TrainingViews:
     source = open_source(folder)
-    return TrainingViews(
+    return TrainingViews.create(
         source,
-        Views(size=32, small=1, small_size=24).recipes(),
+        Views(size=32, small=1, small_size=24).augmentations(),
         IMAGENET_MEAN,
         IMAGENET_STD,
         batch_size=12,
         seed=0,
         device=CPU,
         broken=BrokenImages(len(source), 1.0),
-        **{"workers": 2, **place},
+        **{"workers": 2, **options},
     )
 
 
 def test_the_loader_asks_for_it_and_nothing_else_changes(photos: Path) -> None:
     views = loader(photos)
     (batch,) = views.batches(1)
-    for place in ({"workers": 1}, {"workers": 5}):
-        (same,) = loader(photos, **place).batches(1)
+    for options in ({"workers": 1}, {"workers": 5}):
+        (same,) = loader(photos, **options).batches(1)
         assert all(torch.equal(one, other) for one, other in zip(batch.views, same.views, strict=True))
     parts = [next(iter(loader(photos, rank=rank, world_size=2).batches(1))) for rank in range(2)]
     for number, view in enumerate(batch.views):
         assert torch.equal(torch.cat([part.views[number] for part in parts]), view)
 
+    augmentations = views.maker.views.augmentations
     smaller, differences = 0, []
     for row, index in enumerate(batch.indices.tolist()):
         source = views.source
@@ -168,10 +172,10 @@ def test_the_loader_asks_for_it_and_nothing_else_changes(photos: Path) -> None:
         except BrokenImage:
             whole = source.load((index + 1) % len(source))
         key = {"seed": 0, "epoch": 1}
-        smaller += largest_shrink(views.recipes, *whole.shape[:2], index=index, **key) > 1
-        for number, recipe in enumerate(views.recipes):
-            drawn = draw_parameters(recipe, *whole.shape[:2], indices=[index], view=number, **key)
-            full = render_views([whole], drawn, recipe, IMAGENET_MEAN, IMAGENET_STD)[0]
+        smaller += largest_shrink(augmentations, *whole.shape[:2], index=index, **key) > 1
+        for number, augmentation in enumerate(augmentations):
+            drawn = draw_parameters(augmentation, *whole.shape[:2], indices=[index], view=number, **key)
+            full = render_views([whole], drawn, augmentation, IMAGENET_MEAN, IMAGENET_STD)[0]
             differences.append(float((full - batch.views[number][row]).abs().mean()))
     assert smaller > 5
     assert np.mean(differences) < 0.025  # of a standard deviation; another picture or crop is off by some 1
@@ -183,8 +187,9 @@ def test_what_was_decoded_and_from_what(photos: Path) -> None:
     names = [source.key(index) for index in range(12)]
 
     def load(name: str) -> tuple[object, ...]:
-        loaded = load_shrunk(source, names.index(name), broken, lambda height, width: 4)
-        return loaded.pixels.shape, loaded.height, loaded.width, loaded.factor
+        load = partial(load_decoded, source, shrink=lambda height, width: 4)
+        decoded = load_or_next(source, names.index(name), broken, load)
+        return decoded.pixels.shape, *decoded[1:]
 
     assert load("1.jpg") == ((135, 156, 3), 540, 624, 4)
     assert load("3.jpg") == ((162, 155, 3), 646, 620, 4)  # turned upright
@@ -192,7 +197,7 @@ def test_what_was_decoded_and_from_what(photos: Path) -> None:
     assert load("b.jpg") == ((23, 30, 3), 90, 120, 4)  # the one after it
     assert len(broken) == 1
     array = open_source(np.zeros((2, 500, 400, 3), np.uint8))
-    assert load_shrunk(array, 1, broken, lambda height, width: 8)[1:] == (500, 400, 1)
+    assert load_decoded(array, 1, lambda height, width: 8)[1:] == (500, 400, 1)
 
 
 def test_sets_whose_images_may_be_shrunk_are_not_held(tmp_path: Path) -> None:
@@ -200,9 +205,9 @@ def test_sets_whose_images_may_be_shrunk_are_not_held(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(513, 513, number)))
     broken = BrokenImages(3, 1.0)
-    assert decode_all(open_source(tmp_path), broken, 1, CPU) is None
+    assert decode_whole_set(open_source(tmp_path), broken, 1, CPU) is None
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(photo(512, 512, number)))
-    held = decode_all(open_source(tmp_path), broken, 1, CPU)
+    held = decode_whole_set(open_source(tmp_path), broken, 1, CPU)
     assert held is not None
     assert np.array_equal(held[2].numpy(), open_source(tmp_path).load(2))

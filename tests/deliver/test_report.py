@@ -399,7 +399,7 @@ def test_plane_is_the_first_two_principal_components():
 def test_example_views_are_those_of_training(finished, photos):
     config, source = read_config(finished), open_source(str(photos))
     example = example_views(source, config, 3)[0]
-    recipe = config.views.recipes()[1]
+    recipe = config.views.augmentations()[1]
     height, width = example.image.shape[:2]
     drawn = draw_parameters(recipe, [height], [width], seed=config.seed, epoch=0, indices=[0], view=1)
     view = render_views([example.image], drawn, recipe, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))[0]

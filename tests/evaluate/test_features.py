@@ -1,8 +1,5 @@
 """Extraction end to end on a tiny network and an in-memory source with a broken image."""
 
-import threading
-import time
-
 import numpy as np
 import pytest
 import timm
@@ -14,15 +11,7 @@ from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.data.decode import BrokenImage
 from caco.errors import CacoError
 from caco.evaluate import features
-from caco.evaluate.features import (
-    ahead,
-    backbone_features,
-    evaluation_mode,
-    extract,
-    in_batches,
-    joined,
-    pixel_features,
-)
+from caco.evaluate.features import backbone_features, evaluation_mode, extract, joined, pixel_features
 
 OPTIONS = {"size": 32, "resize": 36, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": "cpu", "workers": 2}
 
@@ -174,46 +163,3 @@ def test_errors_say_what_is_wrong(backbone):
     nn.init.constant_(spoiled[1].bias, torch.nan)
     with pytest.raises(CacoError, match="not finite"):
         extract(spoiled, Pictures(), **OPTIONS)
-
-
-def test_decoding_runs_ahead_but_not_too_far():
-    started, broken = [], []
-    release = threading.Event()
-
-    def view(index):
-        started.append(index)
-        assert release.wait(10)
-        if index == 1:
-            raise BrokenImage("one", "made so")
-        return -index
-
-    stream = ahead(view, range(30), broken, depth=5, workers=3)
-    first = threading.Thread(target=lambda: seen.append(next(stream)))
-    seen = []
-    first.start()
-    while len(started) < 3:
-        time.sleep(0.001)
-    release.set()
-    first.join()
-    assert seen == [(0, 0)]
-    while len(started) < 5:
-        time.sleep(0.001)
-    time.sleep(0.02)
-    assert sorted(started) == list(range(5))  # index 5 is asked for only when another view is taken
-    assert next(stream) == (2, -2)
-    assert broken == [("one", "made so")]
-    stream.close()
-    assert len(started) < 30
-
-
-def test_an_error_in_a_thread_reaches_the_caller():
-    def view(index):
-        raise ZeroDivisionError(index)
-
-    with pytest.raises(ZeroDivisionError):
-        list(ahead(view, range(100), [], depth=10, workers=2))
-
-
-def test_in_batches():
-    assert list(in_batches(((i, 2 * i) for i in range(5)), 2)) == [([0, 1], [0, 2]), ([2, 3], [4, 6]), ([4], [8])]
-    assert list(in_batches([], 2)) == []

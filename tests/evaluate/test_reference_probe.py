@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
-from caco.data.loader import epoch_order
+from caco.data.order import epoch_order
 from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
 from caco.evaluate import reference_probe
@@ -112,7 +112,7 @@ def test_a_run_equals_plain_steps(monkeypatch, broken, batch_size, forward):
         head.weight.normal_(0, 0.01, generator=torch.Generator().manual_seed(4))
         head.bias.zero_()
     optimizer = LayerWiseSGD(head.parameters(), 0.0)
-    recipe = reference_probe._crop_and_flip(16)
+    augmentation = Augmentation.crop_and_flip(16)
     frozen = Edges().eval()
     for epoch in range(3):
         total = 0.0
@@ -121,8 +121,8 @@ def test_a_run_equals_plain_steps(monkeypatch, broken, batch_size, forward):
             chosen = order[start : start + used]
             views = []
             for index in chosen:
-                drawn = draw_parameters(recipe, [24], [24], seed=4, epoch=epoch, indices=[index], view=0)
-                views.append(render_views([train.images[index]], drawn, recipe, IMAGENET_MEAN, IMAGENET_STD))
+                drawn = draw_parameters(augmentation, [24], [24], seed=4, epoch=epoch, indices=[index], view=0)
+                views.append(render_views([train.images[index]], drawn, augmentation, IMAGENET_MEAN, IMAGENET_STD))
             optimizer.param_groups[0]["lr"] = 5.0 * used / 256 * 0.5 * (1 + math.cos(math.pi * epoch / 3))
             with torch.no_grad():
                 features = frozen(torch.cat(views))
@@ -162,8 +162,8 @@ def test_it_learns():
 
 
 def test_crops_are_those_of_the_published_transform():
-    recipe = reference_probe._crop_and_flip(16)
-    drawn = draw_parameters(recipe, 400, 400, seed=0, epoch=0, indices=np.arange(2000), view=0)
+    augmentation = Augmentation.crop_and_flip(16)
+    drawn = draw_parameters(augmentation, 400, 400, seed=0, epoch=0, indices=np.arange(2000), view=0)
     area = drawn.height.astype(float) * drawn.width / 400**2
     assert 0.07 < area.min() < 0.12
     assert area.max() > 0.9

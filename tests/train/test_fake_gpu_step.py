@@ -12,8 +12,7 @@ import caco.loss
 from caco.backbone import create_backbone
 from caco.config import EncoderOptions, Pretrain, Views
 from caco.data import parameters
-from caco.data.compiled import _possible
-from caco.data.render import make_views
+from caco.data.render import Stages, make_views
 from caco.distributed.world import World
 from caco.evaluate.linear import train_heads
 from caco.loss import _CooperativeAdversarial
@@ -151,7 +150,7 @@ def test_views(gpu):
     with gpu:
         images = torch.zeros(16, 40, 48, 3, dtype=torch.uint8, device=GPU)
         rows, statistics = torch.rand(16, parameters.COLUMNS, device=GPU), torch.rand(2, 3, 1, 1, device=GPU)
-        for recipe in CONFIG.views.recipes():
-            view = make_views(images, rows, statistics, recipe.size, _possible(recipe))
-            assert view.shape == (16, 3, recipe.size, recipe.size)
+        for augmentation in CONFIG.views.augmentations():
+            view = make_views(images, rows, statistics, augmentation.size, Stages.of_augmentation(augmentation))
+            assert view.shape == (16, 3, augmentation.size, augmentation.size)
             assert view.device == GPU and view.is_contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import caco
-from caco.data.loader import epoch_order
+from caco.data.order import epoch_order
 from caco.data.source import ArraySource
 from caco.errors import CacoError, UsageError
 

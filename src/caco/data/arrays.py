@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from caco.data.decode import Pixels, Shrink
+from caco.data.decode import Pixels
 from caco.data.encoded import Labels, labels_by_number
 from caco.errors import UsageError
 
@@ -61,8 +61,8 @@ class ArraySource:
         """Return "image 17", counted from 0."""
         return f"image {index}"
 
-    def load(self, index: int, shrink: Shrink | None = None) -> Pixels:
-        """Return an image, uint8 [H, W, 3], not to be written to; shrink is ignored."""
+    def load(self, index: int) -> Pixels:
+        """Return an image, uint8 [H, W, 3], not to be written to."""
         image = self.images[index]
         if image.ndim == 2:
             return np.repeat(image[:, :, None], 3, axis=2)

@@ -6,9 +6,8 @@ pixels to 1e-4 of full scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,63 +16,67 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from caco.config import ViewRecipe
+from caco.config import Augmentation
 from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import copy_to, render_with_torch
-from caco.errors import UsageError
 
 __all__ = ["ViewParameters", "centre_view", "draw_parameters", "normalise", "render_views"]
 
-Engine = Literal["auto", "torch", "numba"]
+Images = UInt8[Tensor, "B H W 3"] | list[NDArray[np.uint8]]
+"""One tensor on any device, or arrays of any sizes."""
 
 
 def render_views(
-    images: UInt8[Tensor, "B H W 3"] | list[NDArray[np.uint8]],
+    images: Images,
     parameters: ViewParameters,
-    recipe: ViewRecipe,
+    augmentation: Augmentation,
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    engine: Engine = "auto",
     out: Float[Tensor, "B 3 S S"] | None = None,
 ) -> Float[Tensor, "B 3 S S"]:
-    """Render one view of each image: float32 [B, 3, S, S], S = recipe.size, less mean, over std (of pixels in 0-1).
+    """Render one view of each image: float32 [B, 3, S, S], S = augmentation.size, less mean, over std (of pixels in 0-1).
 
-    images: one uint8 tensor [B, H, W, 3] on any device, or B uint8 arrays [H, W, 3] of any sizes. engine: torch, numba
-    (CPU only, on the calling thread, without the GIL), or auto (numba for images on the CPU where it is installed).
-    out: where to write the views. They come in memory format channels_last, and so must `out`.
-    Raises UsageError when the engine cannot do it.
+    By numba for images on the CPU where it is installed, else by torch. out: where to write the views. They come in memory
+    format channels_last, and so must `out`.
     """
     if len(images) != len(parameters):
         raise ValueError(f"{len(images)} images, but parameters of {len(parameters)}")
     device = images.device if isinstance(images, Tensor) else torch.device("cpu")
     if out is None:
-        shape = len(images), 3, recipe.size, recipe.size
+        shape = len(images), 3, augmentation.size, augmentation.size
         out = torch.empty(shape, device=device, memory_format=torch.channels_last)
-    if not len(images):
-        return out
-    if choose_engine(engine, device) == "torch":
-        return out.copy_(render_with_torch(images, parameters, recipe.size, mean, std))
-    from caco.data.kernel import render_with_numba
-
-    table, target = parameters.table(), out.permute(0, 2, 3, 1).numpy()
-    if isinstance(images, Tensor):
-        render_with_numba(np.ascontiguousarray(images.numpy()), table, mean, std, target)
-        return out
-    for row, image in enumerate(images):
-        one = slice(row, row + 1)
-        render_with_numba(np.ascontiguousarray(image)[None], table[one], mean, std, target[one])
+    if len(images):
+        choose_renderer(device)(images, parameters, mean, std, out)
     return out
 
 
-def choose_engine(engine: Engine, device: torch.device) -> Literal["torch", "numba"]:
-    """Return the engine to use for images on this device. Raises UsageError for an engine that cannot be used."""
-    installed = find_spec("numba") is not None
-    if engine == "numba" and not installed:
-        raise UsageError("The numba engine for views needs numba: pip install 'caco[fast]'.")
-    if engine == "numba" and device.type != "cpu":
-        raise UsageError(f"The numba engine for views works on the CPU, but the images are on {device}.")
-    return "numba" if engine != "torch" and installed and device.type == "cpu" else "torch"
+Renderer = Callable[[Images, ViewParameters, Sequence[float], Sequence[float], Tensor], None]
+"""Fills `out`, the last argument, float32 [B, 3, S, S], channels_last, on the images' device."""
+
+
+def choose_renderer(device: torch.device) -> Renderer:
+    """Return what renders views of images on this device."""
+    return render_with_numba if device.type == "cpu" and find_spec("numba") else render_with_torch
+
+
+def render_with_numba(
+    images: Images,
+    parameters: ViewParameters,
+    mean: Sequence[float],
+    std: Sequence[float],
+    out: Float[Tensor, "B 3 S S"],
+) -> None:
+    """Fill `out` with one view of each image, all on the CPU: on the calling thread, without the GIL."""
+    from caco.data.kernel import fill_views
+
+    table, views = parameters.table(), out.permute(0, 2, 3, 1).numpy()
+    if isinstance(images, Tensor):
+        fill_views(np.ascontiguousarray(images.numpy()), table, mean, std, views)
+        return
+    for row, image in enumerate(images):
+        one = slice(row, row + 1)
+        fill_views(np.ascontiguousarray(image)[None], table[one], mean, std, views[one])
 
 
 def centre_view(image: UInt8[np.ndarray, "H W 3"], resize: int, size: int) -> UInt8[np.ndarray, "size size 3"]:

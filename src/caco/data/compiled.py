@@ -1,26 +1,30 @@
-"""The views on a GPU by one compiled graph a recipe, in place of some sixty kernels one after the other."""
+"""The views on a GPU by one compiled graph for each augmentation, in place of some sixty kernels one after the other."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from caco.config import ViewRecipe
+from caco.config import Augmentation
 from caco.data.parameters import ViewParameters
 from caco.data.render import Stages, make_views, to_device
 
 
-class CompiledViews:
-    """Makes one recipe's views of images on a device; by plain torch if asked to, where compiling fails, and while it goes on."""
+class DeviceViews:
+    """Makes the views of one augmentation on a device, by a compiled graph.
 
-    def __init__(self, recipe: ViewRecipe, mean: Sequence[float], std: Sequence[float], *, compiled: bool) -> None:
-        self.recipe, self.mean, self.std = recipe, mean, std
-        self.stages = _possible(recipe)
+    By plain torch if asked to, where compiling fails, and while it goes on.
+    """
+
+    def __init__(
+        self, augmentation: Augmentation, mean: Sequence[float], std: Sequence[float], *, compiled: bool
+    ) -> None:
+        self.augmentation, self.mean, self.std = augmentation, mean, std
+        self.stages = Stages.of_augmentation(augmentation)  # the graph is the same for all its batches
         self._compiled: Callable[..., Tensor] | None = None
         self._has_worked = False
         if compiled:
@@ -29,10 +33,10 @@ class CompiledViews:
     def __call__(self, images: UInt8[Tensor, "B H W 3"], parameters: ViewParameters) -> Float[Tensor, "B 3 S S"]:
         """Return one view of each image, float32 [B, 3, S, S], channels_last; nothing waits for the device.
 
-        parameters: of this recipe. The first call compiles, which takes some seconds.
+        parameters: of this augmentation. The first call compiles, which takes some seconds.
         """
         rows, statistics = to_device(images.device, parameters, self.mean, self.std)
-        work = images, rows, statistics, self.recipe.size, self.stages
+        work = images, rows, statistics, self.augmentation.size, self.stages
         if self._compiled is not None:
             try:
                 views = self._compiled(*work)
@@ -47,14 +51,3 @@ class CompiledViews:
                     logging.getLogger(__name__).warning("the views are not compiled, which is slower: %s", reason)
                 # Else: torch (up to 2.11) refuses every compiled call while another thread compiles, as the first step does.
         return make_views(*work)
-
-
-def _possible(recipe: ViewRecipe) -> Stages:
-    """Return what any view of a recipe may need: the graph is the same for all its batches."""
-    changes = recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
-    return Stages(
-        jitter=recipe.jitter_probability > 0 and any(changes),
-        gray=recipe.gray_probability > 0,
-        radius=math.ceil(3 * recipe.blur_sigma[1]) if recipe.blur_probability > 0 else 0,
-        solarize=recipe.solarize_probability > 0,
-    )

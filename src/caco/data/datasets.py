@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from caco.data.arrays import ArraySource, remedy
-from caco.data.decode import BrokenImage, Pixels, Shrink, explained, pixels_of
+from caco.data.decode import BrokenImage, Pixels, explained, pixels_of
 from caco.data.encoded import Labels, labels_by_number
 from caco.data.source import ImageSource, open_source
 from caco.errors import UsageError
@@ -72,8 +72,8 @@ class DatasetSource:
         """Return "image 17", counted from 0."""
         return f"image {index}"
 
-    def load(self, index: int, shrink: Shrink | None = None) -> Pixels:
-        """Return an image, uint8 [H, W, 3], not to be written to; shrink is ignored.
+    def load(self, index: int) -> Pixels:
+        """Return an image, uint8 [H, W, 3], not to be written to.
 
         Raises BrokenImage when the Dataset cannot read it, UsageError for what is no picture.
         """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ Shrink = Callable[[int, int], int]
 # Pillow asks each of these in turn and no other: some of its readers start outside programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 ENDINGS = frozenset(["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm"])
+LEAST_SIDE = 8  # pixels
 MOST_PIXELS = 2 * 1024**3 // 12  # at most 2 GiB when Pillow, the white ground and the result hold 4 bytes a pixel each
 
 # Pillow warns of odd metadata, once per file. `catch_warnings` around each call would swap the process's filters under
@@ -47,31 +49,43 @@ class BrokenImage(CacoError):
         return f"{self.key}: {self.reason}"
 
 
-def decode_rgb(data: bytes, key: str, shrink: int | Shrink = 1, minimum_side: int = 8) -> Pixels:
-    """Return the pixels of an encoded image, uint8 [H, W, 3], RGB, upright, writable.
+class Decoded(NamedTuple):
+    """An image's pixels, and what they were decoded from."""
+
+    pixels: Pixels
+    """uint8 [H, W, 3], RGB, upright."""
+    height: int
+    """Of the whole picture, upright, in pixels."""
+    width: int
+    factor: int
+    """By how much `pixels` is smaller than that: 1, 2, 4 or 8."""
+
+
+def decode_rgb(data: bytes, key: str, shrink: Shrink | None = None) -> Decoded:
+    """Return an encoded image as RGB, upright, its pixels writable.
 
     JPEG, PNG, WebP, BMP, TIFF, GIF and PPM; of several frames or pages, the first. Transparency is laid on white;
-    more than 8 bits are scaled down (`_scaled`); colour profiles are not applied. A shrink of 2, 4 or 8 decodes a JPEG
+    more than 8 bits are scaled down (`_scaled`); colour profiles are not applied. A factor of 2, 4 or 8 decodes a JPEG
     at that fraction of its size (rounded up), at less cost: a pixel is then 2, 4 or 8 pixels wide and high, counted from
-    the top left of the picture as it is stored. Other formats ignore it. Thread-safe.
-    Raises BrokenImage: empty, truncated, not an image, more than MOST_PIXELS, a side below minimum_side pixels.
+    the top left of the picture as it is stored. Other formats are decoded whole. Thread-safe.
+    Raises BrokenImage: empty, truncated, not an image, more than MOST_PIXELS, a side below LEAST_SIDE pixels.
     """
     image = _open(data, key)
     try:
         height, width = _upright_size(image)
-        if min(height, width) < minimum_side:
-            raise BrokenImage(key, f"too small: {height} x {width} pixels, a side is below {minimum_side}")
-        factor = shrink(height, width) if callable(shrink) else shrink
+        if min(height, width) < LEAST_SIDE:
+            raise BrokenImage(key, f"too small: {height} x {width} pixels, a side is below {LEAST_SIDE}")
+        factor = 1 if shrink is None else shrink(height, width)
         if factor not in (1, 2, 4, 8):
             raise ValueError(f"shrink must be 1, 2, 4 or 8, not {factor}")
         pixels = _plain_jpeg(data, image, factor)
         if pixels is None:
             with explained(key):
-                if factor > 1:
-                    image.draft(None, (max(1, image.width // factor), max(1, image.height // factor)))
+                if factor > 1 and image.draft(None, (image.width // factor, image.height // factor)) is None:
+                    factor = 1  # the format knows but one size
                 pixels = pixels_of(image)
         # Looked up after loading: Pillow turns a TIFF upright by itself, and a PNG may keep EXIF at its end.
-        return _upright(pixels, _orientation(image))
+        return Decoded(_upright(pixels, _orientation(image)), height, width, factor)
     finally:
         image.close()
 
@@ -99,24 +113,21 @@ def _plain_jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
     return pixels if pixels.shape == (height, width, 3) else None
 
 
-class explained:
+@contextmanager
+def explained(key: str) -> Iterator[None]:
     """Turn whatever Pillow raises inside `with` into a BrokenImage with a reason in plain words."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
-        if isinstance(problem, Image.DecompressionBombError):
-            raise BrokenImage(self.key, f"too large: more than {MOST_PIXELS:,} pixels") from problem
-        # Damaged files make Pillow raise nearly anything (KeyError, struct.error, SyntaxError, ...): one bad file among
-        # millions must not end a run of days. Only Pillow's own calls stand inside this `with`.
-        if isinstance(problem, Exception) and not isinstance(problem, (BrokenImage, MemoryError)):
-            said = str(problem) or type(problem).__name__
-            kind_of_damage = "truncated" if isinstance(problem, EOFError) or "truncated" in said.lower() else "damaged"
-            raise BrokenImage(self.key, f"{kind_of_damage}: {said}") from problem
+    try:
+        yield
+    except (BrokenImage, MemoryError):
+        raise
+    except Image.DecompressionBombError as problem:
+        raise BrokenImage(key, f"too large: more than {MOST_PIXELS:,} pixels") from problem
+    # Damaged files make Pillow raise nearly anything (KeyError, struct.error, SyntaxError, ...): one bad file among
+    # millions must not end a run of days. Only Pillow's own calls stand inside this `with`.
+    except Exception as problem:
+        said = str(problem) or type(problem).__name__
+        kind_of_damage = "truncated" if isinstance(problem, EOFError) or "truncated" in said.lower() else "damaged"
+        raise BrokenImage(key, f"{kind_of_damage}: {said}") from problem
 
 
 def _open(data: bytes, key: str) -> Image.Image:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from caco.data.decode import BrokenImage, Pixels, Shrink, decode_rgb
+from caco.data.decode import BrokenImage, Decoded, Pixels, Shrink, decode_rgb
 
 Labels = NDArray[np.int64] | None
 
@@ -36,13 +36,13 @@ class EncodedSource(ABC):
     def files(self) -> Iterable[str]:
         """Return the whole paths of the files that hold the images."""
 
-    def load(self, index: int, shrink: Shrink | None = None) -> Pixels:
-        """Return an image, uint8 [H, W, 3], RGB, upright.
+    def load(self, index: int) -> Pixels:
+        """Return an image, uint8 [H, W, 3], RGB, upright. Raises BrokenImage."""
+        return decode_rgb(self.read(index), self.key(index)).pixels
 
-        shrink: from the stored height and width to the factor (1, 2, 4 or 8) by which a JPEG is decoded smaller.
-        Raises BrokenImage.
-        """
-        return decode_rgb(self.read(index), self.key(index), 1 if shrink is None else shrink)
+    def load_shrunk(self, index: int, shrink: Shrink) -> Decoded:
+        """Return an image; a JPEG decoded smaller by the factor that `shrink` says for its size. Raises BrokenImage."""
+        return decode_rgb(self.read(index), self.key(index), shrink)
 
 
 def read_bytes(path: str, key: str, offset: int = 0, size: int = -1) -> bytes:

@@ -37,10 +37,10 @@ def stamp(path: str) -> tuple[int, int]:
     return status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size
 
 
-def read_index(cache: Path | None, place: str) -> Index | None:
-    """Return the index of `place` from the file `cache`, or None if there is none that still holds.
+def read_index(cache: Path | None, identity: str) -> Index | None:
+    """Return from the file `cache` the index of what `identity` names, or None if there is none that still holds.
 
-    It is stale if it was made of another place or by another format of this file, or if any folder or shard it was made
+    It is stale if it was made of anything else or by another format of this file, or if any folder or shard it was made
     from has another time of change (a folder's changes when a file in it is added, removed or renamed) or size, or is
     gone. Overwriting an image file in place changes no name: that index stays good.
     """
@@ -49,7 +49,7 @@ def read_index(cache: Path | None, place: str) -> Index | None:
     try:
         with np.load(io.BytesIO(cache.read_bytes()), allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
-            if (header["format"], header["place"]) != (FORMAT, place):
+            if (header["format"], header["place"]) != (FORMAT, identity):
                 return None
             stamps = {path: (int(changed), int(size)) for path, (changed, size) in header["stamps"].items()}
             if any(stamp(path) != then for path, then in stamps.items()):
@@ -62,13 +62,13 @@ def read_index(cache: Path | None, place: str) -> Index | None:
         return None
 
 
-def write_index(cache: Path | None, place: str, index: Index) -> None:
+def write_index(cache: Path | None, identity: str, index: Index) -> None:
     """Write the file that `read_index` reads; nothing if `cache` is None."""
     if cache is None:
         return
     header = {
         "format": FORMAT,
-        "place": place,
+        "place": identity,
         "stamps": index.stamps,
         "columns": list(index.columns),
         "classes": index.classes,

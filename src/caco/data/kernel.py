@@ -30,7 +30,8 @@ OPTIONS = {"nogil": True, "cache": True, "fastmath": FAST, "error_model": "numpy
 
 # Pixels whose colours are changed together: three planes of it stay in the first-level cache.
 CHUNK = 1024
-# The blur adds this many pairs of neighbours at a time: as many arrays as the compiler will check for overlap.
+# The blur adds this many pairs of neighbours at a time: as many arrays as the compiler will check for overlap. To this
+# number mix_neighbours is unrolled by hand.
 PAIRS = 3
 
 RED, GREEN, BLUE = np.float32(0.299), np.float32(0.587), np.float32(0.114)
@@ -59,17 +60,17 @@ def resize_taps(start, length, pixels, size, flip, step, first, count, weights):
         centre = start + (target + 0.5) * scale
         low = max(int(centre - support + 0.5), 0)
         taps = min(int(centre + support + 0.5), pixels) - low
-        place = size - 1 - target if flip else target
+        pixel = size - 1 - target if flip else target
         total = 0.0
         for tap in range(taps):
             weight = max(1.0 - abs(low + tap + 0.5 - centre) / support, 0.0)
-            weights[place, tap] = weight
+            weights[pixel, tap] = weight
             total += weight
         for tap in range(taps):
-            weights[place, tap] /= total
-        weights[place, taps] = 0.0
-        first[place] = low * step
-        count[place] = taps
+            weights[pixel, tap] /= total
+        weights[pixel, taps] = 0.0
+        first[pixel] = low * step
+        count[pixel] = taps
 
 
 @njit(**OPTIONS)
@@ -125,6 +126,7 @@ def resample_row(row, size, first, count, weights, red, green, blue):
 @njit(**OPTIONS)
 @no_type_check
 def blend_constant(plane, factor, addend):
+    """plane = factor * plane + addend, within 0-1: brightness, and contrast."""
     for x in range(len(plane)):
         plane[x] = min(max(factor * plane[x] + addend, ZERO), ONE)
 
@@ -132,6 +134,7 @@ def blend_constant(plane, factor, addend):
 @njit(**OPTIONS)
 @no_type_check
 def blend_gray(red, green, blue, factor):
+    """Each channel = factor * itself + (1 - factor) * the grey image, within 0-1: saturation."""
     rest = ONE - factor
     for x in range(len(red)):
         gray = rest * (RED * red[x] + GREEN * green[x] + BLUE * blue[x])
@@ -143,6 +146,7 @@ def blend_gray(red, green, blue, factor):
 @njit(**OPTIONS)
 @no_type_check
 def shift_hue(red, green, blue, turns):
+    """Turn the hue of HSV, in units of the chroma: see `render.shift_hue`."""
     sixths = np.float32(6) * turns
     for x in range(len(red)):
         r, g, b = red[x], green[x], blue[x]
@@ -165,6 +169,7 @@ def shift_hue(red, green, blue, turns):
 @njit(**OPTIONS)
 @no_type_check
 def to_gray(red, green, blue):
+    """Put the grey image into all three channels."""
     for x in range(len(red)):
         gray = RED * red[x] + GREEN * green[x] + BLUE * blue[x]
         red[x] = gray
@@ -175,6 +180,7 @@ def to_gray(red, green, blue):
 @njit(**OPTIONS)
 @no_type_check
 def sum_gray(red, green, blue):
+    """Return the sum of the grey image's pixels."""
     total = ZERO
     for x in range(len(red)):
         total += RED * red[x] + GREEN * green[x] + BLUE * blue[x]
@@ -185,8 +191,8 @@ def sum_gray(red, green, blue):
 @no_type_check
 def apply_jitter(red, green, blue, parameters, first, last, mean):
     """Apply the operations first to last - 1 of the sample's order; mean: of the grey image, for the contrast."""
-    for place in range(first, last):
-        operation = int(parameters[p.ORDER + place])
+    for stage in range(first, last):
+        operation = int(parameters[p.ORDER + stage])
         if operation == p.BRIGHTNESS or operation == p.CONTRAST:
             is_contrast = operation == p.CONTRAST
             factor = parameters[p.CONTRAST_FACTOR] if is_contrast else parameters[p.BRIGHTNESS_FACTOR]
@@ -209,20 +215,21 @@ def change_colours(red, green, blue, parameters):
     A chunk of pixels goes through all operations at once; only the contrast waits, for the mean of all pixels.
     """
     pixels = len(red)
-    contrast = 4
-    for place in range(4):
-        if int(parameters[p.ORDER + place]) == p.CONTRAST and parameters[p.CONTRAST_FACTOR] != ONE:
-            contrast = place
+    has_contrast, contrast_stage = False, 0
+    for stage in range(4):
+        if int(parameters[p.ORDER + stage]) == p.CONTRAST and parameters[p.CONTRAST_FACTOR] != ONE:
+            has_contrast, contrast_stage = True, stage
     mean = ZERO
-    # Two rounds, before the contrast and from it on; one if there is none. (One loop in the code: it is compiled once.)
-    for second in range(0 if contrast < 4 else 1, 2):
-        first, last = (contrast % 4, 4) if second else (0, contrast)
+    # Round 0 applies what comes before the contrast and sums the grey image for its mean, round 1 the rest; without a
+    # contrast round 1 does all. (One loop in the code: it is compiled once.)
+    for round_number in range(0 if has_contrast else 1, 2):
+        first, last = (0, contrast_stage) if round_number == 0 else (contrast_stage, 4)
         total = 0.0
         for start in range(0, pixels, CHUNK):
             stop = min(start + CHUNK, pixels)
             r, g, b = red[start:stop], green[start:stop], blue[start:stop]
             apply_jitter(r, g, b, parameters, first, last, mean)
-            if not second:
+            if round_number == 0:
                 total += sum_gray(r, g, b)
             elif parameters[p.GRAY] > ZERO:
                 to_gray(r, g, b)
@@ -261,7 +268,7 @@ def mix_neighbours(source, centre, stride, weights, radius, target):
         a3, b3 = source[centre - (k + 2) * stride :], source[centre + (k + 2) * stride :]
         for i in range(n):
             target[i] += w1 * (a1[i] + b1[i]) + w2 * (a2[i] + b2[i]) + w3 * (a3[i] + b3[i])
-        k += 3
+        k += PAIRS
 
 
 @njit(**OPTIONS)
@@ -269,19 +276,19 @@ def mix_neighbours(source, centre, stride, weights, radius, target):
 def finish(red, green, blue, solarize, scale, offset, target):
     """Solarise and normalise a stretch of pixels, and write them to the view, the channels side by side."""
     s0, s1, s2, o0, o1, o2 = scale[0], scale[1], scale[2], offset[0], offset[1], offset[2]
-    place = UINTP(0)
+    pixel = UINTP(0)
     if solarize:
         for x in range(len(red)):
-            target[place] = s0 * min(red[x], ONE - red[x]) + o0
-            target[place + UINTP(1)] = s1 * min(green[x], ONE - green[x]) + o1
-            target[place + UINTP(2)] = s2 * min(blue[x], ONE - blue[x]) + o2
-            place += UINTP(3)
+            target[pixel] = s0 * min(red[x], ONE - red[x]) + o0
+            target[pixel + UINTP(1)] = s1 * min(green[x], ONE - green[x]) + o1
+            target[pixel + UINTP(2)] = s2 * min(blue[x], ONE - blue[x]) + o2
+            pixel += UINTP(3)
     else:
         for x in range(len(red)):
-            target[place] = s0 * red[x] + o0
-            target[place + UINTP(1)] = s1 * green[x] + o1
-            target[place + UINTP(2)] = s2 * blue[x] + o2
-            place += UINTP(3)
+            target[pixel] = s0 * red[x] + o0
+            target[pixel + UINTP(1)] = s1 * green[x] + o1
+            target[pixel + UINTP(2)] = s2 * blue[x] + o2
+            pixel += UINTP(3)
 
 
 @njit(**OPTIONS)
@@ -385,7 +392,7 @@ def render_rows(images, table, scale, offset, scratch, views):
 _scratch = threading.local()
 
 
-def render_with_numba(
+def fill_views(
     images: NDArray[np.uint8],
     table: NDArray[np.float32],
     mean: Sequence[float],

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from caco.data.arrays import ArraySource
 from caco.data.datasets import DatasetSource
+from caco.data.decode import Pixels
 from caco.data.encoded import EncodedSource
 from caco.data.source import ImageSource
 from caco.errors import UsageError, counted, did_you_mean
@@ -58,8 +57,8 @@ class Relabelled:
     def key(self, index: int) -> str:
         return self._source.key(index)
 
-    def load(self, index: int, shrink: Callable[[int, int], int] | None = None) -> Any:
-        return self._source.load(index, shrink)
+    def load(self, index: int) -> Pixels:
+        return self._source.load(index)
 
 
 class Subset:
@@ -76,5 +75,5 @@ class Subset:
     def key(self, index: int) -> str:
         return self._source.key(int(self._indices[index]))
 
-    def load(self, index: int, shrink: Callable[[int, int], int] | None = None) -> Any:
-        return self._source.load(int(self._indices[index]), shrink)
+    def load(self, index: int) -> Pixels:
+        return self._source.load(int(self._indices[index]))

@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TypeVar
 
 from caco.data.broken import BrokenImages
-from caco.data.decode import BrokenImage, Pixels, Shrink
+from caco.data.decode import BrokenImage, Decoded, Shrink
+from caco.data.encoded import EncodedSource
 from caco.data.source import ImageSource
 from caco.errors import CacoError
 
-
-class Loaded(NamedTuple):
-    """A decoded image, and what it was decoded from."""
-
-    pixels: Pixels
-    height: int
-    """Of the image as it is stored, in pixels."""
-    width: int
-    factor: int
-    """By how much `pixels` is smaller: 1, 2, 4 or 8."""
+Image = TypeVar("Image")
 
 
-def load_or_next(source: ImageSource, index: int, broken: BrokenImages, shrink: Shrink | None = None) -> Pixels:
-    """Return an image, or in place of a broken one the next good one: the same choice in every run.
+def load_or_next(source: ImageSource, index: int, broken: BrokenImages, load: Callable[[int], Image]) -> Image:
+    """Return load(index), or in place of a broken image the next good one: the same choice in every run.
 
     Raises CacoError when too many are broken (`BrokenImages.add`) or none is left.
     """
     for offset in range(len(source)):
-        place = (index + offset) % len(source)
+        candidate = (index + offset) % len(source)
         try:
-            pixels = source.load(place, shrink)
+            image = load(candidate)
         except BrokenImage as error:
             broken.add(error.key, error.reason)
             continue
         if len(broken):
-            broken.forget(source.key(place))
-        return pixels
+            broken.forget(source.key(candidate))
+        return image
     raise CacoError(f"{source.name} has no image that can be read")
 
 
-def load_shrunk(source: ImageSource, index: int, broken: BrokenImages, shrink: Shrink) -> Loaded:
-    """The same, decoded smaller by the factor that `shrink` says for its size, if the source and its format can."""
-    asked: tuple[int, int] | None = None
-    factor = 1
-
-    def remember(height: int, width: int) -> int:
-        nonlocal asked, factor
-        asked, factor = (height, width), shrink(height, width)
-        return factor
-
-    pixels = load_or_next(source, index, broken, remember)
-    if asked is None or asked == pixels.shape[:2]:  # the source never asks, or the format knows but one size
-        asked, factor = (pixels.shape[0], pixels.shape[1]), 1
-    return Loaded(pixels, asked[0], asked[1], factor)
+def load_decoded(source: ImageSource, index: int, shrink: Shrink) -> Decoded:
+    """Return an image, decoded smaller where its source holds it encoded and its format can. Raises BrokenImage."""
+    if isinstance(source, EncodedSource):
+        return source.load_shrunk(index, shrink)
+    pixels = source.load(index)
+    return Decoded(pixels, pixels.shape[0], pixels.shape[1], factor=1)

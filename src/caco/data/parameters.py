@@ -14,7 +14,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from caco.config import ViewRecipe
+from caco.config import Augmentation
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), dtype=np.int8)
@@ -105,7 +105,7 @@ class ViewParameters:
 
 
 def draw_parameters(
-    recipe: ViewRecipe,
+    augmentation: Augmentation,
     heights: ArrayLike,
     widths: ArrayLike,
     *,
@@ -127,55 +127,59 @@ def draw_parameters(
     streams = _streams(seed, epoch, view, indices)
     draws = _uniform(streams, np.arange(SOLARIZE_DRAW + 1))
 
-    jitter = draws[JITTER_DRAW] < recipe.jitter_probability
-    blur = draws[BLUR_DRAW] < recipe.blur_probability
-    top, left, height, width = _draw_crops(recipe, heights, widths, streams)
+    jitter = draws[JITTER_DRAW] < augmentation.jitter_probability
+    blur = draws[BLUR_DRAW] < augmentation.blur_probability
+    top, left, height, width = _draw_crops(augmentation, heights, widths, streams)
     return ViewParameters(
         top=top,
         left=left,
         height=height,
         width=width,
-        flip=draws[FLIP_DRAW] < recipe.flip_probability,
+        flip=draws[FLIP_DRAW] < augmentation.flip_probability,
         order=ORDERS[(draws[ORDER_DRAW] * len(ORDERS)).astype(np.int64)],
-        brightness=_factor(recipe.brightness, draws[BRIGHTNESS_DRAW], jitter),
-        contrast=_factor(recipe.contrast, draws[CONTRAST_DRAW], jitter),
-        saturation=_factor(recipe.saturation, draws[SATURATION_DRAW], jitter),
-        hue=np.where(jitter, _between(-recipe.hue, recipe.hue, draws[HUE_DRAW]), 0).astype(np.float32),
-        gray=draws[GRAY_DRAW] < recipe.gray_probability,
-        sigma=np.where(blur, _between(*recipe.blur_sigma, draws[SIGMA_DRAW]), 0).astype(np.float32),
-        solarize=draws[SOLARIZE_DRAW] < recipe.solarize_probability,
+        brightness=_factor(augmentation.brightness, draws[BRIGHTNESS_DRAW], jitter),
+        contrast=_factor(augmentation.contrast, draws[CONTRAST_DRAW], jitter),
+        saturation=_factor(augmentation.saturation, draws[SATURATION_DRAW], jitter),
+        hue=np.where(jitter, _between(-augmentation.hue, augmentation.hue, draws[HUE_DRAW]), 0).astype(np.float32),
+        gray=draws[GRAY_DRAW] < augmentation.gray_probability,
+        sigma=np.where(blur, _between(*augmentation.blur_sigma, draws[SIGMA_DRAW]), 0).astype(np.float32),
+        solarize=draws[SOLARIZE_DRAW] < augmentation.solarize_probability,
     )
 
 
-def largest_shrink(recipes: Sequence[ViewRecipe], height: int, width: int, *, seed: int, epoch: int, index: int) -> int:
+def largest_shrink(
+    augmentations: Sequence[Augmentation], height: int, width: int, *, seed: int, epoch: int, index: int
+) -> int:
     """Return by how much an image may be decoded smaller for its views: 1, 2, 4 or 8.
 
     The largest factor at which each crop still has at least as many pixels as its view, in height and in width; 1 for
     an image of at most NEVER_SHRUNK pixels. Like the crops a pure function of (seed, epoch, index) and the image's size.
     """
     factor = 8 if height * width > NEVER_SHRUNK else 1
-    while factor > 1 and any(min(height, width) < factor * recipe.size for recipe in recipes):
+    while factor > 1 and any(min(height, width) < factor * augmentation.size for augmentation in augmentations):
         factor //= 2  # no crop is larger than the image: most small images are decided here
     indices, heights, widths = np.array([index], np.uint64), np.array([height]), np.array([width])
-    for view, recipe in enumerate(recipes):
+    for view, augmentation in enumerate(augmentations):
         if factor > 1:
-            _, _, crop_height, crop_width = _draw_crops(recipe, heights, widths, _streams(seed, epoch, view, indices))
-            while factor > 1 and min(crop_height[0], crop_width[0]) < factor * recipe.size:
+            _, _, crop_height, crop_width = _draw_crops(
+                augmentation, heights, widths, _streams(seed, epoch, view, indices)
+            )
+            while factor > 1 and min(crop_height[0], crop_width[0]) < factor * augmentation.size:
                 factor //= 2
     return factor
 
 
 def _draw_crops(
-    recipe: ViewRecipe, heights: NDArray[np.int64], widths: NDArray[np.int64], streams: NDArray[np.uint64]
+    augmentation: Augmentation, heights: NDArray[np.int64], widths: NDArray[np.int64], streams: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """Draw top, left, height, width: up to ten tries of area and shape that fit, else the largest centred crop."""
-    top, left, height, width = _central_crops(recipe.ratio, heights, widths)
+    top, left, height, width = _central_crops(augmentation.ratio, heights, widths)
     waiting = np.arange(len(streams))
-    low, high = math.log(recipe.ratio[0]), math.log(recipe.ratio[1])
+    low, high = math.log(augmentation.ratio[0]), math.log(augmentation.ratio[1])
     for attempt in range(CROP_TRIES):
         first = FIRST_CROP_DRAW + 4 * attempt
         area, shape, down, right = _uniform(streams[waiting], np.arange(first, first + 4))
-        target = _between(*recipe.area, area) * heights[waiting] * widths[waiting]
+        target = _between(*augmentation.area, area) * heights[waiting] * widths[waiting]
         ratio = np.exp(_between(low, high, shape))
         tried_width = np.rint(np.sqrt(target * ratio)).astype(np.int64)
         tried_height = np.rint(np.sqrt(target / ratio)).astype(np.int64)

@@ -249,13 +249,13 @@ def _unpack_once(files: Sequence[str], layout: _Layout, cache_folder: Path) -> t
 
     One process at a time does it: the others of a run, or other runs, wait and find it done.
     """
-    place = "\n".join(["parquet", layout.path, *files])
-    stem = f"parquet-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+    identity = "\n".join(["parquet", layout.path, *files])
+    stem = f"parquet-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     content, index_file = cache_folder / f"{stem}.bytes", cache_folder / f"{stem}.npz"
     try:
         cache_folder.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(cache_folder / f"{stem}.lock") as alone:
-            index = read_index(index_file, place)
+            index = read_index(index_file, identity)
             if index is None or not content.exists() or content.stat().st_size != index.columns["ends"][-1]:
                 if alone:
                     for left in cache_folder.glob(f".{content.name}.*.tmp"):  # by a process that was killed
@@ -263,7 +263,7 @@ def _unpack_once(files: Sequence[str], layout: _Layout, cache_folder: Path) -> t
                 said = f"the images of {counted(len(files), 'Parquet file')} are unpacked to {content}, once"
                 print(said, file=sys.stderr, flush=True)
                 index = _unpack_to(content, files, layout)
-                write_index(index_file, place, index)
+                write_index(index_file, identity, index)
             with open(content, "rb") as file:
                 return index, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as problem:

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from caco.config import Augmentation
 from caco.data import parameters as p
 from caco.data.parameters import ViewParameters
 
@@ -25,7 +26,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class Stages(NamedTuple):
-    """What a batch's views need apart from crop and normalisation."""
+    """What views need apart from crop and normalisation."""
 
     jitter: bool
     gray: bool
@@ -34,7 +35,18 @@ class Stages(NamedTuple):
     solarize: bool
 
     @classmethod
-    def needed(cls, parameters: ViewParameters) -> Stages:
+    def of_augmentation(cls, augmentation: Augmentation) -> Stages:
+        """Return what any view by an augmentation may need."""
+        changes = augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue
+        return cls(
+            jitter=augmentation.jitter_probability > 0 and any(changes),
+            gray=augmentation.gray_probability > 0,
+            radius=math.ceil(3 * augmentation.blur_sigma[1]) if augmentation.blur_probability > 0 else 0,
+            solarize=augmentation.solarize_probability > 0,
+        )
+
+    @classmethod
+    def of_batch(cls, parameters: ViewParameters) -> Stages:
         """Return what any of these views needs; known without asking the device: the parameters came from the host."""
         factors = (parameters.brightness, parameters.contrast, parameters.saturation)
         jitter = bool(parameters.hue.any()) or any((factor != 1).any() for factor in factors)
@@ -45,17 +57,18 @@ class Stages(NamedTuple):
 def render_with_torch(
     images: UInt8[Tensor, "B H W 3"] | list[NDArray[np.uint8]],
     parameters: ViewParameters,
-    size: int,
     mean: Sequence[float],
     std: Sequence[float],
-) -> Float[Tensor, "B 3 S S"]:
-    """Return one view of each image, float32 [B, 3, size, size], on the images' device (the CPU for arrays)."""
-    device = images.device if isinstance(images, Tensor) else torch.device("cpu")
-    rows, statistics = to_device(device, parameters, mean, std)
+    out: Float[Tensor, "B 3 S S"],
+) -> None:
+    """Fill `out` with one view of each image, on the images' device (the CPU for arrays)."""
+    rows, statistics = to_device(out.device, parameters, mean, std)
+    size, stages = out.shape[-1], Stages.of_batch(parameters)
     if isinstance(images, Tensor):
-        return make_views(images, rows, statistics, size, Stages.needed(parameters))
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        return _finish(_crop_arrays(images, rows, size), rows, statistics, Stages.needed(parameters))
+        out.copy_(make_views(images, rows, statistics, size, stages))
+        return
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        out.copy_(_finish(_crop_arrays(images, rows, size), rows, statistics, stages))
 
 
 def copy_to(device: torch.device, host: Tensor) -> Tensor:
@@ -144,11 +157,11 @@ def resize_weights(
     Like Pillow: a triangle as wide as two source pixels or two target pixels, whichever is more, cut at the crop's
     borders and normalised. A pixel of which the stretch covers a part counts as a whole one.
     """
-    place = torch.arange(size, dtype=torch.float32, device=start.device).expand(len(start), size)
+    pixel = torch.arange(size, dtype=torch.float32, device=start.device).expand(len(start), size)
     if flip is not None:
-        place = torch.where(flip[:, None], size - 1 - place, place)
+        pixel = torch.where(flip[:, None], size - 1 - pixel, pixel)
     scale = length[:, None] / size
-    centre = (place + 0.5) * scale
+    centre = (pixel + 0.5) * scale
     source = torch.arange(extent, dtype=torch.float32, device=start.device) + 0.5 - start[:, None]
     inside = (source > -0.5) & (source < length[:, None] + 0.5)
     distance = (source[:, None, :] - centre[:, :, None]).abs() / scale.clamp(min=1)[:, :, None]
@@ -167,8 +180,8 @@ def jitter(view: Float[Tensor, "B 3 S S"], rows: Float[Tensor, "B columns"]) -> 
 
     The first three are one operation, a blend with black, the mean grey or the grey image; pixels are in 0-1.
     """
-    for place in range(4):
-        operation = rows[:, p.ORDER + place, None, None, None]
+    for stage in range(4):
+        operation = rows[:, p.ORDER + stage, None, None, None]
         is_contrast, is_saturation = operation == p.CONTRAST, operation == p.SATURATION
         factor = torch.where(
             is_contrast,
@@ -228,9 +241,9 @@ def blur(view: Float[Tensor, "B 3 S S"], sigma: Float[Tensor, " B"], radius: int
     wide = sigma.clamp(min=1e-6)[:, None]
     weights = torch.exp(-0.5 * (offset / wide) ** 2) * near
     weights = weights / weights.sum(dim=1, keepdim=True)
-    place = torch.arange(size, device=view.device)
-    source = (place[None, :] + offset[:, None]).clamp(0, size - 1)
-    taken = (source[:, :, None] == place).to(view.dtype)
+    pixel = torch.arange(size, device=view.device)
+    source = (pixel[None, :] + offset[:, None]).clamp(0, size - 1)
+    taken = (source[:, :, None] == pixel).to(view.dtype)
     matrix = (weights @ taken.flatten(1)).view(-1, 1, size, size)
     return matrix @ view @ matrix.mT
 

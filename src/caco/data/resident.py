@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from caco.data.broken import BrokenImages
-from caco.data.load import load_or_next, load_shrunk
+from caco.data.load import load_decoded, load_or_next
 from caco.data.parameters import NEVER_SHRUNK
 from caco.data.source import ImageSource
 from caco.memory import free_memory
@@ -19,7 +20,7 @@ RESIDENT_SHARE = 0.25
 """Share of the free memory that such a set may take."""
 
 
-def decode_all(
+def decode_whole_set(
     source: ImageSource, broken: BrokenImages, workers: int, device: torch.device, local_size: int = 1
 ) -> UInt8[Tensor, "N H W 3"] | None:
     """Return all images, uint8 [N, H, W, 3], in main memory, if they are of one size and fit there and on the device.
@@ -30,7 +31,8 @@ def decode_all(
     """
     shape: tuple[int, ...] | None = None
     for index in np.unique(np.linspace(0, len(source) - 1, 32).astype(int)):
-        probe = load_shrunk(source, int(index), broken, lambda height, width: 8)  # its size is all that matters
+        # Only its size matters here: it is decoded as small as can be.
+        probe = load_or_next(source, int(index), broken, partial(load_decoded, source, shrink=lambda height, width: 8))
         if probe.height * probe.width > NEVER_SHRUNK or shape not in (None, (probe.height, probe.width, 3)):
             return None
         shape = probe.height, probe.width, 3
@@ -41,7 +43,7 @@ def decode_all(
 
     def fill(first: int) -> bool:
         for index in range(first, min(first + 256, len(source))):
-            image = load_or_next(source, index, broken)
+            image = load_or_next(source, index, broken, source.load)
             if image.shape != shape:
                 return False
             images[index] = image

@@ -66,19 +66,19 @@ def shard_source(paths: Sequence[Path], name: str, index_cache: Path | None = No
     Raises UsageError for a shard that is damaged or compressed, or if no shard has an image.
     """
     shards = [os.path.realpath(path) for path in paths]
-    place = "\n".join(["shards", *shards])
-    index = read_index(index_cache, place)
+    identity = "\n".join(["shards", *shards])
+    index = read_index(index_cache, identity)
     if index is None:
         index = _index(shards)
         if not index.names:
             raise UsageError(f"{name} holds no images in {len(shards):,} tar files")
-        write_index(index_cache, place, index)
+        write_index(index_cache, identity, index)
     return ShardSource(name, shards, paths, index)
 
 
 def _index(shards: Sequence[str]) -> Index:
     names: list[str] = []
-    places: list[tuple[int, int, int]] = []
+    spans: list[tuple[int, int, int]] = []
     texts: list[str] = []
     stamps = {}
     for number, shard in enumerate(shards):
@@ -86,9 +86,9 @@ def _index(shards: Sequence[str]) -> Index:
         members, labels = _members(shard)
         for member in members:
             names.append(member.name)
-            places.append((number, member.offset, member.size))
+            spans.append((number, member.offset, member.size))
             texts.append(labels.get(_sample(member.name), ""))
-    shard_column, offset, size = np.array(places, np.int64).reshape(-1, 3).T
+    shard_column, offset, size = np.array(spans, np.int64).reshape(-1, 3).T
     columns = {"shard": shard_column, "offset": offset, "size": size}
     if not texts or not all(texts):
         return Index(names, stamps, columns)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caco.data.arrays import ArraySource
-from caco.data.decode import ENDINGS, Pixels, Shrink
+from caco.data.decode import ENDINGS, Pixels
 from caco.data.folder import FileSource, ending, folder_source, list_source, relative_names
 from caco.data.parquet import parquet_source
 from caco.data.shards import shard_source
@@ -49,12 +49,8 @@ class ImageSource(Protocol):
     def key(self, index: int) -> str:
         """Return an image's name, unique in this source: a relative path, "shard.tar/0001.jpg", "row 17", ..."""
 
-    def load(self, index: int, shrink: Shrink | None = None) -> Pixels:
-        """Return an image, uint8 [H, W, 3], RGB, upright; not to be written to.
-
-        shrink: from the stored height and width to the factor (1, 2, 4 or 8) by which the image may come back smaller;
-        a source for which that saves nothing ignores it. Raises BrokenImage(key, reason).
-        """
+    def load(self, index: int) -> Pixels:
+        """Return an image, uint8 [H, W, 3], RGB, upright; not to be written to. Raises BrokenImage(key, reason)."""
 
 
 Data = str | Path | Sequence[str | Path] | NDArray[np.uint8] | ImageSource

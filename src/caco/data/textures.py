@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from caco.data.decode import Shrink
+from caco.data.decode import Pixels
 from caco.errors import UsageError, did_you_mean
 
 Floats = NDArray[np.floating[Any]]
@@ -38,9 +38,9 @@ class TextureSource:
         """Return "family/number", e.g. "dots/000012"."""
         return f"{self.classes[self.labels[index]]}/{index:06d}"
 
-    def load(self, index: int, shrink: Shrink | None = None) -> NDArray[np.uint8]:
-        """Return picture `index`, uint8 [size, size, 3], RGB; shrink is ignored."""
-        picture: NDArray[np.uint8] = self.images[index]
+    def load(self, index: int) -> Pixels:
+        """Return picture `index`, uint8 [size, size, 3], RGB; not to be written to."""
+        picture: Pixels = self.images[index]
         return picture
 
 

@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from caco.config import Pretrain, ViewRecipe
+from caco.config import Augmentation, Pretrain
 from caco.data.augment import ViewParameters, draw_parameters, render_views
-from caco.data.decode import BrokenImage
+from caco.data.decode import BrokenImage, Pixels
 from caco.data.source import ImageSource
 from caco.deliver.insight import evenly_spaced
-from caco.deliver.pictures import Pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +38,14 @@ def example_views(source: ImageSource, config: Pretrain, count: int) -> list[Exa
             continue
         height, width = image.shape[:2]
         example = ExampleViews(source.key(int(index)), image, [], [], [])
-        for number, recipe in enumerate(config.views.recipes()):
+        for number, augmentation in enumerate(config.views.augmentations()):
             drawn = draw_parameters(
-                recipe, [height], [width], seed=config.seed, epoch=0, indices=[int(index)], view=number
+                augmentation, [height], [width], seed=config.seed, epoch=0, indices=[int(index)], view=number
             )
-            view = render_views([image], drawn, recipe, config.views.mean, config.views.std)[0]
+            view = render_views([image], drawn, augmentation, config.views.mean, config.views.std)[0]
             example.views.append(_as_pixels(view, config))
             example.boxes.append((int(drawn.left[0]), int(drawn.top[0]), int(drawn.width[0]), int(drawn.height[0])))
-            example.changes.append(_in_words(drawn, recipe, height * width))
+            example.changes.append(_in_words(drawn, augmentation, height * width))
         examples.append(example)
     return examples
 
@@ -57,7 +56,7 @@ def _as_pixels(view: Float[Tensor, "3 S S"], config: Pretrain) -> Pixels:
     return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
-def _in_words(drawn: ViewParameters, recipe: ViewRecipe, area: int) -> str:
+def _in_words(drawn: ViewParameters, augmentation: Augmentation, area: int) -> str:
     jittered = any(
         float(values[0]) != neutral
         for values, neutral in ((drawn.brightness, 1), (drawn.contrast, 1), (drawn.saturation, 1), (drawn.hue, 0))
@@ -68,4 +67,4 @@ def _in_words(drawn: ViewParameters, recipe: ViewRecipe, area: int) -> str:
     words += ["grey"] if drawn.gray[0] else []
     words += [f"blur of {float(drawn.sigma[0]):.1f} px"] if drawn.sigma[0] > 0 else []
     words += ["solarised"] if drawn.solarize[0] else []
-    return f"{recipe.size} px: " + ", ".join(words)
+    return f"{augmentation.size} px: " + ", ".join(words)

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from caco.backbone import Encoder, create_backbone, projector
 from caco.config import Pretrain
 from caco.data.augment import centre_view, normalise
+from caco.data.decode import Pixels
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
-from caco.deliver.pictures import Pixels
+from caco.data.threads import batched, map_in_order
 from caco.errors import CacoError, UsageError
-from caco.evaluate.features import ahead, evaluation_mode, in_batches
+from caco.evaluate.features import evaluation_mode
 from caco.model import embed
 from caco.train.checkpoint import CheckpointFolder
 from caco.weights import load_backbone
@@ -128,8 +129,8 @@ def look(
     key_network = nn.Identity() if key_encoder is None else key_encoder.to(device)
     chosen = [int(index) for index in evenly_spaced(len(source), images)]
     with evaluation_mode(backbone), evaluation_mode(key_network):
-        for places, views in in_batches(ahead(view, chosen, broken, 2 * BATCH, workers), BATCH):
-            taken += places
+        for indices, views in batched(map_in_order(view, chosen, broken, 2 * BATCH, workers), BATCH):
+            taken += indices
             thumbnails += [thumbnail for _, thumbnail, _ in views]
             batch = copy_to(device, torch.from_numpy(np.stack([centre for centre, _, _ in views])))
             ready = normalise(batch, config.views.mean, config.views.std)

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Pixels = NDArray[np.uint8]
+from caco.data.decode import Pixels
 
 LARGEST_GALLERY = 300_000
 """Bytes that the gallery's PNG may have: it is meant for a README."""

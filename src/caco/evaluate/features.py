@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,13 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from caco.data.augment import centre_view, normalise
-from caco.data.decode import BrokenImage
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
+from caco.data.threads import batched, map_in_order
 from caco.distributed.world import World
 from caco.errors import CacoError
-
-View = TypeVar("View")
 
 BATCHES_ON_DEVICE = 32  # features are fetched from the device this many batches at a time
 
@@ -87,8 +83,9 @@ def extract(
     finished: list[Tensor] = []
     waiting: list[Tensor] = []
     with evaluation_mode(backbone):
-        for places, views in in_batches(ahead(view, chosen, broken, 2 * batch_size + workers, workers), batch_size):
-            taken += places
+        ready = map_in_order(view, chosen, broken, 2 * batch_size + workers, workers)
+        for read, views in batched(ready, batch_size):
+            taken += read
             images = copy_to(device, torch.from_numpy(np.stack(views)))
             waiting.append(backbone_features(backbone, normalise(images, mean, std), precision))
             if len(waiting) == BATCHES_ON_DEVICE:
@@ -147,49 +144,10 @@ def pixel_features(
     taken: list[int] = []
     broken: list[tuple[str, str]] = []
     finished: list[Tensor] = []
-    for places, views in in_batches(ahead(view, chosen, broken, 512 + workers, workers), 256):
-        taken += places
+    for read, views in batched(map_in_order(view, chosen, broken, 512 + workers, workers), 256):
+        taken += read
         finished.append(torch.from_numpy(np.stack(views)).float() / 255)
     return _collect(source, taken, broken, finished)
-
-
-def ahead(
-    view: Callable[[int], View], indices: Iterable[int], broken: list[tuple[str, str]], depth: int, workers: int
-) -> Iterator[tuple[int, View]]:
-    """Yield (index, view(index)) in the order of `indices`; up to `depth` views are made ahead by `workers` threads.
-
-    A BrokenImage is skipped and its (key, reason) appended to `broken`.
-    """
-    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
-    futures: deque[tuple[int, Future[View]]] = deque()
-    try:
-        remaining = iter(indices)
-        while True:
-            while len(futures) < depth and (index := next(remaining, None)) is not None:
-                futures.append((index, pool.submit(view, index)))
-            if not futures:
-                return
-            index, future = futures.popleft()
-            try:
-                yield index, future.result()
-            except BrokenImage as error:
-                broken.append((error.key, error.reason))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def in_batches(views: Iterable[tuple[int, View]], batch_size: int) -> Iterator[tuple[list[int], list[View]]]:
-    """Group (index, view) into full batches; the last may be smaller."""
-    places: list[int] = []
-    batch: list[View] = []
-    for index, view in views:
-        places.append(index)
-        batch.append(view)
-        if len(batch) == batch_size:
-            yield places, batch
-            places, batch = [], []
-    if batch:
-        yield places, batch
 
 
 @contextmanager

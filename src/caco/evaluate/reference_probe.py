@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
-from caco.data.loader import epoch_order
+from caco.data.order import epoch_order
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
+from caco.data.threads import map_in_order
 from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
 from caco.evaluate.features import (
     Features,
-    ahead,
     backbone_features,
     evaluation_mode,
     extract,
@@ -196,9 +196,9 @@ class _CroppedFeatures:
         """Yield features and labels of an epoch's batches on the device; the last may be smaller."""
         waiting = torch.empty(0, device=self.world.device)
         indices: list[int] = []
-        for places, features in self._good_images(epoch):
+        for part, features in self._good_images(epoch):
             waiting = torch.cat([waiting, features]) if len(waiting) else features
-            indices += places
+            indices += part
             while len(indices) >= batch_size:
                 yield waiting[:batch_size], self._labels(indices[:batch_size])
                 waiting, indices = waiting[batch_size:], indices[batch_size:]
@@ -215,25 +215,25 @@ class _CroppedFeatures:
         order, group = epoch_order(len(self.source), self.seed, epoch), FORWARD_BATCH * self.world.size
         parts = [self.world.part(order[first : first + group]).tolist() for first in range(0, len(order), group)]
         own = (index for part in parts for index in part)
-        views = ahead(partial(self._crop, epoch), own, [], 2 * FORWARD_BATCH + self.workers, self.workers)
+        views = map_in_order(partial(self._crop, epoch), own, [], 2 * FORWARD_BATCH + self.workers, self.workers)
         for part in parts:
             good = [(index, view) for index, view in islice(views, len(part)) if view is not None]
             features = self._forward([view for _, view in good])
-            places = self.world.gather_objects([index for index, _ in good])
-            yield [index for others in places for index in others], self.world.gather_parts(features)
+            read = self.world.gather_objects([index for index, _ in good])
+            yield [index for others in read for index in others], self.world.gather_parts(features)
 
     def _crop(self, epoch: int, index: int) -> Float[Tensor, "3 S S"] | None:
         """Return the epoch's crop of an image; None, noted in `broken`, where it cannot be read."""
         try:
             image = self.source.load(index)
-        except BrokenImage as error:  # not left to `ahead`: what it skips would shift the parts that follow
+        except BrokenImage as error:  # not left to `map_in_order`: what it skips would shift the parts that follow
             self.broken[index] = error.reason
             return None
-        recipe = _crop_and_flip(self.size)
+        augmentation = Augmentation.crop_and_flip(self.size)
         parameters = draw_parameters(
-            recipe, [image.shape[0]], [image.shape[1]], seed=self.seed, epoch=epoch, indices=[index], view=0
+            augmentation, [image.shape[0]], [image.shape[1]], seed=self.seed, epoch=epoch, indices=[index], view=0
         )
-        return render_views([image], parameters, recipe, self.mean, self.std)[0]
+        return render_views([image], parameters, augmentation, self.mean, self.std)[0]
 
     def _forward(self, views: list[Tensor]) -> Float[Tensor, "B F"]:
         if not views:
@@ -243,24 +243,6 @@ class _CroppedFeatures:
 
     def _labels(self, indices: list[int]) -> Int[Tensor, " B"]:
         return self.labels[indices].to(self.world.device)
-
-
-def _crop_and_flip(size: int) -> ViewRecipe:
-    """Return torchvision's RandomResizedCrop(size) and RandomHorizontalFlip as a recipe."""
-    return ViewRecipe(
-        size=size,
-        area=(0.08, 1.0),
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        hue=0.0,
-        jitter_probability=0.0,
-        gray_probability=0.0,
-        blur_probability=0.0,
-        blur_sigma=(0.1, 2.0),
-        solarize_probability=0.0,
-        flip_probability=0.5,
-    )
 
 
 def _new_head(features: int, classes: int, seed: int, device: torch.device) -> nn.Linear:

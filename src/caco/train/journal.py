@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from caco.data.ahead import Batch
+from caco.data.prefetch import Batch
 from caco.errors import CacoError
 from caco.files import refused
 

@@ -279,9 +279,9 @@ def _backbone_card(config: Pretrain, backbone: nn.Module) -> BackboneCard:
 
 
 def _create_loader(config: Pretrain, source: ImageSource, world: World, broken: BrokenImages) -> TrainingViews:
-    return TrainingViews(
+    return TrainingViews.create(
         source,
-        config.views.recipes(),
+        config.views.augmentations(),
         config.views.mean,
         config.views.std,
         batch_size=config.batch_size,

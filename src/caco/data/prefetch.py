@@ -26,11 +26,11 @@ class Batch(NamedTuple):
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """Return a stream for `ahead`, None where there are none. One for all epochs: each stream keeps memory of its own."""
+    """Return a stream for `prefetch`, None where there are none. One for all epochs: each stream keeps memory of its own."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def ahead(
+def prefetch(
     batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream | None = None, depth: int = 2
 ) -> Iterator[Batch]:
     """Yield what `batches` yields, computed in a background thread up to `depth` ahead; errors come through.
