@@ -42,7 +42,7 @@ class ViewRecipe:
 
 @dataclass(frozen=True)
 class Views:
-    """The random views of one image. Defaults: the published single-crop pair."""
+    """The random views of one image."""
 
     size: int = 224
     """Side of the large views, in pixels."""
