@@ -8,6 +8,7 @@ JOBS ?= 2
 install: .venv/installed
 
 .venv/installed: pyproject.toml
+	@echo "installing into .venv: PyTorch alone is some gigabytes, and pip is silent meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

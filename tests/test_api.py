@@ -116,6 +116,12 @@ def test_own_modules_are_trained_and_come_back(tmp_path):
     assert judged["val_images"] == 16 and 0 <= judged["top1"] <= 100
 
 
+def test_a_frozen_module_cannot_be_trained(tmp_path):
+    with pytest.raises(UsageError, match="no parameter to train: requires_grad is False"):
+        caco.pretrain("textures:32", tmp_path / "run", backbone=Own().requires_grad_(False), **TINY)
+    assert not (tmp_path / "run").exists()
+
+
 def test_own_modules_are_named_in_the_errors_about_them(tmp_path):
     caco.pretrain("textures:32", tmp_path / "run", backbone=Own(), **TINY)
     for judge in (caco.knn, caco.linear, caco.embed):

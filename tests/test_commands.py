@@ -86,7 +86,7 @@ def test_knn_of_a_run(run, photos, val, tmp_path, capsys):
     assert captured.out.count("95 % interval") == 2
     assert "top-5" not in captured.out  # of three classes it is always 100 %
     assert f"top-1 {report['top1']:.2f} %" in captured.out
-    assert "12 images judged by 30" in captured.out
+    assert "12 images judged by 30, at 16 px" in captured.out
     assert report["broken"] == []
     assert (report["run"], report["data"], report["val"]) == (str(run), str(photos), str(val))
 
@@ -116,6 +116,7 @@ def test_pixels_as_a_baseline(command, photos, val):
 def test_a_random_encoder_as_a_baseline(photos, val):
     results = [caco.knn("random", data=photos, val=val, backbone="test_resnet", size=32, seed=s) for s in (0, 0)]
     assert results[0] == results[1]
+    assert results[0]["size"] == 32
     other = [
         caco.embed("random", data=val, backbone="test_resnet", size=32, seed=s, out=val.parent / f"{s}.npz")
         for s in (0, 1)
@@ -162,8 +163,8 @@ def test_percents_are_round_numbers(photos, tmp_path):
 
 
 def test_a_single_image_is_judged():
-    assert _counts_line({"val_images": 1, "train_images": 20}) == "1 image judged by 20"
-    assert _counts_line({"val_images": 2000, "train_images": 20}) == "2,000 images judged by 20"
+    assert _counts_line({"val_images": 1, "train_images": 20, "size": 8}) == "1 image judged by 20, at 8 px"
+    assert _counts_line({"val_images": 2000, "train_images": 20, "size": 8}) == "2,000 images judged by 20, at 8 px"
 
 
 def test_a_class_without_judged_images_is_null_in_json(photos, tmp_path):
@@ -431,6 +432,7 @@ def test_a_refused_resume_changes_nothing(photos, tmp_path):
     for options, words in (
         ({"data": fewer}, "resume needs the same images"),
         ({"data": photos, "lr": 9.0}, "cannot change --lr"),
+        ({"data": tmp_path / "gone"}, r"no such file or folder\. If the images have moved .*: --data, --val$"),
     ):
         with pytest.raises(UsageError, match=words):
             caco.pretrain(out=tmp_path / "run", resume=True, **options)

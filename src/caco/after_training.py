@@ -30,7 +30,7 @@ class Evaluation:
     backbone: str = ""
     """timm name, for a FILE that does not say it, or for random."""
     size: int = 0
-    """Side of the centre crop in pixels; 0: as the encoder was trained."""
+    """Side of the centre crop in pixels; 0: as the encoder was trained (random, pixels: 224)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, ..."""
     precision: Precision = "auto"

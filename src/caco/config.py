@@ -47,7 +47,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Views:
-    """The random views of one image. Defaults: the published single-crop pair."""
+    """The random views of one image."""
 
     size: int = 224
     """Side of the large views, in pixels."""

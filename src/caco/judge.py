@@ -64,7 +64,9 @@ def _knn(world: World, options: Knn, own: Own) -> dict[str, Any] | None:
         }
         for result in results
     ]
-    counts = _described(options, len(reference.vectors), len(queries.vectors), reference.broken + queries.broken)
+    counts = _described(
+        options, encoder, len(reference.vectors), len(queries.vectors), reference.broken + queries.broken
+    )
     report = {**counts, **rows[0], "temperature": options.temperature, "all": rows}
     for row in rows:
         print(f"kNN ({row['neighbours']} neighbours) {_accuracy_line(row, len(train.classes))}, {_counts_line(report)}")
@@ -152,7 +154,9 @@ def _cached_linear(
         seed=options.seed,
         device=encoder.world.device,
     )
-    return result, _described(options, len(reference.vectors), len(queries.vectors), reference.broken + queries.broken)
+    return result, _described(
+        options, encoder, len(reference.vectors), len(queries.vectors), reference.broken + queries.broken
+    )
 
 
 def _reference_linear(
@@ -193,12 +197,12 @@ def _reference_linear(
     say_broken(val, result.val_broken)
     trained_on = len(train) - len(result.train_broken)
     return result.head, _described(
-        options, trained_on, len(result.head.correct), result.train_broken + result.val_broken
+        options, encoder, trained_on, len(result.head.correct), result.train_broken + result.val_broken
     )
 
 
 def _described(
-    options: Knn | Linear, train_images: int, val_images: int, broken: list[tuple[str, str]]
+    options: Knn | Linear, encoder: UsableEncoder, train_images: int, val_images: int, broken: list[tuple[str, str]]
 ) -> dict[str, Any]:
     return {
         "run": options.run,
@@ -206,6 +210,7 @@ def _described(
         "val": options.val or f"held out: {options.held_out:g}",
         "train_images": train_images,
         "val_images": val_images,
+        "size": encoder.card.size,
         "broken": [f"{key}: {reason}" for key, reason in broken],
     }
 
@@ -226,7 +231,7 @@ def _accuracy_line(row: dict[str, Any], classes: int) -> str:
 
 
 def _counts_line(report: dict[str, Any]) -> str:
-    return f"{counted(report['val_images'], 'image')} judged by {report['train_images']:,}"
+    return f"{counted(report['val_images'], 'image')} judged by {report['train_images']:,}, at {report['size']} px"
 
 
 def _check_result_path(path: str) -> None:

@@ -1,6 +1,7 @@
 """How the encoder is computed: measured choices, and that they do not change the mathematics."""
 
 import copy
+import re
 import subprocess
 import sys
 import time
@@ -41,7 +42,9 @@ def test_a_short_run_takes_the_defaults_and_touches_nothing():
 
 def test_a_long_run_takes_what_was_fastest_here():
     config = replace(CONFIG, engine=EngineOptions(compile="off"))
-    chosen, why = choose_engine(config, create_backbone("test_resnet", 32), CPU, passes=10**9, batch=8)
+    said: list[str] = []
+    chosen, why = choose_engine(config, create_backbone("test_resnet", 32), CPU, passes=10**9, batch=8, say=said.append)
+    assert len(said) == 1 and re.match(r"a long run, about [\d,]+ hours on this machine: 4 ways", said[0])
     assert chosen.precision in ("fp32", "bf16") and chosen.engine.layout in ("channels_last", "contiguous")
     for trial in candidates(config, CPU):
         assert f"{trial.precision} {trial.layout} " in why

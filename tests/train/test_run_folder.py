@@ -255,6 +255,15 @@ def test_auto_is_a_change_too(name, value):
         check_same_mathematics(saved, override(saved, {name: "auto"}))
 
 
+def test_more_epochs_are_another_run_from_its_weights():
+    saved = Pretrain(out="where/it/was", epochs=60)
+    with pytest.raises(UsageError, match=r"--weights runs/first --start-epoch 60 --epochs 90 and another --out$"):
+        check_same_mathematics(saved, Pretrain(out="runs/first", epochs=90))
+    for other in (30, "auto"):
+        with pytest.raises(UsageError, match=r"start a new run for that$"):
+            check_same_mathematics(saved, Pretrain(out="runs/first", epochs=other))
+
+
 def test_all_changes_are_named_at_once():
     with pytest.raises(UsageError) as caught:
         check_same_mathematics(Pretrain(), Pretrain(lr=1.0, seed=5))

@@ -69,7 +69,9 @@ def choose_engine(
         work = first * trials
         chosen, why = choices[0], f"{choices[0].precision}, {choices[0].layout}"
         if len(choices) > 1 and work > SHORT_RUN:
-            say(f"a long run: {len(choices)} ways to compute the encoder are timed first")
+            say(
+                f"a long run, {_roughly(work)} on this machine: {len(choices)} ways to compute the encoder are timed first"
+            )
             times = measure(backbone, choices, device, config.views.size, tried)
             chosen = fastest(choices, times)
             work = times[choices.index(chosen)] * trials
@@ -79,7 +81,7 @@ def choose_engine(
             )
         compiled = config.engine.compile == "on"
         if config.engine.compile == "auto" and work > _long_run(device) and can_compile(device):
-            say("a very long run: torch.compile is tried, which takes a minute or two")
+            say(f"a very long run, {_roughly(work)}: torch.compile is tried, which takes some minutes")
             compiled, words = try_compiling(backbone, chosen, device, config.views.size, batch)
             why += "; " + words
     finally:
@@ -219,6 +221,11 @@ def search_kernels(device: torch.device) -> None:
 
 def _long_run(device: torch.device) -> float:
     return LONG_RUN.get(device.type, LONG_RUN["cpu"])
+
+
+def _roughly(seconds: float) -> str:
+    """Return the time of all the encoder's passes in words; what else a step takes is little beside it."""
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:,.0f} hours"
 
 
 def _wait(device: torch.device) -> None:

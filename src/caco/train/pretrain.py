@@ -228,7 +228,13 @@ def _open(config: Pretrain, data: str, world: World, **options: Any) -> ImageSou
         open_source(data, download=True, **options)
     if config.download:
         world.wait()
-    return open_source(data, **options)
+    try:
+        return open_source(data, **options)
+    except UsageError as error:
+        if not config.resume:
+            raise
+        moved = " If the images have moved since the run began, name them anew: --data, --val"
+        raise UsageError(f"{str(error).rstrip('.')}.{moved}") from error
 
 
 def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: int) -> tuple[Pretrain, str]:
@@ -250,6 +256,8 @@ def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:
             "the run trains a module of your own: go on from Python, caco.pretrain(..., backbone=module, resume=True)"
         )
     backbone = create_backbone(config.backbone, size, stem) if own is None else adopt_backbone(own, size)
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise UsageError("the backbone has no parameter to train: requires_grad is False for all, or there is none")
     if config.views.small:
         try_size(backbone, config.views.small_size)
     if config.weights and not config.resume:

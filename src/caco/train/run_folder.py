@@ -150,7 +150,14 @@ def check_same_mathematics(saved: Pretrain, wanted: Pretrain) -> None:
         if after[name] != before[name] and name not in FREE_TO_CHANGE and not name.startswith(FREE_GROUPS)
     ]
     if changed:
-        raise UsageError(f"--resume cannot change {'; '.join(changed)}; start a new run for that")
+        longer = ""
+        began, asked = saved.epochs, wanted.epochs
+        if isinstance(began, int) and isinstance(asked, int) and asked > began:  # the rates have come to their end
+            longer = (
+                f"; to train a finished run for longer: its options, --weights {wanted.out} --start-epoch {began} "
+                f"--epochs {asked} and another --out"
+            )
+        raise UsageError(f"--resume cannot change {'; '.join(changed)}; start a new run for that{longer}")
 
 
 def write_environment(folder: Path, device: str, processes: int) -> None:

@@ -75,9 +75,12 @@ class Trainer:
         config = self.config
         resumed = f"resumed at {self._position()}: " if config.resume else ""
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
+        filling = warm_start_steps(config, self.loader.steps_per_epoch) - self.state.warm_start_step
+        warm_start = f" after a warm start of {filling:,}" if filling > 0 else ""
         self.journal.say(
             f"{resumed}training {config.backbone} on {len(self.loader.source):,} images of {config.data}: "
-            f"{self.epochs} epochs, {self.steps:,} steps of {config.batch_size}, {config.bank_size:,} slots, "
+            f"{counted(self.epochs, 'epoch')}, {counted(self.steps, 'step')} of {config.batch_size}{warm_start}, "
+            f"{config.bank_size:,} slots, "
             f"on {self.world.device} ({str(self.precision).removeprefix('torch.')}{processes}), into {self.folder}"
         )
         if self.engine:
@@ -224,7 +227,7 @@ class Trainer:
         path = self._save(best)
         if stop and not finished:
             name = next((name for name in self.world.gather_objects(self.interrupt.name) if name), "a signal")
-            self.journal.say(f"stopped by {name} and saved")
+            self.journal.note(f"stopped by {name} and saved")
             raise Interrupted(
                 f"stopped by {name} at {self._position()} and saved to {path}; "
                 f"go on with: caco pretrain --out {self.folder} --resume"
