@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.backbone import create_backbone
-from caco.config import IMAGENET_MEAN, IMAGENET_STD
+from caco.config import Preparation
 from caco.data.arrays import ArraySource
 from caco.data.source import ImageSource, open_source
 from caco.distributed.world import World, choose_device
@@ -165,10 +165,7 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
         return extract(
             backbone,
             source,
-            size=size,
-            resize=256,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            Preparation(size, resize=256),
             device=device,
             workers=World(device).worker_count("auto"),
             indices=range(count),

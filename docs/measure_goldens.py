@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 from caco.bank import Bank
 from caco.evaluate.knn import knn_guesses
-from caco.evaluate.reference_probe import LayerWiseSGD
 from caco.model import CaCo, Positives, ViewOutput, step_output, view_pairs
-from caco.optim import LARS
+from caco.optim import LARS, LayerWiseSGD
 from caco.schedule import bank_lr, encoder_lr, key_momentum
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"

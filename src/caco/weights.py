@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.backbone import adopt_backbone, create_backbone, is_model, stem_in, timm_and_ours
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, usual_resize
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Preparation, usual_resize
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import replace_file
 from caco.options import from_dictionary
@@ -67,6 +67,10 @@ class BackboneCard:
     std: tuple[float, float, float] = IMAGENET_STD
     step: int = 0
     """Training steps taken."""
+
+    def preparation(self) -> Preparation:
+        """Return how an image is prepared for this backbone."""
+        return Preparation(self.size, self.resize, self.mean, self.std)
 
 
 def save_backbone(path: Path, backbone: nn.Module, card: BackboneCard) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import caco
-from caco.config import BankOptions, Pretrain
+from caco.config import BankOptions, Preparation, Pretrain
 from caco.data.augment import draw_parameters, render_views
 from caco.data.source import open_source
 from caco.deliver import charts, insight, records
@@ -424,16 +424,7 @@ def caco_features(run, source):
     from caco.evaluate.features import extract
 
     backbone = caco.load_backbone(run)
-    return extract(
-        backbone,
-        source,
-        size=16,
-        resize=18,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        device="cpu",
-        workers=1,
-    ).vectors
+    return extract(backbone, source, Preparation(size=16, resize=18), device="cpu", workers=1).vectors
 
 
 # Records
