@@ -379,7 +379,6 @@ def test_slots_by_use_and_purity():
     assert [(slot.number, slot.members, slot.majority) for slot in found] == [(0, [1, 2, 0], 1), (2, [3, 4], 0)]
     assert found[0].share == pytest.approx(2 / 3)
     assert purity(found) == pytest.approx(2 / 3)
-    assert purity(found, least=2) == pytest.approx(4 / 5)
     assert purity(slots_by_use(embeddings, slots, None)) is None
 
 
@@ -409,10 +408,12 @@ def test_example_views_are_those_of_training(finished, photos):
     assert len(example.views) == len(example.changes) == 2
 
 
-def test_look_shows_every_good_image_once(finished, photos):
+def test_encode_images_shows_every_good_image_once(finished, photos):
     config, source = read_config(finished), open_source(str(photos))
     trained = insight.load_trained(finished, config)
-    seen = insight.look(source, trained, config, images=100, device=torch.device("cpu"), workers=2)
+    seen = insight.encode_images(
+        source, trained, config.views.preparation(), images=100, device=torch.device("cpu"), workers=2
+    )
     assert seen.keys == [source.key(index) for index in range(24) if source.key(index) != "dark/006.jpg"]
     features = caco_features(finished, source)
     assert torch.allclose(seen.features, torch.nn.functional.normalize(features, dim=1), atol=1e-5)

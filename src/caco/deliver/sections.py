@@ -13,7 +13,7 @@ from caco.data.source import ImageSource
 from caco.deliver import page
 from caco.deliver.charts import Level, Series, line_chart, percent
 from caco.deliver.galleries import NEIGHBOURS, Missing
-from caco.deliver.insight import Seen, neighbour_agreement
+from caco.deliver.insight import EncodedImages, neighbour_agreement
 from caco.deliver.records import Record, Story, curve, judge, uninformed_loss
 from caco.errors import UsageError
 from caco.evaluate.health import LOW_SPREAD, rank_me
@@ -35,12 +35,14 @@ CITATION = """\
 }"""
 
 
-def header(name: str, config: Pretrain, story: Story, source: ImageSource | Missing, seen: Seen | Missing) -> str:
+def header(
+    name: str, config: Pretrain, story: Story, source: ImageSource | Missing, encoded: EncodedImages | Missing
+) -> str:
     """Return name, verdict and the run's numbers."""
     rank = dimensions = None
-    if isinstance(seen, Seen) and seen.embeddings is not None:
-        rank, dimensions = float(rank_me(seen.embeddings)), seen.embeddings.shape[1]
-    agreement = neighbour_agreement(seen, NEIGHBOURS) if isinstance(seen, Seen) else None
+    if isinstance(encoded, EncodedImages) and encoded.embeddings is not None:
+        rank, dimensions = float(rank_me(encoded.embeddings)), encoded.embeddings.shape[1]
+    agreement = neighbour_agreement(encoded, NEIGHBOURS) if isinstance(encoded, EncodedImages) else None
     verdict = judge(story, config, rank, dimensions, agreement)
     facts = [
         ("Epochs", f"{story.epoch:,}", f"of {story.epochs}"),
@@ -73,7 +75,18 @@ def header(name: str, config: Pretrain, story: Story, source: ImageSource | Miss
 def curves(records: Sequence[Record], speed: Sequence[Record], config: Pretrain) -> str:
     """Return the charts of what was recorded."""
     title = "How it went"
-    charts = [
+    drawn = [chart for chart in _charts(records, speed, config) if chart]
+    if not drawn:
+        return page.section("curves", title, "Nothing has been recorded yet.")
+    lead = "From metrics.jsonl, the run's own record. Point at a curve to read its values."
+    if not any(record.get("kind") == "knn" for record in records):
+        lead += " Nearest-neighbour accuracy was not measured: that takes labels and --monitor.knn-epochs above 0."
+    return page.section("curves", title, lead, f'<div class="charts">{"".join(drawn)}</div>')
+
+
+def _charts(records: Sequence[Record], speed: Sequence[Record], config: Pretrain) -> list[str]:
+    """Return all charts in the page's order; "" for each of which nothing was recorded."""
+    return [
         _chart(
             "Loss",
             [curve(records, "train", "loss", "loss")],
@@ -121,13 +134,6 @@ def curves(records: Sequence[Record], speed: Sequence[Record], config: Pretrain)
         _chart("Speed", [curve(speed, "", "images_per_second", "images/s")]),
         _chart("Time spent waiting for data", [curve(speed, "", "data_wait", "of all time", scale=100)], unit=" %"),
     ]
-    drawn = [chart for chart in charts if chart]
-    if not drawn:
-        return page.section("curves", title, "Nothing has been recorded yet.")
-    lead = "From metrics.jsonl, the run's own record. Point at a curve to read its values."
-    if not any(record.get("kind") == "knn" for record in records):
-        lead += " Nearest-neighbour accuracy was not measured: that takes labels and --monitor.knn-epochs above 0."
-    return page.section("curves", title, lead, f'<div class="charts">{"".join(drawn)}</div>')
 
 
 def _chart(
