@@ -49,6 +49,7 @@ PREFIXES = (
     "model.",
 )
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
+ANSWER_SECONDS = 10.0
 HEADS = ("fc.", "head.", "head_dist.", "classifier.", "projection_head.", "prototypes.")
 
 
@@ -259,11 +260,11 @@ def _hub() -> Iterator[bool]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _answers(address: str, seconds: float = 10.0) -> bool:
-    """Return whether a server answers at all, through a proxy if one is set."""
+def _answers(address: str) -> bool:
+    """Return whether a server answers at all within ANSWER_SECONDS, through a proxy if one is set."""
     try:
         request = urllib.request.Request(address, method="HEAD")
-        urllib.request.urlopen(request, timeout=seconds).close()
+        urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:  # it does, whatever it says
         return True
     except (OSError, http.client.HTTPException):

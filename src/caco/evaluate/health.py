@@ -46,8 +46,6 @@ class Usage(NamedTuple):
 
     used: Tensor
     """Number of slots that were chosen at least once."""
-    share: Tensor
-    """The same as a share of K."""
     perplexity: Tensor
     """Slots in even use: exp of the entropy of the choices; 1 when all choose one slot, K when all are chosen alike."""
     choices: Tensor
@@ -79,7 +77,7 @@ class ChoiceWindow:
         choices = counts.sum()
         used = (counts > 0).sum()
         frequency = counts.float() / choices.clamp_min(1)
-        return Usage(used, used / len(counts), _perplexity(frequency), choices)
+        return Usage(used, _perplexity(frequency), choices)
 
 
 @dataclass(frozen=True)
