@@ -25,6 +25,7 @@ from caco.deliver.insight import (
     slots_by_use,
 )
 from caco.deliver.pictures import Row, data_uri, shrunk
+from caco.errors import counted
 
 EXAMPLES, QUERIES, NEIGHBOURS, SLOTS, MEMBERS, MAP_POINTS = 6, 12, 7, 24, 7, 1500
 
@@ -147,7 +148,7 @@ def slots(encoded: EncodedImages | Missing, trained: Trained | Missing) -> Galle
 
 def _slot_row(slot: Slot, encoded: EncodedImages) -> Row:
     images = slot.members[:MEMBERS]
-    detail = f"{len(slot.members):,} image{'s' if len(slot.members) > 1 else ''}"
+    detail = counted(len(slot.members), "image")
     agrees: list[bool | None] = [None] * len(images)
     if slot.majority is not None and encoded.labels is not None:
         detail += f", {percent(slot.share)} {encoded.classes[slot.majority]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from caco.errors import UsageError
 from caco.evaluate.encoder import load_encoder
 from caco.evaluate.features import labels_of
 from caco.evaluate.linear import judge_head
-from caco.files import replace_file
+from caco.files import replacing
 from caco.given import open_encoder, say_broken
 from caco.weights import known_card, load_torch, strip_prefix
 
@@ -46,9 +45,8 @@ def write_checkpoint(path: Path, config: Linear, report: dict[str, Any]) -> None
         "classes": classes,
         "card": asdict(card),
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    replace_file(path, buffer.getbuffer())
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def judge(path: Path, config: Linear) -> tuple[float, float]:
