@@ -14,7 +14,6 @@ from caco.backbone import create_backbone
 from caco.cli import main
 from caco.data.arrays import ArraySource
 from caco.errors import CacoError, UsageError
-from caco.judge import _counts_line
 from caco.weights import BackboneCard, save_backbone
 
 CLASSES = ("blue", "green", "red")
@@ -162,9 +161,10 @@ def test_percents_are_round_numbers(photos, tmp_path):
     assert all(share % 5 == 0 for share in result["per_class"].values())
 
 
-def test_a_single_image_is_judged():
-    assert _counts_line({"val_images": 1, "train_images": 20}) == "1 image judged by 20"
-    assert _counts_line({"val_images": 2000, "train_images": 20}) == "2,000 images judged by 20"
+def test_a_single_image_is_judged(photos, capsys):
+    single = ArraySource(np.zeros((1, 20, 20, 3), np.uint8), [0], CLASSES[:1])
+    trained_on = caco.knn("pixels", photos, val=single, size=8)["train_images"]
+    assert f", 1 image judged by {trained_on}\n" in capsys.readouterr().out
 
 
 def test_a_class_without_judged_images_is_null_in_json(photos, tmp_path):

@@ -215,7 +215,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], BackboneCard | Non
     try:
         card = json.loads(header[CARD_FORMAT])
     except ValueError as error:
-        raise UsageError(f"{path} is damaged: its description of itself is no JSON") from error
+        raise UsageError(f"{path} is damaged: its description of itself is not JSON") from error
     return tensors, _card(card, path)
 
 

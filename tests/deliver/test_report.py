@@ -457,10 +457,10 @@ def test_verdict(spread, used, pixels, mood):
     config = Pretrain(epochs=2, batch_size=64, bank_size=512, bank=BankOptions())
     train = {"kind": "train", "step": 60, "loss": 9.0, "positive_probability": 0.1, "feature_spread": spread}
     epoch = {"kind": "epoch", "step": 30, "epoch": 0, "slots_used": used, "slot_perplexity": used / 2}
-    story = records.tell([train, epoch], config)
-    assert (story.step, story.steps, story.choices, story.finished) == (60, 60, 30 * 64 * 2, False)
+    summary = records.summarise([train, epoch], config)
+    assert (summary.step, summary.steps, summary.choices, summary.finished) == (60, 60, 30 * 64 * 2, False)
     agreement = insight.Agreement(encoder=0.5, pixels=pixels, chance=0.1, neighbours=7)
-    judgement = records.judge(story, config, 40.0, 128, agreement)
+    judgement = records.verdict_of(summary, config, 40.0, 128, agreement)
     assert judgement.mood == mood
     assert all(reason.endswith(".") for reason in judgement.reasons)
     assert ("raw pixels" in " ".join(judgement.reasons)) == (pixels > 0.5)

@@ -29,7 +29,7 @@ def plain_votes(reference, labels, queries, classes, neighbours, temperature, fo
 def votes_of(reference, labels, queries, classes, neighbours, temperature=0.2):
     """All votes [M, C], as they are counted chunk by chunk."""
     counts = [min(neighbours, len(reference))]
-    chunks = knn._votes_by_chunk(reference, labels, queries, classes, counts, temperature, False)
+    chunks = knn.votes_by_chunk(reference, labels, queries, classes, counts, temperature, False)
     return torch.cat([votes for (votes,) in chunks])
 
 
@@ -100,7 +100,7 @@ def test_largest_equals_a_stable_sort_with_many_ties(levels, width):
     values = torch.randint(0, levels, (50, width), generator=torch.Generator().manual_seed(0)).double()
     values[torch.arange(50), torch.arange(50) % width] = -torch.inf  # what leave-one-out forbids
     for count in (1, 5, 20, 33):
-        top, columns = knn._largest(values, count)
+        top, columns = knn.largest(values, count)
         order = values.argsort(dim=1, descending=True, stable=True)[:, :count]
         assert torch.equal(columns, order)
         assert torch.equal(top, values.gather(1, order))

@@ -15,7 +15,7 @@ from caco.deliver.galleries import Missing
 from caco.deliver.insight import EncodedImages, encode_images, load_trained
 from caco.deliver.page import whole_page
 from caco.deliver.pictures import gallery_picture
-from caco.deliver.records import read_records, tell
+from caco.deliver.records import read_records, summarise
 from caco.errors import CacoError, UsageError
 from caco.files import replace_file
 from caco.train.run_folder import read_config
@@ -49,7 +49,7 @@ def write_report(folder: Path, *, images: int, device: torch.device, workers: in
     neighbours, slots = galleries.neighbours(encoded), galleries.slots(encoded, trained)
     name = folder.resolve().name
     body = [
-        sections.header(name, config, tell(records, config), source, encoded),
+        sections.header(name, config, summarise(records, config), source, encoded),
         sections.curves(records, speed, config),
         galleries.views(source, config),
         neighbours.html,

@@ -104,13 +104,13 @@ def gather_features(
         return make(chosen)
     try:
         own = make(world.part(chosen))
-        told = own.keys, own.broken, own.vectors.shape[1], own.labels is not None
+        parts = own.keys, own.broken, own.vectors.shape[1], own.labels is not None
     except NoneReadable as error:
-        name, told = error.name, ([], error.broken, 0, False)
-    keys, broken, widths, labelled = zip(*world.gather_objects(told), strict=True)
+        name, parts = error.name, ([], error.broken, 0, False)
+    keys, broken, widths, labelled = zip(*world.gather_objects(parts), strict=True)
     if not max(widths):
         raise NoneReadable(name, sum(broken, []))
-    if not told[2]:
+    if not parts[2]:
         own = Features(torch.empty(0, max(widths)), torch.empty(0, dtype=torch.int64) if any(labelled) else None, [])
     labels = None if own.labels is None else world.gather_parts(own.labels)
     return Features(world.gather_parts(own.vectors), labels, sum(keys, []), sum(broken, []))

@@ -94,9 +94,9 @@ def knn_guesses(
     """
     counts = _usable_neighbours(reference, reference_labels, queries, classes, neighbours, temperature, leave_one_out)
     guesses: list[list[Tensor]] = [[] for _ in counts]
-    for chunk in _votes_by_chunk(reference, reference_labels, queries, classes, counts, temperature, leave_one_out):
+    for chunk in votes_by_chunk(reference, reference_labels, queries, classes, counts, temperature, leave_one_out):
         for place, votes in enumerate(chunk):
-            weight, best = _largest(votes, min(5, classes))
+            weight, best = largest(votes, min(5, classes))
             guesses[place].append(torch.where(weight > 0, best, -1))
     return [torch.cat(chunks).cpu() for chunks in guesses]
 
@@ -142,7 +142,7 @@ def _members(labels: np.ndarray) -> Iterator[np.ndarray]:
     yield from (part for part in np.split(order, starts) if len(part))
 
 
-def _votes_by_chunk(
+def votes_by_chunk(
     reference: Tensor,
     reference_labels: Tensor,
     queries: Tensor,
@@ -175,7 +175,7 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
         torch.mm(queries, part.T, out=cosines)
         if first_row is not None:
             cosines.diagonal(first_row - start).fill_(-torch.inf)  # empty where the query is in another chunk
-        values, columns = _largest(cosines, min(count, len(part)))
+        values, columns = largest(cosines, min(count, len(part)))
         found = (values, columns + start)
         if best is not None:
             # Earlier rows stand first, so a stable sort keeps them first among equals.
@@ -187,7 +187,7 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
     return best
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values of each row and their columns; of equal values the lower columns, in order.
 
     `topk` alone takes any of equal values, which differs between devices and chunk sizes; the rare rows where such a

@@ -145,8 +145,8 @@ def write_published(path: Path, snapshot: Snapshot) -> None:
 def _is_as_published(snapshot: Snapshot) -> bool:
     """Return whether pictures are prepared as every reader of the format supposes. (An "own" module no card can build.)"""
     usual = vars(BackboneCard(snapshot.arch))
-    told = (name for name in ("size", "resize", "mean", "std") if name in snapshot.card)
-    return snapshot.arch == "own" or all(snapshot.card[name] == usual[name] for name in told)
+    said = (name for name in ("size", "resize", "mean", "std") if name in snapshot.card)
+    return snapshot.arch == "own" or all(snapshot.card[name] == usual[name] for name in said)
 
 
 def _published_name(name: str) -> str:

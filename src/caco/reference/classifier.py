@@ -49,7 +49,7 @@ def write_checkpoint(path: Path, config: Linear, report: dict[str, Any]) -> None
         torch.save(content, file)
 
 
-def judge(path: Path, config: Linear) -> tuple[float, float]:
+def evaluate_classifier(path: Path, config: Linear) -> tuple[float, float]:
     """Return top-1 and top-5 in percent of a written classifier on the validation images. Raises UsageError.
 
     Its classes are those that it names; a published file names none, so they are those of the training images.
@@ -67,7 +67,7 @@ def judge(path: Path, config: Linear) -> tuple[float, float]:
     weight, bias = (tensors[name].to(world.device) for name in HEAD)
     classes = tuple(content["classes"]) if "classes" in content else tuple(open_source(config.data).classes)
     if len(bias) != len(classes):
-        raise UsageError(f"--evaluate: {path} tells {len(bias)} classes apart, {config.data} has {len(classes)}")
+        raise UsageError(f"--evaluate: {path} is a classifier of {len(bias)} classes, {config.data} has {len(classes)}")
     val = Relabelled(open_source(config.val, split="val"), classes)
     features = encoder.features(val)
     say_broken(val, features.broken)

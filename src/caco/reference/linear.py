@@ -58,16 +58,16 @@ def _main(arguments: list[str]) -> None:
     import torch
 
     from caco import commands
-    from caco.reference.classifier import judge, write_checkpoint
+    from caco.reference.classifier import evaluate_classifier, write_checkpoint
 
     config = translate(flags, torch.cuda.device_count(), os.cpu_count() or 1)
     check_numbers(config)
     if flags.evaluate:
-        top1, top5 = judge(Path(flags.resume or result_folder(flags) / "checkpoint.pth.tar"), config)
+        top1, top5 = evaluate_classifier(Path(flags.resume or result_folder(flags) / "checkpoint.pth.tar"), config)
     else:
         print(linear_command(config), flush=True)
         report = commands.linear(config)
-        if report is None:  # another process tells the result
+        if report is None:  # another process prints the result
             return
         top1, top5 = report["top1"], report["top5"]
         write_checkpoint(result_folder(flags) / "checkpoint.pth.tar", config, report)

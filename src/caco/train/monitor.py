@@ -93,7 +93,11 @@ def create_monitor(
         return KnnMonitor(source, reference, Relabelled(val, source.classes), None, *common)
     if np.bincount(np.asarray(source.labels)).max() < 2:  # folders in folders, an image in each: no classes
         if world.is_main:
-            print("no kNN check: no class has two images, so none can ask; --val would", file=sys.stderr)
+            print(
+                "no kNN check while training: every class has only one image, so none can be held out; name labelled "
+                "images with --val",
+                file=sys.stderr,
+            )
         return None
     kept, held_out = held_out_split(source.labels, options.held_out, seed)
     reference = kept[first_share_of_each_class(np.asarray(source.labels)[kept], options.knn_share)]
