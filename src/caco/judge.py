@@ -22,7 +22,7 @@ from caco.errors import UsageError, counted
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import labels_of
-from caco.evaluate.knn import held_out_split, knn_accuracy
+from caco.evaluate.knn import Voting, held_out_split, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, LinearResult, check_choice, linear_probe
 from caco.evaluate.reference_probe import ProbeSettings, train_reference_probe
 from caco.files import check_writable, replace_file, replace_json
@@ -50,9 +50,8 @@ def _knn(world: World, options: Knn, own: Own) -> dict[str, Any] | None:
         labels_of(reference),
         queries.vectors,
         labels_of(queries),
-        neighbours=options.neighbours,
+        Voting(options.neighbours, options.temperature),
         classes=len(train.classes),
-        temperature=options.temperature,
     )
     rows = [
         {

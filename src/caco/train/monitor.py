@@ -15,7 +15,7 @@ from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import labels_of
-from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy
+from caco.evaluate.knn import Voting, first_share_of_each_class, held_out_split, knn_accuracy
 
 VOTE_TEMPERATURE = 0.2
 
@@ -49,10 +49,8 @@ class KnnMonitor:
             labels_of(reference),
             queries.vectors,
             labels_of(queries),
-            neighbours=[self.neighbours],
+            Voting([self.neighbours], VOTE_TEMPERATURE, leave_one_out=self.queries is None),
             classes=len(self.reference.classes),
-            temperature=VOTE_TEMPERATURE,
-            leave_one_out=self.queries is None,
         )
         counts = {"queries": len(queries.vectors), "reference": len(reference.vectors)}
         return {"top1": 100 * result.top1, "top5": 100 * result.top5, **counts}
