@@ -7,7 +7,7 @@ Embeddings of two views are given; nothing is learnt from them. Contestants, eac
 
 - streamed: what caco does (`caco.bank`), in fp32 and with bfloat16 products (under autocast);
 - dense: the plain form with one matrix of queries and slots, the oracle of the tests (`tests/dense_bank.py`);
-- published order: the operations in the published code's order, read off `algorithm.md`: each view by itself, the bank
+- published order: the operations in the published code's order, as docs/method.md tells them: each view by itself, the bank
   normalised anew for each use, softmax and cross-entropy apart, the bank's gradient written out by hand.
 
 On a CPU caco keeps freed memory, as its runs do (with `--give-back` it does not, which shows what is really held: a kept

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.backbone import create_backbone
-from caco.config import IMAGENET_MEAN, IMAGENET_STD
+from caco.config import Preparation
 from caco.data.arrays import ArraySource
 from caco.data.source import ImageSource, open_source
 from caco.distributed.world import World, choose_device
 from caco.evaluate.features import extract
-from caco.evaluate.knn import knn_accuracy
+from caco.evaluate.knn import Voting, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, train_heads
 
 NEIGHBOURS, CLASSES = 20, 100
@@ -65,7 +65,7 @@ def knn(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     queries, truth = made_features(count, width, device, seed=1)
 
     def ours() -> float:
-        return knn_accuracy(reference, labels, queries, truth, neighbours=[NEIGHBOURS], classes=CLASSES)[0].top1
+        return knn_accuracy(reference, labels, queries, truth, Voting([NEIGHBOURS]), CLASSES)[0].top1
 
     def plain() -> float:
         unit, right = F.normalize(reference, dim=1), 0
@@ -165,10 +165,7 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
         return extract(
             backbone,
             source,
-            size=size,
-            resize=256,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            Preparation(size, resize=256),
             device=device,
             workers=World(device).worker_count("auto"),
             indices=range(count),

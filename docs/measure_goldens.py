@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.bank import Bank
-from caco.evaluate.knn import knn_guesses
-from caco.evaluate.reference_probe import LayerWiseSGD
+from caco.evaluate.knn import Voting, knn_guesses
 from caco.model import CaCo, Positives, ViewOutput, step_output, view_pairs
-from caco.optim import LARS
+from caco.optim import LARS, LayerWiseSGD
 from caco.schedule import bank_lr, encoder_lr, key_momentum
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
@@ -114,7 +113,7 @@ def schedules() -> float:
 def knn() -> float:
     """The five classes with the most votes, in their order, for 20 and 200 neighbours."""
     given, counts = read("knn"), (20, 200)
-    guesses = knn_guesses(given["reference"], given["labels"], given["queries"], 7, neighbours=counts)
+    guesses = knn_guesses(given["reference"], given["labels"], given["queries"], 7, Voting(counts))
     different = [ours != given[f"ranking_k{count}"][:, :5] for ours, count in zip(guesses, counts, strict=True)]
     return float(torch.stack(different).double().mean())
 

@@ -19,7 +19,7 @@ def unit(*shape, dtype=torch.float64, seed=0):
 
 
 def loops(queries, slots, positives, weights, temperature, slot_temperature):
-    """The definition in algorithm.md, one number at a time; slots are unit rows here, the last step is their tangent."""
+    """The definition in docs/method.md, one number at a time; slots are unit rows here, the last step is their tangent."""
     loss, grad_queries, grad_slots = 0.0, torch.zeros_like(queries), torch.zeros_like(slots)
     for n, p in itertools.product(range(len(queries)), range(positives.shape[1])):
         positive, weight = int(positives[n, p]), float(weights[n, p])

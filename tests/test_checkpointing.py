@@ -18,7 +18,8 @@ def test_same_features_gradients_and_statistics(name, size, blocks):
     torch.manual_seed(0)
     plain = create_backbone(name, size).train()
     again = copy.deepcopy(plain)
-    assert checkpoint_blocks(again) == blocks
+    checkpoint_blocks(again)
+    assert sum("forward" in vars(part) for part in again.modules()) == blocks
     views = torch.randn(4, 3, size, size)
     for backbone in (plain, again):
         for part in views, views.flip(0) + 1:  # two views, as a step has

@@ -12,8 +12,8 @@ from PIL import Image
 import caco
 from caco.backbone import create_backbone
 from caco.cli import main
+from caco.data.arrays import ArraySource
 from caco.errors import CacoError, UsageError
-from caco.judge import _counts_line
 from caco.weights import BackboneCard, save_backbone
 
 CLASSES = ("blue", "green", "red")
@@ -162,9 +162,10 @@ def test_percents_are_round_numbers(photos, tmp_path):
     assert all(share % 5 == 0 for share in result["per_class"].values())
 
 
-def test_a_single_image_is_judged():
-    assert _counts_line({"val_images": 1, "train_images": 20, "size": 8}) == "1 image judged by 20, at 8 px"
-    assert _counts_line({"val_images": 2000, "train_images": 20, "size": 8}) == "2,000 images judged by 20, at 8 px"
+def test_a_single_image_is_judged(photos, capsys):
+    single = ArraySource(np.zeros((1, 20, 20, 3), np.uint8), [0], CLASSES[:1])
+    trained_on = caco.knn("pixels", photos, val=single, size=8)["train_images"]
+    assert f", 1 image judged by {trained_on}, at 8 px\n" in capsys.readouterr().out
 
 
 def test_a_class_without_judged_images_is_null_in_json(photos, tmp_path):
@@ -322,21 +323,30 @@ def test_nothing_left_to_hold_out(run, tmp_path):
         caco.knn(run, data=single)
 
 
-def test_a_rate_that_cannot_be_chosen_is_told_before_the_work(run, val, tmp_path, monkeypatch):
-    from caco.evaluate.encoder import UsableEncoder
+class Counted(ArraySource):
+    """Counts how often an image is read."""
 
-    single = make_photos(tmp_path / "single", 1)
-    assert caco.linear(run, data=single, val=val, lr=0.1, epochs=2)["train_images"] == 3
-    monkeypatch.setattr(UsableEncoder, "features", lambda *given: pytest.fail("features were made"))
+    loads = 0
+
+    def load(self, index, shrink=None):
+        self.loads += 1
+        return super().load(index, shrink)
+
+
+def test_a_rate_that_cannot_be_chosen_is_told_before_the_work(run):
+    train, val = (Counted(np.zeros((3, 20, 20, 3), np.uint8), [0, 1, 2]) for _ in range(2))
+    assert caco.linear(run, data=train, val=val, lr=0.1, epochs=2)["train_images"] == 3
+    assert (train.loads, val.loads) == (3, 3)
     with pytest.raises(UsageError, match="no class has two training images.*--lr 0.1"):
-        caco.linear(run, data=single, val=val, epochs=2)
+        caco.linear(run, data=train, val=val, epochs=2)
+    assert (train.loads, val.loads) == (3, 3)
 
 
-def test_the_result_is_asked_for_before_the_work(photos, tmp_path, monkeypatch):
-    """A wrong --out is told before images are opened."""
-    from caco import commands
-
-    monkeypatch.setattr(commands, "open_source", lambda *given, **more: pytest.fail("images were opened"))
+def test_the_result_is_asked_for_before_the_work(tmp_path):
+    """A wrong --out is told before images are opened, which would fail."""
+    photos = tmp_path / "absent"
+    with pytest.raises(UsageError, match="absent"):
+        caco.knn("pixels", data=photos, out=tmp_path / "result.json")
     with pytest.raises(UsageError, match="written as .json"):
         caco.knn("pixels", data=photos, out=tmp_path / "result.txt")
     with pytest.raises(UsageError, match=r"written as \.npz or \.parquet"):

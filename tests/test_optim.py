@@ -1,11 +1,11 @@
-"""LARS against the reference, and what is decayed."""
+"""The layer-wise optimizers against the reference, and what is decayed."""
 
 import pytest
 import torch
 from conftest import relative_error
 from torch import nn
 
-from caco.optim import LARS, encoder_optimizer, set_lr
+from caco.optim import LARS, LayerWiseSGD, encoder_optimizer, set_lr
 
 
 def test_lars_reproduces_the_reference(golden):
@@ -25,6 +25,26 @@ def test_lars_leaves_parameters_without_gradient_alone():
     parameter = nn.Parameter(torch.ones(2, 2))
     LARS([parameter], lr=1.0).step()
     assert torch.equal(parameter.detach(), torch.ones(2, 2))
+
+
+def test_layer_wise_sgd_reproduces_the_reference(golden):
+    values = golden("linear_probe_lars")
+    weight, bias = nn.Parameter(values["weight"].clone()), nn.Parameter(values["bias"].clone())
+    settings = {name: values[name].item() for name in ("lr", "weight_decay", "momentum", "trust_coefficient")}
+    optimizer = LayerWiseSGD([weight, bias], **settings)
+    for step in range(4):
+        weight.grad, bias.grad = values[f"grad_weight_step{step}"].clone(), values[f"grad_bias_step{step}"].clone()
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), values[f"weight_after{step}"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(bias.detach(), values[f"bias_after{step}"], rtol=1e-12, atol=0)
+
+
+def test_layer_wise_sgd_moves_a_bias_of_zero():
+    zero, still = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+    zero.grad, still.grad = torch.tensor([1.0, -2.0, 0.0]), torch.zeros(3)
+    LayerWiseSGD([zero, still], lr=0.5, weight_decay=0.1).step()
+    assert zero.tolist() == [-0.5, 1.0, 0.0]
+    assert still.tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

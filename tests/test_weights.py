@@ -4,8 +4,10 @@ import io
 import json
 import pickle
 import random
+import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -422,12 +424,33 @@ def test_the_narrow_resnet_of_a_published_file(tmp_path):
     assert_same_features(module, backbone, torch.randn(2, 3, SIZE, SIZE))
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A server in the hub's place, which refuses every request, and what it was asked."""
+    from huggingface_hub import constants
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_error(403)
+
+        def log_message(self, *words):
+            pass
+
+    asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield asked
+        server.shutdown()
+
+
 @pytest.mark.parametrize(("name", "near"), [("resnet81", "resnet18"), ("resnet18.a1_in2k", "resnet18.a1_in1k")])
-def test_weights_that_timm_does_not_have(monkeypatch, name, near):
+def test_weights_that_timm_does_not_have(hub, name, near):
     """Told before the network is used."""
-    monkeypatch.setattr("caco.weights._answers", lambda address: pytest.fail("the network was used"))
     with pytest.raises(UsageError, match=rf"timm has no weights of that name\. Did you mean .*{near}"):
         download_weights(name)
+    assert hub == []
 
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch, tmp_path, capfd):
@@ -442,11 +465,9 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for(monkeypatch, tmp_path, c
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_a_download_that_fails_is_one_line(monkeypatch):
+def test_a_download_that_fails_is_one_line(hub, monkeypatch):
     """The network is the hub's client's affair; whatever it raises is told in one line. (No network in tests.)"""
     import timm
-
-    monkeypatch.setattr("caco.weights._answers", lambda address: True)
 
     def unreachable(name, **keywords):
         assert keywords == {"pretrained": True, "num_classes": 0}
@@ -455,3 +476,4 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(CacoError, match=r"--weights timm:resnet50: not downloaded \(the hub cannot be reached\)$"):
         download_weights("resnet50")
+    assert hub  # was asked first whether it answers

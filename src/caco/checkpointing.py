@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from caco.errors import UsageError
 
 
-def checkpoint_blocks(backbone: nn.Module) -> int:
-    """Make every repeated block of a backbone compute its activations again in backward; return their number.
+def checkpoint_blocks(backbone: nn.Module) -> None:
+    """Make every repeated block of a backbone compute its activations again in backward.
 
     Same outputs, gradients and batch-norm statistics; about a third more time. Raises UsageError when the module has no
     repeated blocks (elements of an nn.Sequential that have several layers of their own).
@@ -24,7 +24,6 @@ def checkpoint_blocks(backbone: nn.Module) -> int:
         raise UsageError(f"--engine.checkpointing: {type(backbone).__name__} has no repeated blocks to compute again")
     for block in blocks:
         block.forward = partial(_again_in_backward, block, block.forward)
-    return len(blocks)
 
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -16,6 +16,18 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """How an image becomes the fixed view of an evaluation: resized, its centre taken, normalised."""
+
+    size: int
+    """Side of the centre view, in pixels."""
+    resize: int
+    """What the image's shorter side has before, in pixels."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
 def usual_resize(size: int) -> int:
     """Return the usual shorter side for a centre crop: 256 for 224; small pictures (64 px) are not enlarged first."""
     return size if size <= 64 else round(size * 256 / 224)
@@ -91,6 +103,10 @@ class Views:
     def resize(self) -> int:
         """Return the pixels that the shorter side has before the centre crop of an evaluation."""
         return usual_resize(self.size) if self.evaluation_resize == "auto" else self.evaluation_resize
+
+    def preparation(self) -> Preparation:
+        """Return how an image is prepared when an encoder of these views is evaluated."""
+        return Preparation(self.size, self.resize(), self.mean, self.std)
 
     def augmentations(self) -> tuple[Augmentation, ...]:
         """Return one Augmentation for each view, large ones first."""

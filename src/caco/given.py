@@ -36,7 +36,7 @@ def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> Us
         backbone.to(world.device).to(memory_format=torch.channels_last)
     return UsableEncoder(
         backbone=backbone,
-        card=card,
+        preparation=card.preparation(),
         world=world,
         precision=choose_precision(options.precision, world.device),
         workers=world.worker_count(options.workers),

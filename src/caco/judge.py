@@ -17,14 +17,14 @@ from caco.after_training import Knn, Linear
 from caco.data.labels import Relabelled, Subset, say_shared, where_labels_come_from
 from caco.data.source import ImageSource
 from caco.distributed.launch import launch
-from caco.distributed.world import World, precision_name
+from caco.distributed.world import World
 from caco.errors import UsageError, counted
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import labels_of
-from caco.evaluate.knn import held_out_split, knn_accuracy
+from caco.evaluate.knn import Voting, held_out_split, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, LinearResult, check_choice, linear_probe
-from caco.evaluate.reference_probe import train_reference_probe
+from caco.evaluate.reference_probe import ProbeSettings, train_reference_probe
 from caco.files import check_writable, replace_file, replace_json
 from caco.given import NOTHING, Own, open_encoder, open_images, say_broken
 
@@ -50,9 +50,8 @@ def _knn(world: World, options: Knn, own: Own) -> dict[str, Any] | None:
         labels_of(reference),
         queries.vectors,
         labels_of(queries),
-        neighbours=options.neighbours,
+        Voting(options.neighbours, options.temperature),
         classes=len(train.classes),
-        temperature=options.temperature,
     )
     rows = [
         {
@@ -163,34 +162,21 @@ def _reference_linear(
     options: Linear, encoder: UsableEncoder, train: ImageSource, val: ImageSource
 ) -> tuple[LinearResult, dict[str, Any]] | None:
     """Return the classifier of the published protocol, and what was judged (None but in the main process)."""
-    if encoder.backbone is None:
-        raise UsageError("the reference protocol judges encoders, not pixels; use --protocol cached")
     began = time.monotonic()
 
     def say(epoch: int, loss: float) -> None:
         seconds = (time.monotonic() - began) / (epoch + 1) * (options.epochs - epoch - 1)
         print(f"epoch {epoch + 1}/{options.epochs}: loss {loss:.4f}, {seconds:,.0f} s left", file=sys.stderr)
 
-    card = encoder.card
-    result = train_reference_probe(
-        encoder.backbone,
-        train,
-        val,
-        world=encoder.world,
-        workers=encoder.workers,
-        size=card.size,
-        resize=card.resize,
-        mean=card.mean,
-        std=card.std,
+    settings = ProbeSettings(
         epochs=options.epochs,
         batch_size=options.probe_batch_size or 4096,
         learning_rate=0.025 if options.lr == "auto" else options.lr,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
         seed=options.seed,
-        precision=precision_name(encoder.precision),
-        on_epoch=say if encoder.world.is_main else None,
     )
+    result = train_reference_probe(encoder, train, val, settings, say if encoder.world.is_main else None)
     if not encoder.world.is_main:
         return None
     say_broken(train, result.train_broken)
@@ -210,7 +196,7 @@ def _described(
         "val": options.val or f"held out: {options.held_out:g}",
         "train_images": train_images,
         "val_images": val_images,
-        "size": encoder.card.size,
+        "size": encoder.preparation.size,
         "broken": [f"{key}: {reason}" for key, reason in broken],
     }
 

@@ -1,4 +1,4 @@
-"""The encoder's optimizers, and which parameters are decayed."""
+"""The optimizers of the encoder and of the published linear classifier, and which parameters are decayed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-class LARS(Optimizer):
-    """Layer-wise adaptive rate scaling, as the published code trains its encoder.
+class _LayerWise(Optimizer):
+    """Momentum SGD whose update each tensor scales by a rate of its own: buffer ← momentum·buffer + u; p ← p − lr·buffer.
 
-    Tensors of at most one dimension (biases, norms): plain momentum SGD, no weight decay. All others:
-    u = g + weight_decay·p, scaled by trust_coefficient·‖p‖/‖u‖ where both norms are positive, then momentum.
-    No host synchronisation. Source: You et al. 2017; `lars.npz`.
+    No host synchronisation. Source: You et al. 2017, arXiv:1708.03888.
     """
 
     def __init__(
@@ -35,11 +33,15 @@ class LARS(Optimizer):
         """Take one step. (No closure: the loss is computed once.)"""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            plain = [parameter for parameter in parameters if parameter.ndim <= 1]
-            scaled = [parameter for parameter in parameters if parameter.ndim > 1]
-            gradients = [parameter.grad for parameter in plain if parameter.grad is not None]
-            updates = _scaled_updates(scaled, group["weight_decay"], group["trust_coefficient"])
-            self._move(plain + scaled, gradients + updates, group["momentum"], group["lr"])
+            gradients = [parameter.grad for parameter in parameters]
+            updates = self._updates(parameters, gradients, group["weight_decay"], group["trust_coefficient"])
+            self._move(parameters, updates, group["momentum"], group["lr"])
+
+    def _updates(
+        self, parameters: list[Tensor], gradients: list[Tensor], weight_decay: float, trust_coefficient: float
+    ) -> list[Tensor]:
+        """Return u for each parameter."""
+        raise NotImplementedError
 
     def _move(self, parameters: list[Tensor], updates: list[Tensor], momentum: float, lr: float) -> None:
         for parameter in parameters:
@@ -52,14 +54,53 @@ class LARS(Optimizer):
             torch._foreach_add_(parameters, buffers, alpha=-lr)
 
 
-def _scaled_updates(parameters: list[Tensor], weight_decay: float, trust_coefficient: float) -> list[Tensor]:
+class LARS(_LayerWise):
+    """Layer-wise adaptive rate scaling, as the published code trains its encoder.
+
+    Tensors of at most one dimension (biases, norms): u = g, no weight decay. All others: u = g + weight_decay·p, scaled
+    by trust_coefficient·‖p‖/‖u‖ where both norms are positive. Published values: `tests/golden/lars.npz`.
+    """
+
+    def _updates(
+        self, parameters: list[Tensor], gradients: list[Tensor], weight_decay: float, trust_coefficient: float
+    ) -> list[Tensor]:
+        updates = list(gradients)
+        scaled = [place for place, parameter in enumerate(parameters) if parameter.ndim > 1]
+        weights, theirs = [parameters[place] for place in scaled], [gradients[place] for place in scaled]
+        for place, update in zip(scaled, _scaled(weights, theirs, weight_decay, trust_coefficient), strict=True):
+            updates[place] = update
+        return updates
+
+
+class LayerWiseSGD(_LayerWise):
+    """SGD with momentum as the published code trains its linear classifier (LARC without clipping).
+
+    u = (g + weight_decay·p) · trust_coefficient·‖p‖ / (‖g‖ + weight_decay·‖p‖ + 1e-8) where both norms are positive, else
+    u = g; weights and biases alike. Published values: `tests/golden/linear_probe_lars.npz`.
+    """
+
+    def _updates(
+        self, parameters: list[Tensor], gradients: list[Tensor], weight_decay: float, trust_coefficient: float
+    ) -> list[Tensor]:
+        updates = []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter_norm, gradient_norm = parameter.norm(), gradient.norm()
+            rate = trust_coefficient * parameter_norm / (gradient_norm + weight_decay * parameter_norm + 1e-8)
+            # A bias starts at 0: without this exception its rate would be 0 for ever.
+            scaled = (parameter_norm > 0) & (gradient_norm > 0)
+            updates.append(torch.where(scaled, gradient.add(parameter, alpha=weight_decay) * rate, gradient))
+        return updates
+
+
+def _scaled(
+    parameters: list[Tensor], gradients: list[Tensor], weight_decay: float, trust_coefficient: float
+) -> list[Tensor]:
     """Return u·trust·‖p‖/‖u‖ for each parameter, u = g + weight_decay·p; u itself where a norm is 0.
 
     A few kernels for all tensors together instead of ten for each.
     """
     if not parameters:
         return []
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     updates = list(torch._foreach_add(gradients, parameters, alpha=weight_decay))
     parameter_norms, update_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, updates))
     scales = trust_coefficient * parameter_norms / update_norms

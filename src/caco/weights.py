@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.backbone import adopt_backbone, create_backbone, is_model, stem_in, timm_and_ours
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, usual_resize
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Preparation, usual_resize
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import replace_file
 from caco.options import from_dictionary
@@ -49,6 +49,7 @@ PREFIXES = (
     "model.",
 )
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
+ANSWER_SECONDS = 10.0
 HEADS = ("fc.", "head.", "head_dist.", "classifier.", "projection_head.", "prototypes.")
 
 
@@ -67,6 +68,10 @@ class BackboneCard:
     std: tuple[float, float, float] = IMAGENET_STD
     step: int = 0
     """Training steps taken."""
+
+    def preparation(self) -> Preparation:
+        """Return how an image is prepared for this backbone."""
+        return Preparation(self.size, self.resize, self.mean, self.std)
 
 
 def save_backbone(path: Path, backbone: nn.Module, card: BackboneCard) -> None:
@@ -210,7 +215,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], BackboneCard | Non
     try:
         card = json.loads(header[CARD_FORMAT])
     except ValueError as error:
-        raise UsageError(f"{path} is damaged: its description of itself is no JSON") from error
+        raise UsageError(f"{path} is damaged: its description of itself is not JSON") from error
     return tensors, _card(card, path)
 
 
@@ -255,11 +260,11 @@ def _hub() -> Iterator[bool]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _answers(address: str, seconds: float = 10.0) -> bool:
-    """Return whether a server answers at all, through a proxy if one is set."""
+def _answers(address: str) -> bool:
+    """Return whether a server answers at all within ANSWER_SECONDS, through a proxy if one is set."""
     try:
         request = urllib.request.Request(address, method="HEAD")
-        urllib.request.urlopen(request, timeout=seconds).close()
+        urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:  # it does, whatever it says
         return True
     except (OSError, http.client.HTTPException):

@@ -53,7 +53,7 @@ def run(photos, tmp_path_factory):
 
 
 def expected_keys(arch: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from algorithm.md and torchvision alone: both encoders, `fc` numbered 0, 1, 3, 4, 6."""
+    """Names and shapes written out from the published format and torchvision alone: both encoders, `fc` numbered 0, 1, 3, 4, 6."""
     shapes = {name: tuple(tensor.shape) for name, tensor in models.get_model(arch).state_dict().items()}
     features = shapes.pop("fc.weight")[1]
     del shapes["fc.bias"]

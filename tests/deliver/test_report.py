@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import caco
-from caco.config import BankOptions, Pretrain
+from caco.config import BankOptions, Preparation, Pretrain
 from caco.data.augment import draw_parameters, render_views
 from caco.data.source import open_source
 from caco.deliver import charts, insight, records
@@ -325,11 +325,11 @@ def test_line_chart_of_little_or_nothing():
 
 
 def test_thinned_keeps_the_means_and_the_order():
-    series = thinned(Series("a", list(range(1000))[::-1], [2 * x for x in range(1000)][::-1]), most=10)
-    assert len(series.x) == 10
+    series = thinned(Series("a", list(range(1000))[::-1], [2 * x for x in range(1000)][::-1]))
+    assert len(series.x) == 143  # 1,000 in groups of 7
     assert series.x == sorted(series.x)
-    assert series.x[0] == pytest.approx(49.5)
-    assert [y / x for x, y in zip(series.x, series.y, strict=True)] == pytest.approx([2] * 10)
+    assert series.x[0] == pytest.approx(3)
+    assert [y / x for x, y in zip(series.x, series.y, strict=True)] == pytest.approx([2] * 143)
     assert thinned(Series("a", [1, 2, 3], [1, float("inf"), 3])).x == [1, 3]
 
 
@@ -379,7 +379,6 @@ def test_slots_by_use_and_purity():
     assert [(slot.number, slot.members, slot.majority) for slot in found] == [(0, [1, 2, 0], 1), (2, [3, 4], 0)]
     assert found[0].share == pytest.approx(2 / 3)
     assert purity(found) == pytest.approx(2 / 3)
-    assert purity(found, least=2) == pytest.approx(4 / 5)
     assert purity(slots_by_use(embeddings, slots, None)) is None
 
 
@@ -409,10 +408,12 @@ def test_example_views_are_those_of_training(finished, photos):
     assert len(example.views) == len(example.changes) == 2
 
 
-def test_look_shows_every_good_image_once(finished, photos):
+def test_encode_images_shows_every_good_image_once(finished, photos):
     config, source = read_config(finished), open_source(str(photos))
     trained = insight.load_trained(finished, config)
-    seen = insight.look(source, trained, config, images=100, device=torch.device("cpu"), workers=2)
+    seen = insight.encode_images(
+        source, trained, config.views.preparation(), images=100, device=torch.device("cpu"), workers=2
+    )
     assert seen.keys == [source.key(index) for index in range(24) if source.key(index) != "dark/006.jpg"]
     features = caco_features(finished, source)
     assert torch.allclose(seen.features, torch.nn.functional.normalize(features, dim=1), atol=1e-5)
@@ -424,16 +425,7 @@ def caco_features(run, source):
     from caco.evaluate.features import extract
 
     backbone = caco.load_backbone(run)
-    return extract(
-        backbone,
-        source,
-        size=16,
-        resize=18,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        device="cpu",
-        workers=1,
-    ).vectors
+    return extract(backbone, source, Preparation(size=16, resize=18), device="cpu", workers=1).vectors
 
 
 # Records
@@ -465,10 +457,10 @@ def test_verdict(spread, used, pixels, mood):
     config = Pretrain(epochs=2, batch_size=64, bank_size=512, bank=BankOptions())
     train = {"kind": "train", "step": 60, "loss": 9.0, "positive_probability": 0.1, "feature_spread": spread}
     epoch = {"kind": "epoch", "step": 30, "epoch": 0, "slots_used": used, "slot_perplexity": used / 2}
-    story = records.tell([train, epoch], config)
-    assert (story.step, story.steps, story.choices, story.finished) == (60, 60, 30 * 64 * 2, False)
+    summary = records.summarise([train, epoch], config)
+    assert (summary.step, summary.steps, summary.choices, summary.finished) == (60, 60, 30 * 64 * 2, False)
     agreement = insight.Agreement(encoder=0.5, pixels=pixels, chance=0.1, neighbours=7)
-    judgement = records.judge(story, config, 40.0, 128, agreement)
+    judgement = records.verdict_of(summary, config, 40.0, 128, agreement)
     assert judgement.mood == mood
     assert all(reason.endswith(".") for reason in judgement.reasons)
     assert ("raw pixels" in " ".join(judgement.reasons)) == (pixels > 0.5)

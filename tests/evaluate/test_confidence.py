@@ -28,7 +28,7 @@ def test_covers_the_truth_about_95_times_in_100():
     generator = np.random.default_rng(0)
     inside = 0
     for _ in range(400):
-        low, high = bootstrap_interval(generator.random(200) < 0.6, resamples=1000)
+        low, high = bootstrap_interval(generator.random(200) < 0.6)
         inside += low <= 0.6 <= high
     assert 0.91 <= inside / 400 <= 0.98
 
@@ -44,7 +44,5 @@ def test_images_that_are_all_alike_are_no_certainty(images):
 def test_repeatable():
     correct = np.array([True, False, True])
     assert bootstrap_interval(correct) == bootstrap_interval(correct)
-    narrow, wide = bootstrap_interval(correct, confidence=0.5), bootstrap_interval(correct, confidence=0.99)
-    assert wide[0] <= narrow[0] <= narrow[1] <= wide[1]
     with pytest.raises(CacoError):
         bootstrap_interval(np.zeros(0, bool))

@@ -7,13 +7,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Preparation
 from caco.data.decode import BrokenImage
 from caco.errors import CacoError
 from caco.evaluate import features
 from caco.evaluate.features import backbone_features, evaluation_mode, extract, joined, pixel_features
 
-OPTIONS = {"size": 32, "resize": 36, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": "cpu", "workers": 2}
+PREPARATION = Preparation(size=32, resize=36)
+OPTIONS = {"preparation": PREPARATION, "device": "cpu", "workers": 2}
 
 
 class Pictures:
@@ -144,11 +145,11 @@ def test_joined_lets_go_of_its_parts():
 
 def test_raw_pixels():
     source = Pictures()
-    pixels = pixel_features(source, size=32, resize=36, workers=2)
+    pixels = pixel_features(source, PREPARATION, workers=2)
     assert pixels.vectors.shape == (22, 32 * 32 * 3)
     assert pixels.labels.tolist() == [index % 2 for index in range(23) if index != 5]
     source.images[0] = np.full((40, 50, 3), (255, 0, 51), np.uint8)
-    first = pixel_features(source, size=32, resize=36, workers=2, indices=[0]).vectors
+    first = pixel_features(source, PREPARATION, workers=2, indices=[0]).vectors
     torch.testing.assert_close(first.view(32, 32, 3), torch.tensor([1.0, 0.0, 0.2]).expand(32, 32, 3))
 
 
@@ -156,7 +157,7 @@ def test_errors_say_what_is_wrong(backbone):
     with pytest.raises(CacoError, match="none of the 3 images of pictures can be read; the first, picture 0: made so"):
         extract(backbone, Pictures(3, broken=(0, 1, 2)), **OPTIONS)
     with pytest.raises(CacoError, match="none of the 0 images"):
-        pixel_features(Pictures(0, broken=()), size=32, resize=36, workers=1)
+        pixel_features(Pictures(0, broken=()), PREPARATION, workers=1)
     with pytest.raises(CacoError, match=r"not \[\d+, 3, 32, 32\]"):
         extract(nn.Identity(), Pictures(), **OPTIONS)
     spoiled = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))

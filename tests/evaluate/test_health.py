@@ -30,18 +30,18 @@ def test_rank_me_of_known_cases():
 
 def test_choice_window():
     window = ChoiceWindow(8)
-    assert [value.item() for value in window.usage()] == [0, 0, 1, 0]
+    assert [value.item() for value in window.usage()] == [0, 1, 0]
     window.add(torch.tensor([[0, 1], [2, 3]]))
     window.add(torch.tensor([3, 2, 1, 0]))
-    used, share, perplexity, choices = (value.item() for value in window.usage())
-    assert (used, share, choices) == (4, 0.5, 8)
+    used, perplexity, choices = (value.item() for value in window.usage())
+    assert (used, choices) == (4, 8)
     assert perplexity == pytest.approx(4)
     window.add(torch.full((992,), 5))
     frequency = torch.tensor([2, 2, 2, 2, 992]) / 1000
     assert window.usage().perplexity.item() == pytest.approx(math.exp(-(frequency * frequency.log()).sum()), rel=1e-5)
     window.clear()
     window.add(torch.tensor([7]))
-    assert [value.item() for value in window.usage()] == [1, 0.125, 1, 1]
+    assert [value.item() for value in window.usage()] == [1, 1, 1]
 
 
 def test_a_healthy_run_gets_no_findings():

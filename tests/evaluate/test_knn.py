@@ -8,7 +8,7 @@ import torch
 
 from caco.errors import CacoError, UsageError
 from caco.evaluate import knn
-from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy, knn_guesses
+from caco.evaluate.knn import Voting, first_share_of_each_class, held_out_split, knn_accuracy, knn_guesses
 
 
 def plain_votes(reference, labels, queries, classes, neighbours, temperature, forbidden=None):
@@ -29,14 +29,14 @@ def plain_votes(reference, labels, queries, classes, neighbours, temperature, fo
 def votes_of(reference, labels, queries, classes, neighbours, temperature=0.2):
     """All votes [M, C], as they are counted chunk by chunk."""
     counts = [min(neighbours, len(reference))]
-    chunks = knn._votes_by_chunk(reference, labels, queries, classes, counts, temperature, False)
+    chunks = knn.votes_by_chunk(reference, labels, queries, classes, Voting(counts, temperature))
     return torch.cat([votes for (votes,) in chunks])
 
 
 @pytest.mark.parametrize("neighbours", [20, 200])
 def test_rankings_of_the_reference(golden, neighbours):
     values = golden("knn")
-    (guesses,) = knn_guesses(values["reference"], values["labels"], values["queries"], 7, neighbours=[neighbours])
+    (guesses,) = knn_guesses(values["reference"], values["labels"], values["queries"], 7, Voting([neighbours]))
     assert torch.equal(guesses, values[f"ranking_k{neighbours}"][:, :5])
 
 
@@ -71,7 +71,7 @@ def test_leave_one_out(monkeypatch, chunks):
     monkeypatch.setattr(knn, "REFERENCE_CHUNK", chunks[1])
     features = torch.randn(14, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     labels = torch.arange(14) % 3
-    results = knn_accuracy(features, labels, features, labels, neighbours=[1, 4, 500], leave_one_out=True)
+    results = knn_accuracy(features, labels, features, labels, Voting([1, 4, 500], leave_one_out=True))
     for asked, result in zip([1, 4, 13], results, strict=True):
         votes = plain_votes(features, labels, features, 3, asked, 0.2, forbidden=list(range(14)))
         assert result.neighbours == asked
@@ -79,7 +79,7 @@ def test_leave_one_out(monkeypatch, chunks):
         assert result.top1 == pytest.approx((votes.argmax(dim=1) == labels).double().mean().item())
     assert "only 13 reference images" in results[2].note
     assert not results[0].note
-    with_itself = knn_accuracy(features, labels, features, labels, neighbours=[1])[0]
+    with_itself = knn_accuracy(features, labels, features, labels, Voting([1]))[0]
     assert with_itself.top1 == 1.0
 
 
@@ -90,7 +90,7 @@ def test_ties_take_the_earlier_neighbour_and_the_lower_class(monkeypatch, refere
     labels = torch.tensor([2, 2, 1, 0, 0, 0, 0, 0, 0])
     votes = votes_of(same, labels, same[:1], 3, 3)
     torch.testing.assert_close(votes, torch.tensor([[0.0, 1.0, 2.0]]) * math.exp(5))
-    (guesses,) = knn_guesses(same, torch.tensor([2, 2, 1, 1, 0, 3, 3, 0, 0]), same[:1], 4, neighbours=[5])
+    (guesses,) = knn_guesses(same, torch.tensor([2, 2, 1, 1, 0, 3, 3, 0, 0]), same[:1], 4, Voting([5]))
     assert guesses.tolist() == [[1, 2, 0, -1]]
 
 
@@ -100,7 +100,7 @@ def test_largest_equals_a_stable_sort_with_many_ties(levels, width):
     values = torch.randint(0, levels, (50, width), generator=torch.Generator().manual_seed(0)).double()
     values[torch.arange(50), torch.arange(50) % width] = -torch.inf  # what leave-one-out forbids
     for count in (1, 5, 20, 33):
-        top, columns = knn._largest(values, count)
+        top, columns = knn.largest(values, count)
         order = values.argsort(dim=1, descending=True, stable=True)[:, :count]
         assert torch.equal(columns, order)
         assert torch.equal(top, values.gather(1, order))
@@ -111,7 +111,7 @@ def test_top5_counts_only_classes_with_votes():
     reference = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0]])
     labels = torch.tensor([6, 7, 0])
     queries = torch.tensor([[1.0, 0.0]]).repeat(3, 1)
-    (result,) = knn_accuracy(reference, labels, queries, torch.tensor([6, 7, 0]), neighbours=[2])
+    (result,) = knn_accuracy(reference, labels, queries, torch.tensor([6, 7, 0]), Voting([2]))
     assert (result.top1, result.top5) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert result.correct.tolist() == [True, False, False]
 
@@ -131,15 +131,15 @@ def test_wrong_input_is_told():
     with pytest.raises(CacoError, match="at least one labelled image"):
         knn_guesses(features[:0], labels[:0], features, 4)
     with pytest.raises(CacoError, match="at least one labelled image"):
-        knn_accuracy(features[:1], labels[:1], features[:1], labels[:1], leave_one_out=True)
+        knn_accuracy(features[:1], labels[:1], features[:1], labels[:1], Voting(leave_one_out=True))
     with pytest.raises(CacoError, match="at least one image to judge"):
         knn_accuracy(features, labels, features[:0], labels[:0])
     with pytest.raises(CacoError, match="leave-one-out"):
-        knn_accuracy(features, labels, features[:2], labels[:2], leave_one_out=True)
+        knn_accuracy(features, labels, features[:2], labels[:2], Voting(leave_one_out=True))
     with pytest.raises(UsageError, match="at least 1"):
-        knn_guesses(features, labels, features, 4, neighbours=[0])
+        knn_guesses(features, labels, features, 4, Voting([0]))
     with pytest.raises(UsageError, match="temperature"):
-        knn_guesses(features, labels, features, 4, temperature=0.0)
+        knn_guesses(features, labels, features, 4, Voting(temperature=0.0))
 
 
 def test_first_share_of_each_class():

@@ -62,7 +62,7 @@ def test_a_diverging_rate_spoils_no_other():
     both = train_heads(features, labels, 3, (0.1, 1e38), 5, 16, 0.9, 0)
     assert not torch.isfinite(both[0][1]).all()
     torch.testing.assert_close(both[0][0], alone[0][0])
-    trials = linear._try_heads(*both, features, labels, (0.1, 1e38))
+    trials = linear.try_heads(*both, features, labels, (0.1, 1e38))
     assert trials[0].top1 > 0
     assert (trials[1].top1, trials[1].loss) == (0, math.inf)
 
@@ -72,7 +72,7 @@ def test_trials_are_judged_as_each_head_alone(monkeypatch):
     features, labels = clusters(40)
     weights = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
     biases = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
-    for place, trial in enumerate(linear._try_heads(weights, biases, features, labels, (1.0, 2.0, 3.0))):
+    for place, trial in enumerate(linear.try_heads(weights, biases, features, labels, (1.0, 2.0, 3.0))):
         logits = features @ weights[place].T + biases[place]
         assert trial.learning_rate == place + 1
         assert trial.top1 == pytest.approx((logits.argmax(dim=1) == labels).double().mean().item())
@@ -154,7 +154,9 @@ def test_odd_input():
 
 @pytest.mark.parametrize(("count", "size"), [(1, 16), (49, 16), (800, 16), (1600, 32), (50_000, 512), (10**6, 1024)])
 def test_automatic_batch_size(count, size):
-    assert linear._batch_size("auto", count) == size
+    features, labels = torch.randn(count, 1, generator=torch.Generator().manual_seed(0)), torch.arange(count) % 2
+    result = linear_probe(features, labels, features[:1], labels[:1], classes=2, learning_rates=[0.1], epochs=1)
+    assert result.batch_size == size
 
 
 def test_wrong_input_is_told():

@@ -129,7 +129,7 @@ def test_a_written_classifier_keeps_its_classes(tree, checkpoint, tmp_path, caps
     torch.save(content, tmp_path / "theirs.pth.tar")
     shutil.copytree(tree / "train" / "n01443537", other / "train" / "n02")
     assert linear.main(["--data", str(other), "-e", "--resume", str(tmp_path / "theirs.pth.tar"), "--size", "32"]) == 2
-    assert "tells 2 classes apart" in capsys.readouterr().err
+    assert "is a classifier of 2 classes" in capsys.readouterr().err
 
 
 def test_linear_refuses_another_architecture(tree, checkpoint, capsys):

@@ -84,6 +84,12 @@ def test_without_labels_there_is_no_check():
     assert monitor(source(LABELS), unlabelled).query_indices is not None  # val is of no use: held out as without it
 
 
+def test_classes_of_one_image_each_have_none_to_hold_out(capsys):
+    assert monitor(source([0, 1, 2])) is None
+    assert "every class has only one image, so none can be held out" in capsys.readouterr().err
+    assert monitor(source([0, 1, 2]), source([0, 1, 2]))(Brightness())["queries"] == 3
+
+
 def test_a_class_that_only_val_has():
     with pytest.raises(UsageError, match="has the class 'blue', which the training images lack"):
         monitor(source(LABELS), ArraySource(source([0, 1]).images, [0, 1], ("dark", "blue")))

@@ -316,7 +316,7 @@ def test_a_check_that_fails_costs_no_epoch(tmp_path):
 
 def test_a_folder_for_each_image_is_no_class(tmp_path, capfd):
     caco.pretrain(folder_of(tmp_path / "photos", classes=24), tmp_path / "run", backbone="test_resnet", **SMALL)
-    assert "no kNN check: no class has two images" in capfd.readouterr().err
+    assert "no kNN check while training: every class has only one image" in capfd.readouterr().err
 
 
 def test_a_start_behind_the_end(tmp_path):

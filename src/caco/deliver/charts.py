@@ -81,10 +81,10 @@ def round_range(
     return bottom, top
 
 
-def thinned(series: Series, most: int = MOST_POINTS) -> Series:
-    """Return a curve of at most `most` points, finite and in the order of x; each the mean of a group of neighbours."""
+def thinned(series: Series) -> Series:
+    """Return a curve of at most MOST_POINTS points, finite and in the order of x; each the mean of a group of neighbours."""
     points = sorted((x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(x) and math.isfinite(y))
-    size = max(1, math.ceil(len(points) / most))
+    size = max(1, math.ceil(len(points) / MOST_POINTS))
     groups = [points[first : first + size] for first in range(0, len(points), size)]
     x = [math.fsum(x for x, _ in group) / len(group) for group in groups]
     y = [math.fsum(y for _, y in group) / len(group) for group in groups]

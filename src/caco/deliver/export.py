@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import timm
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from caco.backbone import torchvision_model
 from caco.errors import CacoError, UsageError
 from caco.evaluate.encoder import find_weights
-from caco.files import check_writable, replace_file
+from caco.files import check_writable, replacing
 from caco.reference.checkpoint import Snapshot, read_snapshot, write_published
 from caco.train.checkpoint import CheckpointFolder
 from caco.weights import BackboneCard, load_backbone, read_weights, save_backbone
@@ -59,9 +58,8 @@ def export(run: Path, kind: str, out: Path) -> str:
     if out.suffix == ".safetensors":
         save_backbone(out, module, card)
     else:
-        buffer = io.BytesIO()
-        torch.save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, buffer)
-        replace_file(out, buffer.getbuffer())
+        with replacing(out) as file:
+            torch.save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
     if kind == "torchvision":
         return f'torchvision.models.get_model("{card.backbone}") and load_state_dict(…, strict=False): all but its fc'
     if not is_timms:

@@ -12,7 +12,7 @@ from caco.deliver import page
 from caco.deliver.charts import Series, line_chart, percent, point_map
 from caco.deliver.examples import ExampleViews, example_views
 from caco.deliver.insight import (
-    Seen,
+    EncodedImages,
     Slot,
     Trained,
     choose_queries,
@@ -25,6 +25,7 @@ from caco.deliver.insight import (
     slots_by_use,
 )
 from caco.deliver.pictures import Row, data_uri, shrunk
+from caco.errors import counted
 
 EXAMPLES, QUERIES, NEIGHBOURS, SLOTS, MEMBERS, MAP_POINTS = 6, 12, 7, 24, 7, 1500
 
@@ -84,27 +85,27 @@ def _example(example: ExampleViews) -> str:
     )
 
 
-def neighbours(seen: Seen | Missing) -> Gallery:
+def neighbours(encoded: EncodedImages | Missing) -> Gallery:
     """Return some images, each followed by those that the encoder finds most like it."""
     name, title = "neighbours", "Nearest neighbours"
-    if isinstance(seen, Missing):
-        return Gallery(title, page.section(name, title, f"No neighbours to show: {seen}"))
-    queries = choose_queries(seen.labels, len(seen.keys), QUERIES)
+    if isinstance(encoded, Missing):
+        return Gallery(title, page.section(name, title, f"No neighbours to show: {encoded}"))
+    queries = choose_queries(encoded.labels, len(encoded.keys), QUERIES)
     rows, names = [], []
-    for query, others in zip(queries, nearest_others(seen.features, NEIGHBOURS, queries).tolist(), strict=True):
+    for query, others in zip(queries, nearest_others(encoded.features, NEIGHBOURS, queries).tolist(), strict=True):
         shown = [query, *others]
-        cosines = (seen.features[others] @ seen.features[query]).tolist()
-        agrees = [None if seen.labels is None else bool(seen.labels[o] == seen.labels[query]) for o in others]
-        heading = seen.keys[query] if seen.labels is None else seen.classes[int(seen.labels[query])]
-        detail = "" if seen.labels is None else f"{sum(map(bool, agrees))} of {len(others)} of its class"
-        rows.append(Row(heading, detail, [seen.thumbnails[image] for image in shown], [None, *agrees]))
-        answers = [f"{seen.keys[image]}, cosine {c:.2f}" for image, c in zip(others, cosines, strict=True)]
-        names.append([seen.keys[query], *answers])
+        cosines = (encoded.features[others] @ encoded.features[query]).tolist()
+        agrees = [None if encoded.labels is None else bool(encoded.labels[o] == encoded.labels[query]) for o in others]
+        heading = encoded.keys[query] if encoded.labels is None else encoded.classes[int(encoded.labels[query])]
+        detail = "" if encoded.labels is None else f"{sum(map(bool, agrees))} of {len(others)} of its class"
+        rows.append(Row(heading, detail, [encoded.thumbnails[image] for image in shown], [None, *agrees]))
+        answers = [f"{encoded.keys[image]}, cosine {c:.2f}" for image, c in zip(others, cosines, strict=True)]
+        names.append([encoded.keys[query], *answers])
     lead = (
         "The first picture of each row asks; then come the nearest of the other "
-        f"{len(seen.keys) - 1:,} images looked at, by the cosine of the backbone's features."
+        f"{len(encoded.keys) - 1:,} images looked at, by the cosine of the backbone's features."
     )
-    agreement = neighbour_agreement(seen, NEIGHBOURS)
+    agreement = neighbour_agreement(encoded, NEIGHBOURS)
     if agreement is not None:
         lead += (
             f" A green line marks the same class. Of the {agreement.neighbours} nearest neighbours of all images, "
@@ -114,26 +115,26 @@ def neighbours(seen: Seen | Missing) -> Gallery:
     return Gallery(title, page.section(name, title, lead, page.picture_rows(rows, names, first_asks=True)), rows)
 
 
-def slots(seen: Seen | Missing, trained: Trained | Missing) -> Gallery:
+def slots(encoded: EncodedImages | Missing, trained: Trained | Missing) -> Gallery:
     """Return the most used slots of the bank with the images nearest to each."""
     name, title = "slots", "What each slot of the bank attracts"
-    if isinstance(seen, Missing):
-        return Gallery(title, page.section(name, title, f"No slots to show: {seen}"))
-    if isinstance(trained, Missing) or trained.slots is None or seen.embeddings is None:
+    if isinstance(encoded, Missing):
+        return Gallery(title, page.section(name, title, f"No slots to show: {encoded}"))
+    if isinstance(trained, Missing) or trained.slots is None or encoded.embeddings is None:
         why = "No slots to show: the run has no checkpoint, and the finished backbone comes without the bank."
         return Gallery(title, page.section(name, title, why))
-    used = slots_by_use(seen.embeddings, trained.slots, seen.labels)
+    used = slots_by_use(encoded.embeddings, trained.slots, encoded.labels)
     shown = used[:SLOTS]
-    rows = [_slot_row(slot, seen) for slot in shown]
-    names = [[seen.keys[image] for image in slot.members[:MEMBERS]] for slot in shown]
+    rows = [_slot_row(slot, encoded) for slot in shown]
+    names = [[encoded.keys[image] for image in slot.members[:MEMBERS]] for slot in shown]
     lead = (
         "In CaCo the positives and negatives are learned: they are the slots of the bank. Every image chooses the slot "
-        f"nearest to its key embedding. The {len(seen.keys):,} images looked at choose {len(used):,} of "
+        f"nearest to its key embedding. The {len(encoded.keys):,} images looked at choose {len(used):,} of "
         f"{len(trained.slots):,} slots; the {len(shown)} most chosen are shown, each with the images nearest to it."
     )
     pure = purity(used)
-    if pure is not None and seen.labels is not None:
-        chance = purity(slots_by_use(seen.embeddings, trained.slots, shuffled(seen.labels)))
+    if pure is not None and encoded.labels is not None:
+        chance = purity(slots_by_use(encoded.embeddings, trained.slots, shuffled(encoded.labels)))
         lead += (
             " A green line marks the slot's most frequent class; it has "
             f"{percent(pure)} of the images (in slots of three or more; {percent(chance or 0)} if classes are dealt at "
@@ -145,30 +146,30 @@ def slots(seen: Seen | Missing, trained: Trained | Missing) -> Gallery:
     return Gallery(title, page.section(name, title, lead, page.picture_rows(rows, names), beside=figure), rows)
 
 
-def _slot_row(slot: Slot, seen: Seen) -> Row:
+def _slot_row(slot: Slot, encoded: EncodedImages) -> Row:
     images = slot.members[:MEMBERS]
-    detail = f"{len(slot.members):,} image{'s' if len(slot.members) > 1 else ''}"
+    detail = counted(len(slot.members), "image")
     agrees: list[bool | None] = [None] * len(images)
-    if slot.majority is not None and seen.labels is not None:
-        detail += f", {percent(slot.share)} {seen.classes[slot.majority]}"
-        agrees = [bool(seen.labels[image] == slot.majority) for image in images]
-    return Row(f"Slot {slot.number:,}", detail, [seen.thumbnails[image] for image in images], agrees)
+    if slot.majority is not None and encoded.labels is not None:
+        detail += f", {percent(slot.share)} {encoded.classes[slot.majority]}"
+        agrees = [bool(encoded.labels[image] == slot.majority) for image in images]
+    return Row(f"Slot {slot.number:,}", detail, [encoded.thumbnails[image] for image in images], agrees)
 
 
-def feature_map(seen: Seen | Missing) -> str:
+def feature_map(encoded: EncodedImages | Missing) -> str:
     """Return the features in the plane of their two principal components."""
     name, title = "map", "A map of the features"
-    if isinstance(seen, Missing):
-        return page.section(name, title, f"No map to show: {seen}")
-    points, share = plane(seen.features)
+    if isinstance(encoded, Missing):
+        return page.section(name, title, f"No map to show: {encoded}")
+    points, share = plane(encoded.features)
     shown = evenly_spaced(len(points), MAP_POINTS)
     places = [(float(x), float(y)) for x, y in points[shown].tolist()]
-    groups = None if seen.labels is None else seen.labels[shown].tolist()
+    groups = None if encoded.labels is None else encoded.labels[shown].tolist()
     lead = (
         f"{len(places):,} images in the plane of the two directions in which the backbone's features differ most. These "
         f"hold {percent(share)} of all variance, so much of what the encoder knows is not to be seen here."
     )
     if groups is not None:
         lead += " Point at a class to see it alone."
-    drawing = point_map(places, groups, seen.classes, title=title)
+    drawing = point_map(places, groups, encoded.classes, title=title)
     return page.section(name, title, lead, f'<div class="map-holder">{drawing}</div>')

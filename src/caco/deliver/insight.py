@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.backbone import Encoder, create_backbone, projector
-from caco.config import Pretrain
+from caco.config import Preparation, Pretrain
 from caco.data.augment import centre_view, normalise
 from caco.data.decode import Pixels
 from caco.data.render import copy_to
@@ -30,6 +30,8 @@ from caco.weights import load_backbone
 THUMBNAIL = 112
 PIXEL_SIDE = 32
 BATCH = 128
+LEAST_MEMBERS = 3
+"""With fewer images a slot says little of its class."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Trained:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """N images as the encoder sees them; all on the CPU."""
+class EncodedImages:
+    """N images, and what the encoder makes of them; all on the CPU."""
 
     keys: list[str]
     classes: tuple[str, ...]
@@ -103,55 +105,66 @@ def evenly_spaced(count: int, most: int) -> NDArray[np.int64]:
 
 
 @torch.no_grad()
-def look(
-    source: ImageSource, trained: Trained, config: Pretrain, *, images: int, device: torch.device, workers: int
-) -> Seen:
+def encode_images(
+    source: ImageSource, trained: Trained, preparation: Preparation, *, images: int, device: torch.device, workers: int
+) -> EncodedImages:
     """Show at most `images` images, evenly spaced through the source, to the networks.
 
     Each through the validation transform, as for every evaluation. Broken images are left out. Raises CacoError when
     none is good, and when features are not finite.
     """
-    size, resize = config.views.size, config.views.resize()
 
-    def view(index: int) -> tuple[Pixels, Pixels, Pixels]:
-        image = source.load(index)
-        centre = centre_view(image, resize, size)
-        side = max(8, min(THUMBNAIL, min(image.shape[:2]) * size // resize))
-        thumbnail = centre_view(image, max(side, round(side * resize / size)), side)
-        small = Image.fromarray(centre).resize((min(size, PIXEL_SIDE),) * 2, Image.Resampling.BOX)
-        return centre, thumbnail, np.asarray(small)
+    def pictures(index: int) -> tuple[Pixels, Pixels, Pixels]:
+        return _pictures(source.load(index), preparation)
 
     taken: list[int] = []
     broken: list[tuple[str, str]] = []
     thumbnails: list[Pixels] = []
-    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    pixels, features, embeddings = [], [], []
     backbone, key_encoder = trained.backbone.to(device), trained.key_encoder
     key_network = nn.Identity() if key_encoder is None else key_encoder.to(device)
     chosen = [int(index) for index in evenly_spaced(len(source), images)]
     with evaluation_mode(backbone), evaluation_mode(key_network):
-        for indices, views in batched(map_in_order(view, chosen, broken, 2 * BATCH, workers), BATCH):
+        for indices, batch in batched(map_in_order(pictures, chosen, broken, 2 * BATCH, workers), BATCH):
             taken += indices
-            thumbnails += [thumbnail for _, thumbnail, _ in views]
-            batch = copy_to(device, torch.from_numpy(np.stack([centre for centre, _, _ in views])))
-            ready = normalise(batch, config.views.mean, config.views.std)
-            pixels = torch.from_numpy(np.stack([small.ravel() for _, _, small in views])).float()
-            features = F.normalize(backbone(ready).float(), dim=1).cpu()
-            parts.append((pixels, features, None if key_encoder is None else embed(key_encoder, ready).float().cpu()))
+            centres, shown, small = zip(*batch, strict=True)
+            thumbnails += shown
+            pixels.append(torch.from_numpy(np.stack(small)).flatten(1).float())
+            views = copy_to(device, torch.from_numpy(np.stack(centres)))
+            ready = normalise(views, preparation.mean, preparation.std)
+            features.append(F.normalize(backbone(ready).float(), dim=1).cpu())
+            if key_encoder is not None:
+                embeddings.append(embed(key_encoder, ready).float().cpu())
     if not taken:
         raise CacoError(f"none of the {len(broken):,} images looked at can be read")
-    all_pixels, all_features = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    embeddings = [part[2] for part in parts if part[2] is not None]
-    if not all(map(bool, (torch.isfinite(made).all() for made in (all_features, *embeddings)))):
-        raise CacoError("the encoder gives features that are not finite")
-    return Seen(
+    all_pixels = torch.cat(pixels)
+    return EncodedImages(
         keys=[source.key(index) for index in taken],
         classes=source.classes,
         labels=None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken]),
         thumbnails=thumbnails,
         pixels=F.normalize(all_pixels - all_pixels.mean(dim=0), dim=1),
-        features=all_features,
-        embeddings=torch.cat(embeddings) if embeddings else None,
+        features=_finite(features),
+        embeddings=_finite(embeddings) if embeddings else None,
     )
+
+
+def _pictures(image: Pixels, preparation: Preparation) -> tuple[Pixels, Pixels, Pixels]:
+    """Return an image's centre view: for the encoder, at a size to look at, and very small."""
+    size, resize = preparation.size, preparation.resize
+    centre = centre_view(image, resize, size)
+    side = max(8, min(THUMBNAIL, min(image.shape[:2]) * size // resize))
+    thumbnail = centre_view(image, max(side, round(side * resize / size)), side)
+    small = Image.fromarray(centre).resize((min(size, PIXEL_SIDE),) * 2, Image.Resampling.BOX)
+    return centre, thumbnail, np.asarray(small)
+
+
+def _finite(batches: list[Tensor]) -> Tensor:
+    """Return the vectors of all batches. Raises CacoError when some are not finite."""
+    vectors = torch.cat(batches)
+    if not torch.isfinite(vectors).all():
+        raise CacoError("the encoder gives features that are not finite")
+    return vectors
 
 
 def nearest_others(
@@ -187,18 +200,18 @@ class Agreement:
     neighbours: int
 
 
-def neighbour_agreement(seen: Seen, neighbours: int) -> Agreement | None:
+def neighbour_agreement(encoded: EncodedImages, neighbours: int) -> Agreement | None:
     """Return how often neighbours agree in class; None without labels or with fewer than two images."""
-    if seen.labels is None or len(seen.labels) < 2:
+    if encoded.labels is None or len(encoded.labels) < 2:
         return None
-    labels, number = seen.labels, len(seen.labels)
+    labels, number = encoded.labels, len(encoded.labels)
 
     def share(vectors: Tensor) -> float:
         return float((labels[nearest_others(vectors, neighbours)] == labels[:, None]).float().mean())
 
     counts = torch.bincount(labels).double()
     chance = float((counts * (counts - 1)).sum() / (number * (number - 1)))
-    return Agreement(share(seen.features), share(seen.pixels), chance, min(neighbours, number - 1))
+    return Agreement(share(encoded.features), share(encoded.pixels), chance, min(neighbours, number - 1))
 
 
 @dataclass(frozen=True)
@@ -239,12 +252,12 @@ def shuffled(labels: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
 
 
-def purity(slots: Sequence[Slot], least: int = 3) -> float | None:
-    """Return the share of images of their slot's most frequent class, over slots of at least `least` images.
+def purity(slots: Sequence[Slot]) -> float | None:
+    """Return the share of images of their slot's most frequent class, over slots of at least LEAST_MEMBERS images.
 
     None without labels or such slots.
     """
-    judged = [slot for slot in slots if len(slot.members) >= least and slot.majority is not None]
+    judged = [slot for slot in slots if len(slot.members) >= LEAST_MEMBERS and slot.majority is not None]
     images = sum(len(slot.members) for slot in judged)
     return sum(slot.share * len(slot.members) for slot in judged) / images if images else None
 

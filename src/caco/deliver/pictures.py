@@ -14,6 +14,8 @@ from caco.data.decode import Pixels
 
 LARGEST_GALLERY = 300_000
 """Bytes that the gallery's PNG may have: it is meant for a README."""
+COLUMNS = 2
+"""Rows of pictures that stand side by side in it."""
 
 _INK, _QUIET, _PAPER, _YES = "#1f2328", "#6b7280", "#ffffff", "#2e9e6b"
 
@@ -42,7 +44,7 @@ def shrunk(pixels: Pixels, longest: int) -> Pixels:
     return np.asarray(image)
 
 
-def gallery_picture(title: str, rows: Sequence[Row], columns: int = 2, most_bytes: int = LARGEST_GALLERY) -> bytes:
+def gallery_picture(title: str, rows: Sequence[Row], most_bytes: int = LARGEST_GALLERY) -> bytes:
     """Return rows of pictures under a title as one PNG of at most `most_bytes` (smaller pictures where it must be).
 
     Raises ValueError when there are no rows, or even pictures of 24 pixels make too large a file.
@@ -50,7 +52,7 @@ def gallery_picture(title: str, rows: Sequence[Row], columns: int = 2, most_byte
     if not rows:
         raise ValueError("a gallery needs at least one row")
     for side in (80, 72, 64, 56, 48, 40, 32, 24):
-        image = _drawn(title, rows, columns, side).quantize(256, dither=Image.Dither.NONE)
+        image = _drawn(title, rows, side).quantize(256, dither=Image.Dither.NONE)
         buffer = io.BytesIO()
         image.save(buffer, "PNG", optimize=True)
         if buffer.tell() <= most_bytes:
@@ -58,10 +60,10 @@ def gallery_picture(title: str, rows: Sequence[Row], columns: int = 2, most_byte
     raise ValueError(f"a gallery of {len(rows)} rows does not fit into {most_bytes:,} bytes")
 
 
-def _drawn(title: str, rows: Sequence[Row], columns: int, side: int) -> Image.Image:
+def _drawn(title: str, rows: Sequence[Row], side: int) -> Image.Image:
     margin, gap, between, heading = 20, 4, 28, 40
     longest = max(len(row.pictures) for row in rows)
-    columns = min(columns, len(rows))
+    columns = min(COLUMNS, len(rows))
     lines = -(-len(rows) // columns)
     column_width = max(longest * (side + gap) - gap, 200)
     width = 2 * margin + columns * column_width + (columns - 1) * between

@@ -43,7 +43,7 @@ def curve(records: Sequence[Record], kind: str, value: str, name: str, *, by: st
 
 
 @dataclass(frozen=True)
-class Story:
+class RunSummary:
     """The run in a few numbers, as far as it got; None: not measured (yet)."""
 
     step: int
@@ -70,14 +70,14 @@ class Story:
         return self.epoch == self.epochs
 
 
-def tell(records: Sequence[Record], config: Pretrain) -> Story:
-    """Return the story that metrics.jsonl tells."""
+def summarise(records: Sequence[Record], config: Pretrain) -> RunSummary:
+    """Return the run in a few numbers, from the records of metrics.jsonl."""
     last = {record["kind"]: record for record in records if "kind" in record and "step" in record}
     train, epoch, knn = last.get("train", {}), last.get("epoch", {}), last.get("knn", {})
     done = epoch["epoch"] + 1 if epoch else 0
     per_epoch = epoch["step"] // done if done else None
     top1 = [record["top1"] for record in records if record.get("kind") == "knn"]
-    return Story(
+    return RunSummary(
         step=max(train.get("step", 0), epoch.get("step", 0)),
         steps=per_epoch * config.epochs if per_epoch and isinstance(config.epochs, int) else None,
         epoch=done,
@@ -103,8 +103,8 @@ class Judgement:
     reasons: tuple[str, ...]
 
 
-def judge(
-    story: Story,
+def verdict_of(
+    summary: RunSummary,
     config: Pretrain,
     rank: float | None = None,
     dimensions: int | None = None,
@@ -114,30 +114,30 @@ def judge(
 
     rank, dimensions: RankMe of the embeddings. agreement: of neighbours in class, where there are labels.
     """
-    if story.feature_spread is None:
+    if summary.feature_spread is None:
         return Judgement("unknown", "No training step has been recorded yet.", ())
     findings: tuple[Finding, ...] = verdict(
         slots=config.bank_size,
-        used=story.slots_used,
-        perplexity=story.slot_perplexity,
-        choices=story.choices,
-        spread=story.feature_spread,
+        used=summary.slots_used,
+        perplexity=summary.slot_perplexity,
+        choices=summary.choices,
+        spread=summary.feature_spread,
         rank=rank,
         dimensions=dimensions,
     )
-    told = [str(finding) for finding in findings]
+    wrong = [str(finding) for finding in findings]
     if agreement is not None and agreement.encoder <= agreement.pixels:
-        told.append(
+        wrong.append(
             f"nearest neighbours are of the same class in {percent(agreement.encoder)} of cases, by raw pixels in "
-            f"{percent(agreement.pixels)}; {'train longer' if not told else 'mend that first'}"
+            f"{percent(agreement.pixels)}; {'train longer' if not wrong else 'mend that first'}"
         )
-    if told:
+    if wrong:
         mood = "bad" if any(finding.collapsed for finding in findings) else "warning"
         headline = "This run has failed." if mood == "bad" else "This run could do better."
-        return Judgement(mood, headline, tuple(map(_sentence, told)))
-    reasons = [f"the embeddings are well spread ({story.feature_spread:.2f} of 1)"]
-    if story.slots_used is not None:
-        reasons.append(f"{story.slots_used:,} of {config.bank_size:,} slots were chosen in the last epoch")
+        return Judgement(mood, headline, tuple(map(_sentence, wrong)))
+    reasons = [f"the embeddings are well spread ({summary.feature_spread:.2f} of 1)"]
+    if summary.slots_used is not None:
+        reasons.append(f"{summary.slots_used:,} of {config.bank_size:,} slots were chosen in the last epoch")
     if rank is not None and dimensions is not None:
         reasons.append(f"the embeddings use about {rank:.0f} of {dimensions:,} dimensions (RankMe)")
     return Judgement("good", "Healthy.", (_sentence("; ".join(reasons)),))

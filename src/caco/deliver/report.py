@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,10 +12,10 @@ import torch
 from caco.data.source import open_source
 from caco.deliver import galleries, sections
 from caco.deliver.galleries import Missing
-from caco.deliver.insight import Seen, load_trained, look
+from caco.deliver.insight import EncodedImages, encode_images, load_trained
 from caco.deliver.page import whole_page
 from caco.deliver.pictures import gallery_picture
-from caco.deliver.records import read_records, tell
+from caco.deliver.records import read_records, summarise
 from caco.errors import CacoError, UsageError
 from caco.files import replace_file
 from caco.train.run_folder import read_config
@@ -36,23 +37,24 @@ def write_report(folder: Path, *, images: int, device: torch.device, workers: in
     records, speed = read_records(folder / "metrics.jsonl"), read_records(folder / "speed.jsonl")
     source = _attempt(lambda: open_source(config.data))
     trained = _attempt(lambda: load_trained(folder, config))
-    seen: Seen | Missing
+    encoded: EncodedImages | Missing
     if isinstance(source, Missing):
-        seen = source
+        encoded = source
     elif isinstance(trained, Missing):
-        seen = trained
+        encoded = trained
     else:
-        usable = source, trained
-        seen = _attempt(lambda: look(*usable, config, images=images, device=device, workers=workers))
-    neighbours, slots = galleries.neighbours(seen), galleries.slots(seen, trained)
+        preparation = config.views.preparation()
+        encode = partial(encode_images, source, trained, preparation, images=images, device=device, workers=workers)
+        encoded = _attempt(encode)
+    neighbours, slots = galleries.neighbours(encoded), galleries.slots(encoded, trained)
     name = folder.resolve().name
     body = [
-        sections.header(name, config, tell(records, config), source, seen),
+        sections.header(name, config, summarise(records, config), source, encoded),
         sections.curves(records, speed, config),
         galleries.views(source, config),
         neighbours.html,
         slots.html,
-        galleries.feature_map(seen),
+        galleries.feature_map(encoded),
         sections.configuration(config),
         sections.environment(folder),
         sections.broken_images(folder),

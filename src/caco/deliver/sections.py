@@ -13,8 +13,8 @@ from caco.data.source import ImageSource
 from caco.deliver import page
 from caco.deliver.charts import Level, Series, line_chart, percent
 from caco.deliver.galleries import NEIGHBOURS, Missing
-from caco.deliver.insight import Seen, neighbour_agreement
-from caco.deliver.records import Record, Story, curve, judge, uninformed_loss
+from caco.deliver.insight import EncodedImages, neighbour_agreement
+from caco.deliver.records import Record, RunSummary, curve, uninformed_loss, verdict_of
 from caco.errors import UsageError
 from caco.evaluate.health import LOW_SPREAD, rank_me
 from caco.options import flatten
@@ -35,32 +35,34 @@ CITATION = """\
 }"""
 
 
-def header(name: str, config: Pretrain, story: Story, source: ImageSource | Missing, seen: Seen | Missing) -> str:
+def header(
+    name: str, config: Pretrain, summary: RunSummary, source: ImageSource | Missing, encoded: EncodedImages | Missing
+) -> str:
     """Return name, verdict and the run's numbers."""
     rank = dimensions = None
-    if isinstance(seen, Seen) and seen.embeddings is not None:
-        rank, dimensions = float(rank_me(seen.embeddings)), seen.embeddings.shape[1]
-    agreement = neighbour_agreement(seen, NEIGHBOURS) if isinstance(seen, Seen) else None
-    verdict = judge(story, config, rank, dimensions, agreement)
+    if isinstance(encoded, EncodedImages) and encoded.embeddings is not None:
+        rank, dimensions = float(rank_me(encoded.embeddings)), encoded.embeddings.shape[1]
+    agreement = neighbour_agreement(encoded, NEIGHBOURS) if isinstance(encoded, EncodedImages) else None
+    verdict = verdict_of(summary, config, rank, dimensions, agreement)
     facts = [
-        ("Epochs", f"{story.epoch:,}", f"of {story.epochs}"),
-        ("Steps", f"{story.step:,}", f"{config.batch_size:,} images each"),
+        ("Epochs", f"{summary.epoch:,}", f"of {summary.epochs}"),
+        ("Steps", f"{summary.step:,}", f"{config.batch_size:,} images each"),
     ]
     if isinstance(source, ImageSource):
         classes = f"{len(source.classes):,} classes, not trained on" if source.classes else "no labels"
         facts.insert(0, ("Images", f"{len(source):,}", classes))
-    if story.loss is not None:
-        facts.append(("Loss", f"{story.loss:.2f}", f"by guessing {uninformed_loss(config):.2f}"))
-    if story.positive_probability is not None:
+    if summary.loss is not None:
+        facts.append(("Loss", f"{summary.loss:.2f}", f"by guessing {uninformed_loss(config):.2f}"))
+    if summary.positive_probability is not None:
         chance = f"by guessing {percent(1 / config.bank_size)}"
-        facts.append(("Positive probability", percent(story.positive_probability), chance))
-    if story.slots_used is not None:
-        facts.append(("Slots used", f"{story.slots_used:,}", f"of {config.bank_size:,}, last epoch"))
+        facts.append(("Positive probability", percent(summary.positive_probability), chance))
+    if summary.slots_used is not None:
+        facts.append(("Slots used", f"{summary.slots_used:,}", f"of {config.bank_size:,}, last epoch"))
     if rank is not None:
         facts.append(("Effective dimensions", f"{rank:.0f}", f"of {dimensions:,} (RankMe)"))
-    if story.knn is not None and story.best_knn is not None:
-        facts.append(("kNN top-1", f"{story.knn:.1f} %", f"best {story.best_knn:.1f} %"))
-    state = "finished" if story.finished else f"not finished: {story.step:,} of {story.steps or '?'} steps"
+    if summary.knn is not None and summary.best_knn is not None:
+        facts.append(("kNN top-1", f"{summary.knn:.1f} %", f"best {summary.best_knn:.1f} %"))
+    state = "finished" if summary.finished else f"not finished: {summary.step:,} of {summary.steps or '?'} steps"
     what = f"{config.backbone} on {config.data}, recipe {config.recipe} · {state}"
     reasons = " ".join(verdict.reasons)
     return (
@@ -73,7 +75,18 @@ def header(name: str, config: Pretrain, story: Story, source: ImageSource | Miss
 def curves(records: Sequence[Record], speed: Sequence[Record], config: Pretrain) -> str:
     """Return the charts of what was recorded."""
     title = "How it went"
-    charts = [
+    drawn = [chart for chart in _charts(records, speed, config) if chart]
+    if not drawn:
+        return page.section("curves", title, "Nothing has been recorded yet.")
+    lead = "From metrics.jsonl, the run's own record. Point at a curve to read its values."
+    if not any(record.get("kind") == "knn" for record in records):
+        lead += " Nearest-neighbour accuracy was not measured: that takes labels and --monitor.knn-epochs above 0."
+    return page.section("curves", title, lead, f'<div class="charts">{"".join(drawn)}</div>')
+
+
+def _charts(records: Sequence[Record], speed: Sequence[Record], config: Pretrain) -> list[str]:
+    """Return all charts in the page's order; "" for each of which nothing was recorded."""
+    return [
         _chart(
             "Loss",
             [curve(records, "train", "loss", "loss")],
@@ -121,13 +134,6 @@ def curves(records: Sequence[Record], speed: Sequence[Record], config: Pretrain)
         _chart("Speed", [curve(speed, "", "images_per_second", "images/s")]),
         _chart("Time spent waiting for data", [curve(speed, "", "data_wait", "of all time", scale=100)], unit=" %"),
     ]
-    drawn = [chart for chart in charts if chart]
-    if not drawn:
-        return page.section("curves", title, "Nothing has been recorded yet.")
-    lead = "From metrics.jsonl, the run's own record. Point at a curve to read its values."
-    if not any(record.get("kind") == "knn" for record in records):
-        lead += " Nearest-neighbour accuracy was not measured: that takes labels and --monitor.knn-epochs above 0."
-    return page.section("curves", title, lead, f'<div class="charts">{"".join(drawn)}</div>')
 
 
 def _chart(
@@ -175,8 +181,8 @@ def environment(folder: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError):
         return page.section(name, title, "The folder has no (readable) environment.json.")
     packages = ", ".join(f"{package} {version}" for package, version in last.pop("packages", {}).items())
-    told = ("command", "started")
-    rows = [(key, str(value), "") for key, value in last.items() if key not in told and value is not None]
+    shown = ("command", "started")
+    rows = [(key, str(value), "") for key, value in last.items() if key not in shown and value is not None]
     times = "once" if len(starts) == 1 else f"{len(starts)} times (stopped and resumed)"
     body = page.preformatted(commands) + page.table([*rows, ("packages", packages, "")])
     return page.section(name, title, f"The run was started {times}.", body)
@@ -190,7 +196,7 @@ def broken_images(folder: Path) -> str:
         return ""
     rows = [(*line.partition("\t")[::2], "") for line in lines[:BROKEN]]
     lead = f"{len(lines):,} images" if len(lines) > 1 else "One image"
-    lead += " could not be used and stood back for others." if len(lines) > 1 else " could not be used."
+    lead += f" could not be read and {'were' if len(lines) > 1 else 'was'} replaced by the next good image."
     lead += f" The first {BROKEN} are:" if len(lines) > BROKEN else ""
     return page.section("broken", "Broken images", lead, page.table(rows))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from caco.after_training import Evaluation
 from caco.backbone import adopt_backbone, create_backbone, try_size
-from caco.config import usual_resize
+from caco.config import Preparation, usual_resize
 from caco.data.source import ImageSource
 from caco.distributed.world import World, precision_name
 from caco.errors import UsageError
@@ -28,26 +28,26 @@ class UsableEncoder:
     """A backbone (None: raw pixels), how pictures are prepared for it, and where it runs."""
 
     backbone: nn.Module | None
-    card: BackboneCard
+    preparation: Preparation
     world: World
     precision: torch.dtype
     workers: int
-    batch_size: int
+    batch_size: int = 256
 
-    def features(self, source: ImageSource) -> Features:
-        """Return the features of every good image of a source, each exactly once; the processes share the work."""
-        card, backbone = self.card, self.backbone
+    def features(self, source: ImageSource, indices: np.ndarray | None = None) -> Features:
+        """Return the features of every good image of a source (or of `indices`), each exactly once.
+
+        The processes share the work.
+        """
+        backbone = self.backbone
 
         def make(part: np.ndarray) -> Features:
             if backbone is None:
-                return pixel_features(source, size=card.size, resize=card.resize, workers=self.workers, indices=part)
+                return pixel_features(source, self.preparation, workers=self.workers, indices=part)
             return extract(
                 backbone,
                 source,
-                size=card.size,
-                resize=card.resize,
-                mean=card.mean,
-                std=card.std,
+                self.preparation,
                 device=self.world.device,
                 workers=self.workers,
                 indices=part,
@@ -55,7 +55,7 @@ class UsableEncoder:
                 precision=precision_name(self.precision),
             )
 
-        return gather_features(make, len(source), self.world)
+        return gather_features(make, len(source), self.world, indices)
 
 
 def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.Module | None, BackboneCard]:

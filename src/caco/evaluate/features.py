@@ -9,9 +9,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from caco.config import Preparation
 from caco.data.augment import centre_view, normalise
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
@@ -52,11 +53,8 @@ class NoneReadable(CacoError):
 def extract(
     backbone: nn.Module,
     source: ImageSource,
+    preparation: Preparation,
     *,
-    size: int,
-    resize: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     device: torch.device | str,
     workers: int,
     indices: Sequence[int] | np.ndarray | None = None,
@@ -65,35 +63,20 @@ def extract(
 ) -> Features:
     """Return the backbone's features of a source's images (or of `indices`), seen through the validation transform.
 
-    The shorter side is resized to `resize` pixels and the centre `size` × `size` taken. The backbone is moved to
-    `device`, runs in evaluation mode and is left in the mode and the memory format it was in (channels_last is fastest on
-    most machines): a run that is checked trains on as if it had not been. Broken images are skipped and listed. Images are
-    decoded by `workers` threads while the device computes. Raises CacoError when no image can be read, when the backbone
-    returns anything but [B, F], and when features are not finite.
+    The backbone is moved to `device`, runs in evaluation mode and is left in the mode and the memory format it was in
+    (channels_last is fastest on most machines): a run that is checked trains on as if it had not been. Broken images are
+    skipped and listed. Images are decoded by `workers` threads while the device computes. Raises CacoError when no image can
+    be read, when the backbone returns anything but [B, F], and when features are not finite.
     """
     device = torch.device(device)
     backbone.to(device)
-    chosen = range(len(source)) if indices is None else [int(index) for index in indices]
 
-    def view(index: int) -> np.ndarray:
-        return centre_view(source.load(index), resize, size)
+    def encode(views: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B F"]:
+        images = normalise(copy_to(device, views), preparation.mean, preparation.std)
+        return backbone_features(backbone, images, precision)
 
-    taken: list[int] = []
-    broken: list[tuple[str, str]] = []
-    finished: list[Tensor] = []
-    waiting: list[Tensor] = []
     with evaluation_mode(backbone):
-        ready = map_in_order(view, chosen, broken, 2 * batch_size + workers, workers)
-        for read, views in batched(ready, batch_size):
-            taken += read
-            images = copy_to(device, torch.from_numpy(np.stack(views)))
-            waiting.append(backbone_features(backbone, normalise(images, mean, std), precision))
-            if len(waiting) == BATCHES_ON_DEVICE:
-                finished.append(torch.cat(waiting).cpu())
-                waiting.clear()
-    if waiting:
-        finished.append(torch.cat(waiting).cpu())
-    return _collect(source, taken, broken, finished)
+        return _collect_features(source, preparation, encode, workers, indices, batch_size, BATCHES_ON_DEVICE)
 
 
 def labels_of(features: Features) -> Int[Tensor, " N"]:
@@ -117,37 +100,73 @@ def gather_features(
         return make(chosen)
     try:
         own = make(world.part(chosen))
-        told = own.keys, own.broken, own.vectors.shape[1], own.labels is not None
+        parts = own.keys, own.broken, own.vectors.shape[1], own.labels is not None
     except NoneReadable as error:
-        name, told = error.name, ([], error.broken, 0, False)
-    keys, broken, widths, labelled = zip(*world.gather_objects(told), strict=True)
+        name, parts = error.name, ([], error.broken, 0, False)
+    keys, broken, widths, labelled = zip(*world.gather_objects(parts), strict=True)
     if not max(widths):
         raise NoneReadable(name, sum(broken, []))
-    if not told[2]:
+    if not parts[2]:
         own = Features(torch.empty(0, max(widths)), torch.empty(0, dtype=torch.int64) if any(labelled) else None, [])
     labels = None if own.labels is None else world.gather_parts(own.labels)
     return Features(world.gather_parts(own.vectors), labels, sum(keys, []), sum(broken, []))
 
 
 def pixel_features(
-    source: ImageSource, *, size: int, resize: int, workers: int, indices: Sequence[int] | np.ndarray | None = None
+    source: ImageSource,
+    preparation: Preparation,
+    *,
+    workers: int,
+    indices: Sequence[int] | np.ndarray | None = None,
 ) -> Features:
     """Return raw pixels as features, float32 [N, size · size · 3] in 0-1: what no encoder at all would give.
 
-    The same images and the same validation transform as `extract`.
+    The same images and the same centre views as `extract`, not normalised.
+    """
+
+    def flatten(views: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B F"]:
+        return views.flatten(1).float() / 255
+
+    return _collect_features(source, preparation, flatten, workers, indices, batch_size=256, fetched_together=1)
+
+
+def _collect_features(
+    source: ImageSource,
+    preparation: Preparation,
+    encode: Callable[[Tensor], Tensor],
+    workers: int,
+    indices: Sequence[int] | np.ndarray | None,
+    batch_size: int,
+    fetched_together: int,
+) -> Features:
+    """Return what `encode` makes of each batch of centre views, uint8 [B, S, S, 3].
+
+    fetched_together: of so many batches the vectors stay on their device until they are fetched in one go.
     """
     chosen = range(len(source)) if indices is None else [int(index) for index in indices]
 
     def view(index: int) -> np.ndarray:
-        return centre_view(source.load(index), resize, size).ravel()
+        return centre_view(source.load(index), preparation.resize, preparation.size)
 
     taken: list[int] = []
     broken: list[tuple[str, str]] = []
     finished: list[Tensor] = []
-    for read, views in batched(map_in_order(view, chosen, broken, 512 + workers, workers), 256):
+    waiting: list[Tensor] = []
+    for read, views in batched(map_in_order(view, chosen, broken, 2 * batch_size + workers, workers), batch_size):
         taken += read
-        finished.append(torch.from_numpy(np.stack(views)).float() / 255)
-    return _collect(source, taken, broken, finished)
+        waiting.append(encode(torch.from_numpy(np.stack(views))))
+        if len(waiting) == fetched_together:
+            finished.append(torch.cat(waiting).cpu())
+            waiting.clear()
+    if waiting:
+        finished.append(torch.cat(waiting).cpu())
+    if not taken:
+        raise NoneReadable(source.name, broken)
+    vectors = joined(finished)
+    if not torch.isfinite(vectors).all():
+        raise CacoError(f"the encoder gives features that are not finite for images of {source.name}")
+    labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken])
+    return Features(vectors, labels, [source.key(index) for index in taken], broken)
 
 
 @contextmanager
@@ -197,13 +216,3 @@ def joined(parts: list[Tensor]) -> Tensor:
         whole[row : row + len(part)] = part
         row += len(part)
     return whole
-
-
-def _collect(source: ImageSource, taken: list[int], broken: list[tuple[str, str]], finished: list[Tensor]) -> Features:
-    if not taken:
-        raise NoneReadable(source.name, broken)
-    vectors = joined(finished)
-    if not torch.isfinite(vectors).all():
-        raise CacoError(f"the encoder gives features that are not finite for images of {source.name}")
-    labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken])
-    return Features(vectors, labels, [source.key(index) for index in taken], broken)

@@ -46,8 +46,6 @@ class Usage(NamedTuple):
 
     used: Tensor
     """Number of slots that were chosen at least once."""
-    share: Tensor
-    """The same as a share of K."""
     perplexity: Tensor
     """Slots in even use: exp of the entropy of the choices; 1 when all choose one slot, K when all are chosen alike."""
     choices: Tensor
@@ -79,7 +77,7 @@ class ChoiceWindow:
         choices = counts.sum()
         used = (counts > 0).sum()
         frequency = counts.float() / choices.clamp_min(1)
-        return Usage(used, used / len(counts), _perplexity(frequency), choices)
+        return Usage(used, _perplexity(frequency), choices)
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Finding:
         return f"{self.seen}; {self.advice}"
 
 
-# Where a run is told. A healthy small run (16-channel ResNet, K = 1,024) chose 300 slots, a bad one 11-40.
+# Beyond these a finding is reported. A healthy small run (16-channel ResNet, K = 1,024) chose 300 slots, a bad one 11-40.
 LOW_USAGE = 0.1
 LEAST_CHOICES = 100
 COLLAPSED_SPREAD, LOW_SPREAD = 0.02, 0.2
@@ -128,9 +126,9 @@ def verdict(
     if rank is not None and dimensions is not None and rank < max(2.0, LOW_RANK * dimensions) and dimensions > 2:
         findings.append(
             Finding(
-                False,
-                f"the embeddings use about {rank:.1f} of {dimensions:,} dimensions (RankMe)",
-                "lower --bank.temperature or train longer",
+                collapsed=False,
+                seen=f"the embeddings use about {rank:.1f} of {dimensions:,} dimensions (RankMe)",
+                advice="lower --bank.temperature or train longer",
             )
         )
     return tuple(sorted(findings, key=lambda finding: not finding.collapsed))
@@ -139,14 +137,14 @@ def verdict(
 def _spread_finding(spread: float) -> Finding:
     if not spread > COLLAPSED_SPREAD:
         return Finding(
-            True,
-            f"the encoder has collapsed: all images get nearly the same embedding (spread {spread:.3f} of 1)",
-            "start again with a lower --lr or a longer --optimizer.warmup-epochs",
+            collapsed=True,
+            seen=f"the encoder has collapsed: all images get nearly the same embedding (spread {spread:.3f} of 1)",
+            advice="start again with a lower --lr or a longer --optimizer.warmup-epochs",
         )
     return Finding(
-        False,
-        f"the embeddings occupy a narrow cone (spread {spread:.2f} of 1)",
-        "raise --bank.warm-start-steps",
+        collapsed=False,
+        seen=f"the embeddings occupy a narrow cone (spread {spread:.2f} of 1)",
+        advice="raise --bank.warm-start-steps",
     )
 
 
@@ -154,8 +152,12 @@ def _usage_finding(slots: int, used: float, perplexity: float) -> Finding:
     advice = "raise --bank.warm-start-steps or lower --bank.lr"
     if perplexity < 2:
         return Finding(
-            used <= 2,
-            f"nearly all images choose the same slot of the bank ({used:,.0f} of {slots:,} slots are used)",
-            advice,
+            collapsed=used <= 2,
+            seen=f"nearly all images choose the same slot of the bank ({used:,.0f} of {slots:,} slots are used)",
+            advice=advice,
         )
-    return Finding(False, f"only {used:,.0f} of {slots:,} slots are used: the embeddings occupy a narrow cone", advice)
+    return Finding(
+        collapsed=False,
+        seen=f"only {used:,.0f} of {slots:,} slots are used: the embeddings occupy a narrow cone",
+        advice=advice,
+    )

@@ -6,7 +6,7 @@ Exact and streamed: memory is bounded by two chunk sizes, whatever the number of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,18 @@ from caco.errors import CacoError, UsageError
 
 QUERY_CHUNK = 4096  # large, because the reference is made unit rows anew for each chunk of queries
 REFERENCE_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Voting:
+    """How neighbours vote."""
+
+    neighbours: Sequence[int] = (20,)
+    """How many vote for each image; several numbers are judged in one search."""
+    temperature: float = 0.2
+    """A vote is exp(cosine/temperature)."""
+    leave_one_out: bool = False
+    """The queries are the reference itself, in the same order, and no image votes on itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,35 +54,23 @@ def knn_accuracy(
     reference_labels: Int[Tensor, " N"],
     queries: Float[Tensor, "M F"],
     query_labels: Int[Tensor, " M"],
-    *,
-    neighbours: Sequence[int] = (20,),
+    voting: Voting = Voting(),
     classes: int | None = None,
-    temperature: float = 0.2,
-    leave_one_out: bool = False,
 ) -> tuple[KnnResult, ...]:
     """Return the accuracy of weighted kNN voting for each number of neighbours, all from one search.
 
-    classes: None takes the largest label + 1. leave_one_out: queries are the reference itself, in the same order, and
-    no image votes on itself. More neighbours than images: all vote, and the result's note says so.
+    classes: None takes the largest label + 1. More neighbours than images: all vote, and the result's note says so.
     Runs on the device of `reference`. Raises CacoError on labels out of range or nothing to compare.
     Source: Wu et al. 2018, arXiv:1805.01978; published `ops/knn_monitor.py`.
     """
     if classes is None:
         classes = int(torch.cat([reference_labels.cpu(), query_labels.cpu()]).amax()) + 1 if len(queries) else 1
     _check_labels(query_labels, classes, "queries")
-    guesses = knn_guesses(
-        reference,
-        reference_labels,
-        queries,
-        classes,
-        neighbours=neighbours,
-        temperature=temperature,
-        leave_one_out=leave_one_out,
-    )
+    guesses = knn_guesses(reference, reference_labels, queries, classes, voting)
     results = []
-    for asked, guessed in zip(neighbours, guesses, strict=True):
+    for asked, guessed in zip(voting.neighbours, guesses, strict=True):
         hits = guessed == query_labels.cpu()[:, None]
-        count = min(asked, len(reference) - leave_one_out)
+        count = min(asked, len(reference) - voting.leave_one_out)
         note = "" if count == asked else f"only {count} reference images: all of them vote ({asked} were asked for)"
         top5 = hits.any(dim=1).double().mean().item()
         results.append(KnnResult(count, hits[:, 0].double().mean().item(), top5, hits[:, 0], note))
@@ -82,21 +82,18 @@ def knn_guesses(
     reference_labels: Int[Tensor, " N"],
     queries: Float[Tensor, "M F"],
     classes: int,
-    *,
-    neighbours: Sequence[int] = (20,),
-    temperature: float = 0.2,
-    leave_one_out: bool = False,
+    voting: Voting = Voting(),
 ) -> list[Int[Tensor, "M G"]]:
     """Return, for each number of neighbours, the (up to five) classes that get the most votes, most first; −1: no vote.
 
-    A vote is exp(cosine/temperature). Features are L2-normalised here; computed in their dtype, float32 at least. Of
+    Features are L2-normalised here; computed in their dtype, float32 at least. Of
     equally near neighbours the earlier one is taken, of classes with equal votes the lower. All else as `knn_accuracy`.
     """
-    counts = _usable_neighbours(reference, reference_labels, queries, classes, neighbours, temperature, leave_one_out)
-    guesses: list[list[Tensor]] = [[] for _ in counts]
-    for chunk in _votes_by_chunk(reference, reference_labels, queries, classes, counts, temperature, leave_one_out):
+    voting = _usable(voting, reference, reference_labels, queries, classes)
+    guesses: list[list[Tensor]] = [[] for _ in voting.neighbours]
+    for chunk in votes_by_chunk(reference, reference_labels, queries, classes, voting):
         for place, votes in enumerate(chunk):
-            weight, best = _largest(votes, min(5, classes))
+            weight, best = largest(votes, min(5, classes))
             guesses[place].append(torch.where(weight > 0, best, -1))
     return [torch.cat(chunks).cpu() for chunks in guesses]
 
@@ -142,23 +139,21 @@ def _members(labels: np.ndarray) -> Iterator[np.ndarray]:
     yield from (part for part in np.split(order, starts) if len(part))
 
 
-def _votes_by_chunk(
-    reference: Tensor,
-    reference_labels: Tensor,
-    queries: Tensor,
+def votes_by_chunk(
+    reference: Float[Tensor, "N F"],
+    reference_labels: Int[Tensor, " N"],
+    queries: Float[Tensor, "M F"],
     classes: int,
-    neighbours: Sequence[int],
-    temperature: float,
-    leave_one_out: bool,
-) -> Iterator[list[Tensor]]:
-    """Yield, for each chunk of queries, the votes [chunk, C] of each number of neighbours."""
+    voting: Voting,
+) -> Iterator[list[Float[Tensor, "chunk C"]]]:
+    """Yield, for each chunk of queries, the votes of each number of neighbours (at most N)."""
     labels = reference_labels.to(reference.device)
     for start in range(0, len(queries), QUERY_CHUNK):
         part = _unit_rows(queries[start : start + QUERY_CHUNK].to(reference.device))
-        cosines, indices = _nearest(reference, part, max(neighbours), start if leave_one_out else None)
-        weights, voted = (cosines / temperature).exp(), labels[indices]
+        cosines, indices = _nearest(reference, part, max(voting.neighbours), start if voting.leave_one_out else None)
+        weights, voted = (cosines / voting.temperature).exp(), labels[indices]
         nothing = weights.new_zeros(len(part), classes)
-        yield [nothing.scatter_add(1, voted[:, :count], weights[:, :count]) for count in neighbours]
+        yield [nothing.scatter_add(1, voted[:, :count], weights[:, :count]) for count in voting.neighbours]
 
 
 @torch.no_grad()
@@ -175,7 +170,7 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
         torch.mm(queries, part.T, out=cosines)
         if first_row is not None:
             cosines.diagonal(first_row - start).fill_(-torch.inf)  # empty where the query is in another chunk
-        values, columns = _largest(cosines, min(count, len(part)))
+        values, columns = largest(cosines, min(count, len(part)))
         found = (values, columns + start)
         if best is not None:
             # Earlier rows stand first, so a stable sort keeps them first among equals.
@@ -183,11 +178,11 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
             values, order = values.sort(dim=1, descending=True, stable=True)
             found = (values[:, :count], indices.gather(1, order[:, :count]))
         best = found
-    assert best is not None  # _usable_neighbours refused an empty reference
+    assert best is not None  # _usable refused an empty reference
     return best
 
 
-def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest values of each row and their columns; of equal values the lower columns, in order.
 
     `topk` alone takes any of equal values, which differs between devices and chunk sizes; the rare rows where such a
@@ -210,29 +205,21 @@ def _unit_rows(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
-def _usable_neighbours(
-    reference: Tensor,
-    reference_labels: Tensor,
-    queries: Tensor,
-    classes: int,
-    neighbours: Sequence[int],
-    temperature: float,
-    leave_one_out: bool,
-) -> list[int]:
-    """Check everything that can be wrong with the input; return the numbers of neighbours that can vote."""
+def _usable(voting: Voting, reference: Tensor, reference_labels: Tensor, queries: Tensor, classes: int) -> Voting:
+    """Check everything that can be wrong with the input; return the voting with no more neighbours than there are."""
     if not len(queries):
         raise CacoError("kNN needs at least one image to judge; there is none")
-    if leave_one_out and len(queries) != len(reference):
+    if voting.leave_one_out and len(queries) != len(reference):
         raise CacoError("leave-one-out judges the reference by itself: give the same features twice")
-    available = len(reference) - leave_one_out
+    available = len(reference) - voting.leave_one_out
     if available < 1:
         raise CacoError("kNN needs at least one labelled image that can vote; there is none")
-    if not neighbours or min(neighbours) < 1:
+    if not voting.neighbours or min(voting.neighbours) < 1:
         raise UsageError("the number of neighbours must be at least 1")
-    if temperature < LEAST_TEMPERATURE:
-        raise UsageError(f"the temperature of the votes must be at least {LEAST_TEMPERATURE}, not {temperature}")
+    if voting.temperature < LEAST_TEMPERATURE:
+        raise UsageError(f"the temperature of the votes must be at least {LEAST_TEMPERATURE}, not {voting.temperature}")
     _check_labels(reference_labels, classes, "reference")
-    return [min(count, available) for count in neighbours]
+    return replace(voting, neighbours=[min(count, available) for count in voting.neighbours])
 
 
 def _check_labels(labels: Tensor, classes: int, what: str) -> None:

@@ -19,6 +19,8 @@ from caco.errors import CacoError, UsageError
 from caco.evaluate.knn import held_out_split
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+HELD_OUT = 0.1
+"""Share of each class of train on which the learning rate is chosen."""
 JUDGE_CHUNK = 8192
 INITIAL_STD = 0.01
 
@@ -67,18 +69,17 @@ def linear_probe(
     epochs: int = 100,
     batch_size: int | Literal["auto"] = "auto",
     momentum: float = 0.9,
-    held_out: float = 0.1,
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> LinearResult:
     """Train a linear head on cached features and judge it on the validation set.
 
     Features are standardised by train's mean and standard deviation. SGD with momentum, no weight decay, cosine to 0
-    over all steps; weight ~ N(0, 0.01), bias 0. `held_out` is the share of each class of train on which the rate is
-    chosen; with one rate nothing is held out. classes: None takes the largest train label + 1. device: None trains
-    where `train` is. The same input gives the same result on the same machine. Raises CacoError on labels out of range,
-    nothing to train on or to judge, and a head that diverges; UsageError on options that cannot be, and on
-    several rates where no class of train has two images.
+    over all steps; weight ~ N(0, 0.01), bias 0. The rate is chosen on HELD_OUT of each class of train; with one rate
+    nothing is held out. classes: None takes the largest train label + 1. device: None trains where `train` is. The same
+    input gives the same result on the same machine. Raises CacoError on labels out of range, nothing to train on or to
+    judge, and a head that diverges; UsageError on options that cannot be, and on several rates where no class of train
+    has two images.
     """
     classes = check_labels(train_labels, val_labels, classes)
     check_choice(train_labels, learning_rates)
@@ -92,12 +93,7 @@ def linear_probe(
     trials: tuple[RateTrial, ...] = ()
     rate = learning_rates[0]
     if len(learning_rates) > 1:
-        kept, held = (torch.from_numpy(part).to(target) for part in held_out_split(train_labels.cpu(), held_out, seed))
-        size = _batch_size(batch_size, len(kept))
-        weights, biases = train_heads(
-            features[kept], labels[kept], classes, learning_rates, epochs, size, momentum, seed
-        )
-        trials = _try_heads(weights, biases, features[held], labels[held], learning_rates)
+        trials = _try_rates(features, labels, classes, learning_rates, epochs, batch_size, momentum, seed)
         rate = min(trials, key=lambda trial: (-trial.top1, trial.loss)).learning_rate
 
     size = _batch_size(batch_size, len(features))
@@ -107,6 +103,24 @@ def linear_probe(
     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise CacoError(f"the linear probe diverged at learning rate {rate:g}; try a lower --lr")
     return judge_head(weight, bias, val, val_labels, rate, trials, epochs, size, target)
+
+
+def _try_rates(
+    features: Float[Tensor, "N F"],
+    labels: Int[Tensor, " N"],
+    classes: int,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int | Literal["auto"],
+    momentum: float,
+    seed: int,
+) -> tuple[RateTrial, ...]:
+    """Return how a head of each rate, trained on the kept part of train, does on the part held out."""
+    parts = held_out_split(labels.cpu(), HELD_OUT, seed)
+    kept, held = (torch.from_numpy(part).to(features.device) for part in parts)
+    size = _batch_size(batch_size, len(kept))
+    heads = train_heads(features[kept], labels[kept], classes, learning_rates, epochs, size, momentum, seed)
+    return try_heads(*heads, features[held], labels[held], learning_rates)
 
 
 def train_heads(
@@ -214,10 +228,14 @@ def check_labels(train_labels: Tensor, val_labels: Tensor, classes: int | None) 
     return classes
 
 
-def _try_heads(
-    weights: Tensor, biases: Tensor, features: Tensor, labels: Tensor, learning_rates: Sequence[float]
+def try_heads(
+    weights: Float[Tensor, "R C F"],
+    biases: Float[Tensor, "R C"],
+    features: Float[Tensor, "M F"],
+    labels: Int[Tensor, " M"],
+    learning_rates: Sequence[float],
 ) -> tuple[RateTrial, ...]:
-    """Judge each head on the held-out part; a head that is not finite counts as always wrong."""
+    """Return how each head does on images that it was not trained on; one that is not finite counts as always wrong."""
     hits, losses = biases.new_zeros(len(biases)), biases.new_zeros(len(biases))
     for part, truth in zip(features.split(JUDGE_CHUNK), labels.split(JUDGE_CHUNK), strict=True):
         logits = torch.addmm(biases.view(-1), part, weights.flatten(0, 1).T).view(-1, *biases.shape)

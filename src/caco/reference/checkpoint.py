@@ -10,7 +10,6 @@ the wrong size: its file has one entry more, `card` (`caco.weights.BackboneCard`
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from caco.errors import UsageError
-from caco.files import replace_file
+from caco.files import replacing
 from caco.weights import BackboneCard, load_torch
 
 ENCODER, KEY_ENCODER = "module.encoder_q.", "module.encoder_k."
@@ -139,16 +138,15 @@ def to_published(snapshot: Snapshot) -> dict[str, Any]:
 
 def write_published(path: Path, snapshot: Snapshot) -> None:
     """Write a published checkpoint, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(to_published(snapshot), buffer)
-    replace_file(path, buffer.getbuffer())
+    with replacing(path) as file:
+        torch.save(to_published(snapshot), file)
 
 
 def _is_as_published(snapshot: Snapshot) -> bool:
     """Return whether pictures are prepared as every reader of the format supposes. (An "own" module no card can build.)"""
     usual = vars(BackboneCard(snapshot.arch))
-    told = (name for name in ("size", "resize", "mean", "std") if name in snapshot.card)
-    return snapshot.arch == "own" or all(snapshot.card[name] == usual[name] for name in told)
+    said = (name for name in ("size", "resize", "mean", "std") if name in snapshot.card)
+    return snapshot.arch == "own" or all(snapshot.card[name] == usual[name] for name in said)
 
 
 def _published_name(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from caco.errors import UsageError
 from caco.evaluate.encoder import load_encoder
 from caco.evaluate.features import labels_of
 from caco.evaluate.linear import judge_head
-from caco.files import replace_file
+from caco.files import replacing
 from caco.given import open_encoder, say_broken
 from caco.weights import known_card, load_torch, strip_prefix
 
@@ -46,12 +45,11 @@ def write_checkpoint(path: Path, config: Linear, report: dict[str, Any]) -> None
         "classes": classes,
         "card": asdict(card),
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    replace_file(path, buffer.getbuffer())
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
-def judge(path: Path, config: Linear) -> tuple[float, float]:
+def evaluate_classifier(path: Path, config: Linear) -> tuple[float, float]:
     """Return top-1 and top-5 in percent of a written classifier on the validation images. Raises UsageError.
 
     Its classes are those that it names; a published file names none, so they are those of the training images.
@@ -69,7 +67,7 @@ def judge(path: Path, config: Linear) -> tuple[float, float]:
     weight, bias = (tensors[name].to(world.device) for name in HEAD)
     classes = tuple(content["classes"]) if "classes" in content else tuple(open_source(config.data).classes)
     if len(bias) != len(classes):
-        raise UsageError(f"--evaluate: {path} tells {len(bias)} classes apart, {config.data} has {len(classes)}")
+        raise UsageError(f"--evaluate: {path} is a classifier of {len(bias)} classes, {config.data} has {len(classes)}")
     val = Relabelled(open_source(config.val, split="val"), classes)
     features = encoder.features(val)
     say_broken(val, features.broken)

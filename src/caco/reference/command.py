@@ -9,6 +9,7 @@ from caco.config import DistributedOptions, Pretrain
 from caco.errors import UsageError
 from caco.options import words
 from caco.recipes import find_recipe
+from caco.reference.flags import Flags
 
 PUBLISHED_RECIPES = (
     *("imagenet-200-b1024", "imagenet-200-b4096", "imagenet-800-b4096"),
@@ -29,6 +30,17 @@ def linear_command(config: Linear) -> str:
 def nearest_recipe(config: Pretrain) -> str:
     """Return the name of the published recipe that differs in the fewest options."""
     return min(PUBLISHED_RECIPES, key=lambda name: len(_options(config, find_recipe(name))))
+
+
+def resources(flags: Flags, gpus: int, cores: int) -> tuple[str, int | None, int]:
+    """Return the device, the processes on this machine (None: one for each GPU) and the threads of each process.
+
+    The published --workers is the number of threads on all machines. gpus, cores: of this machine.
+    """
+    gpu = flags.gpu if gpus else None
+    processes = flags.nproc or (1 if gpu is not None else None)
+    threads = min(flags.workers // max(flags.world_size, 1), cores) // (processes or max(gpus, 1))
+    return "auto" if gpu is None else f"cuda:{gpu}", processes, max(1, threads)
 
 
 def machines(world_size: int, rank: int, url: str, processes: int | None) -> DistributedOptions:

@@ -1,4 +1,4 @@
-"""The flags of the published programs: read as theirs, and told which have no effect."""
+"""The flags of the published programs: read as theirs; those without effect are named."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from caco.after_training import Linear
 from caco.checks import check_numbers
 from caco.cli import exit_status
 from caco.errors import UsageError
-from caco.reference.command import linear_command, machines
+from caco.reference.command import linear_command, machines, resources
 from caco.reference.flags import Flag, Flags, check_file, read_flags
 from caco.reference.main import NOT_NEEDED
 
@@ -58,16 +58,16 @@ def _main(arguments: list[str]) -> None:
     import torch
 
     from caco import commands
-    from caco.reference.classifier import judge, write_checkpoint
+    from caco.reference.classifier import evaluate_classifier, write_checkpoint
 
     config = translate(flags, torch.cuda.device_count(), os.cpu_count() or 1)
     check_numbers(config)
     if flags.evaluate:
-        top1, top5 = judge(Path(flags.resume or result_folder(flags) / "checkpoint.pth.tar"), config)
+        top1, top5 = evaluate_classifier(Path(flags.resume or result_folder(flags) / "checkpoint.pth.tar"), config)
     else:
         print(linear_command(config), flush=True)
         report = commands.linear(config)
-        if report is None:  # another process tells the result
+        if report is None:  # another process prints the result
             return
         top1, top5 = report["top1"], report["top5"]
         write_checkpoint(result_folder(flags) / "checkpoint.pth.tar", config, report)
@@ -80,8 +80,7 @@ def translate(flags: Flags, gpus: int, cores: int) -> Linear:
         raise UsageError("--data is missing: the folder that holds train/ and val/")
     if flags.pretrained:
         check_file("--pretrained", flags.pretrained)
-    gpu = flags.gpu if gpus else None
-    processes = flags.nproc or (1 if gpu is not None else None)
+    device, processes, workers = resources(flags, gpus, cores)
     folder = result_folder(flags)
     return Linear(
         run=flags.pretrained or "random",
@@ -91,8 +90,8 @@ def translate(flags: Flags, gpus: int, cores: int) -> Linear:
         head=str(folder / "head.safetensors"),
         backbone=flags.arch if "arch" in flags.given or not flags.pretrained else "",
         size=flags.size,
-        device="auto" if gpu is None else f"cuda:{gpu}",
-        workers=max(1, min(flags.workers // max(flags.world_size, 1), cores) // (processes or max(gpus, 1))),
+        device=device,
+        workers=workers,
         seed=flags.seed,
         precision="fp32",  # the published arithmetic
         protocol="reference",

@@ -17,7 +17,7 @@ from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten, override
 from caco.recipes import imagenet_200_b1024
-from caco.reference.command import machines, nearest_recipe, pretrain_command
+from caco.reference.command import machines, nearest_recipe, pretrain_command, resources
 from caco.reference.flags import Flag, Flags, check_file, read_flags
 
 NOT_NEEDED = "not needed here"
@@ -102,13 +102,11 @@ def _main(arguments: list[str]) -> None:
 
 
 def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:
-    """Return the configuration that the flags ask for (`algorithm.md`). Raises UsageError."""
+    """Return the configuration that the flags ask for (docs/reference.md). Raises UsageError."""
     if flags.cluster < 1:
         raise UsageError(f"--cluster {flags.cluster}: must be at least 1")
     slots = 65536 / flags.cluster  # caco's bank rates are per 65,536 slots, the published ones are literal
-    gpu = flags.gpu if gpus else None
-    processes = flags.nproc or (1 if gpu is not None else None)
-    here = processes or max(gpus, 1)
+    device, processes, workers = resources(flags, gpus, cores)
     options = {
         "data": str(Path(flags.data) / "train"),
         "val": str(Path(flags.data) / "val"),
@@ -119,8 +117,8 @@ def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:
         "batch_size": flags.batch_size,
         "lr": flags.lr,
         "bank_size": flags.cluster,
-        "device": "auto" if gpu is None else f"cuda:{gpu}",
-        "workers": max(1, min(flags.workers // max(flags.world_size, 1), cores) // here),
+        "device": device,
+        "workers": workers,
         "seed": flags.seed,
         "precision": "fp32",  # the published arithmetic: neither autocast nor a compiler
         "engine.compile": "off",
@@ -150,7 +148,7 @@ def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:
 
 
 def _multi_crop(flags: Flags) -> dict[str, object]:
-    """Return the views of `multi_crop=1` (algorithm.md, Views): symmetric, without solarising."""
+    """Return the views of `multi_crop=1` (docs/reference.md): symmetric, without solarising."""
     lists = {name: flags.values[name] for name in ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")}
     if {len(values) for values in lists.values()} != {2}:
         raise UsageError(

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from caco.config import MonitorOptions, Views
+from caco.config import MonitorOptions, Preparation, Views
 from caco.data.labels import Relabelled, say_shared
 from caco.data.source import ImageSource
-from caco.distributed.world import World, precision_name
-from caco.evaluate.features import Features, extract, gather_features, labels_of
-from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy
+from caco.distributed.world import World
+from caco.evaluate.encoder import UsableEncoder
+from caco.evaluate.features import labels_of
+from caco.evaluate.knn import Voting, first_share_of_each_class, held_out_split, knn_accuracy
 
 VOTE_TEMPERATURE = 0.2
 
@@ -33,46 +34,26 @@ class KnnMonitor:
     """None: the reference itself, each image leaving itself out."""
     query_indices: np.ndarray | None
     neighbours: int
-    views: Views
+    preparation: Preparation
     world: World
     precision: torch.dtype
     workers: int
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
         """Return {"top1", "top5"} in percent, and the numbers of {"queries", "reference"} images."""
-        reference = self._features(backbone, self.reference, self.reference_indices)
-        queries = reference
-        if self.queries is not None:
-            queries = self._features(backbone, self.queries, self.query_indices)
+        encoder = UsableEncoder(backbone, self.preparation, self.world, self.precision, self.workers)
+        reference = encoder.features(self.reference, self.reference_indices)
+        queries = reference if self.queries is None else encoder.features(self.queries, self.query_indices)
         (result,) = knn_accuracy(
             reference.vectors.to(self.world.device),
             labels_of(reference),
             queries.vectors,
             labels_of(queries),
-            neighbours=[self.neighbours],
+            Voting([self.neighbours], VOTE_TEMPERATURE, leave_one_out=self.queries is None),
             classes=len(self.reference.classes),
-            temperature=VOTE_TEMPERATURE,
-            leave_one_out=self.queries is None,
         )
         counts = {"queries": len(queries.vectors), "reference": len(reference.vectors)}
         return {"top1": 100 * result.top1, "top5": 100 * result.top5, **counts}
-
-    def _features(self, backbone: nn.Module, source: ImageSource, indices: np.ndarray | None) -> Features:
-        def make(part: np.ndarray) -> Features:
-            return extract(
-                backbone,
-                source,
-                size=self.views.size,
-                resize=self.views.resize(),
-                mean=self.views.mean,
-                std=self.views.std,
-                device=self.world.device,
-                workers=self.workers,
-                indices=part,
-                precision=precision_name(self.precision),
-            )
-
-        return gather_features(make, len(source), self.world, indices)
 
 
 def knn_is_due(epoch: int, epochs: int, options: MonitorOptions) -> bool:
@@ -98,7 +79,7 @@ def create_monitor(
     """
     if options.knn_epochs <= 0:
         return None
-    common = (options.knn_neighbours, views, world, precision, workers)
+    common = (options.knn_neighbours, views.preparation(), world, precision, workers)
     if source.labels is None:
         if val is None or val.labels is None:
             return None
@@ -110,7 +91,11 @@ def create_monitor(
         return KnnMonitor(source, reference, Relabelled(val, source.classes), None, *common)
     if np.bincount(np.asarray(source.labels)).max() < 2:  # folders in folders, an image in each: no classes
         if world.is_main:
-            print("no kNN check: no class has two images, so none can ask; --val would", file=sys.stderr)
+            print(
+                "no kNN check while training: every class has only one image, so none can be held out; name labelled "
+                "images with --val",
+                file=sys.stderr,
+            )
         return None
     kept, held_out = held_out_split(source.labels, options.held_out, seed)
     reference = kept[first_share_of_each_class(np.asarray(source.labels)[kept], options.knn_share)]
