@@ -39,7 +39,7 @@ def pretrain(options: Pretrain, own: Own = NOTHING) -> Path | None:
             f"--val {options.val} has no labels ({where_labels_come_from(own.val)}), and the kNN check needs them"
         )
     path = launch(
-        pretraining.run, options.distributed, options.device, options, own.backbone, own.data, own.val, saves=True
+        pretraining.run, options.distributed, options.device, options, own.backbone, own.data, own.val, can_resume=True
     )
     if path is not None:
         print(f"The backbone is {path}. Next:\n{next_steps(options, own.backbone is not None, own.data)}")

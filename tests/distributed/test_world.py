@@ -154,7 +154,7 @@ def kill_itself(world: World) -> None:
 def test_a_killed_process_is_named_and_nobody_hangs():
     began = time.monotonic()
     with pytest.raises(CacoError, match="^process 1 of 2 was killed.*--resume"):
-        launch(kill_itself, TWO, "cpu", saves=True)
+        launch(kill_itself, TWO, "cpu", can_resume=True)
     assert time.monotonic() - began < 60
     assert multiprocessing.active_children() == []
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from caco.distributed.heartbeat import LOST_AFTER, Heartbeat
+from caco.distributed.heartbeat import LOST_AFTER, Heartbeat, say
 from caco.distributed.network import interface_towards, own_address_towards
-from caco.errors import UsageError, did_you_mean
+from caco.errors import LostProcess, UsageError, did_you_mean
 
 T = TypeVar("T")
 
@@ -161,8 +161,17 @@ def first_host(hosts: str) -> str:
     return head + numbers.split(",")[0].split("-")[0] + tail.split(",")[0]
 
 
-def join(place: Place, device_name: str, timeout: float) -> World:
-    """Join the other processes: NCCL on GPUs, gloo on CPUs. Raises UsageError when they cannot be reached in time."""
+def join(
+    place: Place,
+    device_name: str,
+    timeout: float,
+    on_lost: Callable[[LostProcess], object] = say,
+    hint: str = "",
+) -> tuple[World, Heartbeat | None]:
+    """Join the other processes: NCCL on GPUs, gloo on CPUs. Return them all, and the heartbeat (None without others).
+
+    on_lost, hint: as `Heartbeat` takes them. Raises UsageError when the others cannot be reached in time.
+    """
     if device_name in ("auto", "cuda") and torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -171,7 +180,7 @@ def join(place: Place, device_name: str, timeout: float) -> World:
         device = choose_device("cpu" if device_name == "auto" else device_name)
     attempt = sum(int(os.environ.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     if place.size == 1:
-        return World(device, attempt=attempt)
+        return World(device, attempt=attempt), None
     interface = interface_towards(place.address, place.port)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -189,7 +198,8 @@ def join(place: Place, device_name: str, timeout: float) -> World:
             timeout=timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" else None,
         )
-        Heartbeat(place, timeout).start()
+        heartbeat = Heartbeat(place, timeout, on_lost, hint)
+        heartbeat.start()
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise UsageError(
             f"process {place.rank} of {place.size} did not meet the others at {place.address}:{place.port} "
@@ -199,13 +209,14 @@ def join(place: Place, device_name: str, timeout: float) -> World:
     # A machine that has come anew counts from 0, the others do not.
     attempts, machines, cores = zip(*world.gather_objects((attempt, socket.gethostname(), own_cores())), strict=True)
     here = [other for other in range(world.size) if machines[other] == machines[world.rank]]
-    return replace(
+    world = replace(
         world,
         attempt=max(attempts),
         local_rank=here.index(world.rank),
         local_size=len(here),
         sharing_cores=sum(cores[other] == cores[world.rank] for other in here),
     )
+    return world, heartbeat
 
 
 def own_cores() -> tuple[int, ...]:
@@ -215,9 +226,10 @@ def own_cores() -> tuple[int, ...]:
     return tuple(range(os.cpu_count() or 1))
 
 
-def leave(patience: float = LOST_AFTER) -> None:
+def leave(heartbeat: Heartbeat | None, patience: float = LOST_AFTER) -> None:
     """Leave the process group, if there is one. patience: longest wait for the others to leave, too, in seconds."""
-    Heartbeat.stop_all(patience)
+    if heartbeat is not None:
+        heartbeat.stop(patience)
     if dist.is_initialized():
         dist.destroy_process_group()
 
