@@ -34,7 +34,7 @@ from caco.data.loader import TrainingViews
 from caco.distributed.world import World, choose_device
 from caco.model import CaCo, view_pairs
 from caco.recipes import find_recipe
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.step import compute_gradients, rates_at, train_step
 
 Curves = dict[str, dict[int, float]]

@@ -30,7 +30,7 @@ from caco.distributed.world import World, choose_device
 from caco.model import embed
 from caco.train.engine import PRECISIONS, compile_module, search_kernels
 from caco.train.heap import keep_heap
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, rates_at, train_step
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,21 +14,9 @@ from caco.distributed.world import World, choose_precision
 from caco.evaluate.encoder import UsableEncoder, find_weights, load_encoder
 
 
-@dataclass(frozen=True)
-class Own:
-    """What a Python caller gave as an object, in the place of what the options name; None: as they name it."""
-
-    backbone: nn.Module | None = None
-    data: ImageSource | None = None
-    val: ImageSource | None = None
-
-
-NOTHING = Own()
-
-
-def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> UsableEncoder:
-    """Return the encoder that the options name, or the user's own. Raises UsageError."""
-    backbone, card = load_encoder(options, own)
+def open_encoder(world: World, options: Evaluation, module: nn.Module | None) -> UsableEncoder:
+    """Return the encoder that the options name, or the caller's module as one. Raises UsageError."""
+    backbone, card = load_encoder(options, module)
     if world.is_main and Path(options.run).is_dir() and (weights := find_weights(Path(options.run))).suffix == ".pt":
         print(f"{options.run} is not finished: its latest checkpoint is used, {weights.name}", file=sys.stderr)
     if backbone is not None:
@@ -44,9 +31,9 @@ def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> Us
     )
 
 
-def open_images(options: Evaluation, own: ImageSource | None, data: str, split: str) -> ImageSource:
-    """Return the user's own images, or those that `data` names. Raises UsageError."""
-    return open_source(data, split=split, download=options.download) if own is None else own
+def open_images(options: Evaluation, source: ImageSource | None, data: str, split: str) -> ImageSource:
+    """Return the caller's images, or those that `data` names. Raises UsageError."""
+    return open_source(data, split=split, download=options.download) if source is None else source
 
 
 def say_broken(source: ImageSource, broken: list[tuple[str, str]]) -> None:

@@ -19,7 +19,7 @@ from caco.config import EncoderOptions, Pretrain, Views
 from caco.distributed.world import World, choose_device
 from caco.evaluate.knn import knn_guesses
 from caco.evaluate.linear import train_heads
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.step import rates_at, train_step
 
 pytestmark = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from caco import schedule
-from caco.config import Pretrain
+from caco.config import Pretrain, Views
 from caco.distributed.world import World
 from caco.model import CaCo, StepOutput, ViewOutput, step_output
 from caco.optim import set_lr
@@ -43,6 +44,22 @@ def rates_at(config: Pretrain, epoch: int) -> Rates:
 def warm_start_lr(config: Pretrain) -> float:
     """Return the learning rate of the warm start: the full base rate (published)."""
     return config.lr * config.batch_size / 256
+
+
+def warm_start_steps(config: Pretrain, steps_per_epoch: int) -> int:
+    """Return the length of the warm start; auto, as published: until all slots are filled, or the data ends."""
+    if config.bank.warm_start_steps != "auto":
+        return config.bank.warm_start_steps
+    return min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)
+
+
+def warm_start_cost(views: Views) -> float:
+    """Return what a step of the warm start costs, in training steps: of one query and one key, by their pixels.
+
+    A query's forward and backward pass is three times its forward pass.
+    """
+    queries = views.large + views.small * (views.small_size / views.size) ** 2
+    return (3 + 1) / (3 * queries + 2)
 
 
 def remarks_on_rates(config: Pretrain) -> Iterator[str]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from caco.config import Pretrain, Views
 from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, UsageError, counted
@@ -18,10 +15,17 @@ from caco.train.checkpoint import CheckpointFolder, Latest
 from caco.train.interrupt import InterruptFlag
 from caco.train.journal import Forecast, Journal, ProgressBar, SilentJournal, Stopwatch
 from caco.train.monitor import knn_is_due
-from caco.train.step import Rates, rates_at, remarks_on_rates, train_step, warm_start_lr, warm_start_step
-
-if TYPE_CHECKING:
-    from caco.train.pretrain import Prepared
+from caco.train.prepare import Prepared
+from caco.train.step import (
+    Rates,
+    rates_at,
+    remarks_on_rates,
+    train_step,
+    warm_start_cost,
+    warm_start_lr,
+    warm_start_step,
+    warm_start_steps,
+)
 
 WARM_START_EPOCH = 1_000_000
 """The warm start's passes over the images are numbered from here, so that they share no view with an epoch."""
@@ -42,7 +46,7 @@ class Trainer:
         config = run.config
         self.epochs = int(config.epochs)
         self.steps = self.epochs * self.loader.steps_per_epoch
-        self.unused = unused_parameters(run.state.model.encoder.get_submodule("backbone"), config.views.size, world)
+        self.unused = unused_parameters(run.state.model.backbone, config.views.size, world)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.monitor.keep_checkpoints)
         self.last_saved = time.monotonic()
         self.last_spread = 1.0
@@ -193,7 +197,7 @@ class Trainer:
     def _check(self, epoch: int, said_too: str = "") -> bool:
         """Do the kNN check that is owed, and record it. Return whether it is the best so far."""
         assert self.monitor is not None
-        result = self.monitor(self.state.model.encoder.get_submodule("backbone"))
+        result = self.monitor(self.state.model.backbone)
         self.state.knn_is_owed = False
         self.journal.record("knn", self.state.step, epoch=epoch, **result)
         queries = f"{result['queries']:,} images"
@@ -274,19 +278,3 @@ class Trainer:
                 f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
                 "or --precision fp32."
             )
-
-
-def warm_start_cost(views: Views) -> float:
-    """Return what a step of the warm start costs, in training steps: of one query and one key, by their pixels.
-
-    A query's forward and backward pass is three times its forward pass.
-    """
-    queries = views.large + views.small * (views.small_size / views.size) ** 2
-    return (3 + 1) / (3 * queries + 2)
-
-
-def warm_start_steps(config: Pretrain, steps_per_epoch: int) -> int:
-    """Return the length of the warm start; auto, as published: until all slots are filled, or the data ends."""
-    if config.bank.warm_start_steps != "auto":
-        return config.bank.warm_start_steps
-    return min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)
