@@ -16,7 +16,7 @@ from caco.train.heap import keep_heap
 from caco.train.interrupt import InterruptFlag
 from caco.train.lock import RunLock
 from caco.train.prepare import Prepared, check_bank_fits, check_division, prepare
-from caco.train.run_folder import check_run_folder, open_run_folder, write_config, write_environment
+from caco.train.run_folder import decide_start, open_run_folder, write_config, write_environment
 from caco.train.trainer import Trainer
 from caco.weights import save_backbone
 
@@ -33,9 +33,9 @@ def run_pretraining(world: World, config: Pretrain, objects: Objects = NO_OBJECT
         keep_heap()
     search_kernels(world.device)
     with RunLock() as lock, tempfile.TemporaryDirectory() as staging:
-        if world.is_main and config.out:
+        if world.is_main:
             lock.take(Path(config.out))
-        config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
+        config = world.share(lambda: decide_start(config, restarted=world.attempt > 0))
         index = Path(staging) / "index.npz"
         prepared = prepare(world, config, objects, index)
         if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
