@@ -29,7 +29,8 @@ from caco.backbone import create_backbone
 from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.data.arrays import ArraySource
 from caco.data.source import ImageSource, open_source
-from caco.distributed.world import World, choose_device
+from caco.device import choose_device
+from caco.distributed.world import World
 from caco.evaluate.features import extract
 from caco.evaluate.knn import knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, train_heads

@@ -89,7 +89,7 @@ def caco_steps(images: np.ndarray, work: Work, precision: torch.dtype) -> Iterat
     from step import Step
 
     from caco.data.arrays import ArraySource
-    from caco.distributed.world import precision_name
+    from caco.precision import precision_name
     from caco.recipes import find_recipe
 
     config = replace(

@@ -15,8 +15,9 @@ from caco.deliver.export import check_export_path
 from caco.deliver.export import export as export_encoder
 from caco.deliver.next_steps import next_steps
 from caco.deliver.report import write_report
+from caco.device import choose_device
 from caco.distributed.launch import launch
-from caco.distributed.world import World, choose_device
+from caco.distributed.world import World
 from caco.errors import CacoError, UsageError, counted
 from caco.files import check_writable
 from caco.given import open_encoder, open_images, say_broken

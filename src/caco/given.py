@@ -10,8 +10,9 @@ from torch import nn
 
 from caco.after_training import Evaluation
 from caco.data.source import ImageSource, open_source
-from caco.distributed.world import World, choose_precision
+from caco.distributed.world import World
 from caco.evaluate.encoder import UsableEncoder, find_weights, load_encoder
+from caco.precision import choose_precision
 
 
 def open_encoder(world: World, options: Evaluation, module: nn.Module | None) -> UsableEncoder:

@@ -17,7 +17,7 @@ from caco.after_training import Knn, Linear
 from caco.data.labels import Relabelled, Subset, say_shared, where_labels_come_from
 from caco.data.source import ImageSource
 from caco.distributed.launch import launch
-from caco.distributed.world import World, precision_name
+from caco.distributed.world import World
 from caco.errors import UsageError, counted
 from caco.evaluate.confidence import bootstrap_interval
 from caco.evaluate.encoder import UsableEncoder
@@ -28,6 +28,7 @@ from caco.evaluate.reference_probe import train_reference_probe
 from caco.files import check_writable, replace_file, replace_json
 from caco.given import open_encoder, open_images, say_broken
 from caco.objects import NO_OBJECTS, Objects
+from caco.precision import precision_name
 
 
 def knn(options: Knn, objects: Objects = NO_OBJECTS) -> dict[str, Any] | None:

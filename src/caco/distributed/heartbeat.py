@@ -8,15 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from caco.distributed.membership import Membership
 from caco.errors import LostProcess
-
-if TYPE_CHECKING:
-    from caco.distributed.world import Place
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -43,7 +40,7 @@ class Heartbeat:
     where no exception can reach it. Checkpoints are whole whenever that happens.
 
     Silence counts only while this process itself runs on time: where it gets no time to run, others may get none either.
-    Where something else on the same machine sees every process end (`Place.supervised`), silence means no more than a
+    Where something else on the same machine sees every process end (`Membership.supervised`), silence means no more than a
     busy machine, and ends nothing.
 
     One thread talks to the store. A second one only looks at the clock, since the first may itself wait for ever: a cable
@@ -51,22 +48,22 @@ class Heartbeat:
     """
 
     def __init__(
-        self, place: Place, timeout: float, on_lost: Callable[[LostProcess], object] = say, hint: str = ""
+        self, membership: Membership, timeout: float, on_lost: Callable[[LostProcess], object] = say, hint: str = ""
     ) -> None:
-        """place: with the address and port of the store, which process 0 holds.
+        """membership: with the address and port of the store, which process 0 holds.
 
         on_lost: called with the reason before this process exits. hint: what to do, said after the reason.
         """
         self._on_lost, self._hint = on_lost, hint
-        self.place = place
-        self.lost_after = float("inf") if place.supervised else min(LOST_AFTER, timeout)
-        patience = timeout if place.supervised else self.lost_after
+        self.membership = membership
+        self.lost_after = float("inf") if membership.supervised else min(LOST_AFTER, timeout)
+        patience = timeout if membership.supervised else self.lost_after
         self._stopped = threading.Event()
         # A connection of its own: the process group's may be blocked in a collective.
-        store = TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=patience))
+        store = TCPStore(membership.address, membership.port, is_master=False, timeout=timedelta(seconds=patience))
         self._store = PrefixStore("heartbeat", store)
         self._talked = time.monotonic()
-        self._seen = {rank: (b"", self._talked) for rank in range(place.size) if rank != place.rank}
+        self._seen = {rank: (b"", self._talked) for rank in range(membership.size) if rank != membership.rank}
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
 
     def start(self) -> None:
@@ -101,7 +98,7 @@ class Heartbeat:
         while not self._stopped.wait(BEAT):
             beats += 1
             try:
-                self._store.set(str(self.place.rank), str(beats))
+                self._store.set(str(self.membership.rank), str(beats))
                 for rank, beat in self._beats().items():
                     if beat == b"goodbye" or beat != self._seen[rank][0]:
                         self._seen[rank] = (beat, time.monotonic())
@@ -131,9 +128,9 @@ class Heartbeat:
         """Say goodbye; process 0, which holds the store, waits until the others have said it, too."""
         try:
             self._threads[0].join()  # else its last beat might follow
-            self._store.set(str(self.place.rank), "goodbye")
+            self._store.set(str(self.membership.rank), "goodbye")
             deadline = time.monotonic() + patience
-            while self.place.rank == 0 and time.monotonic() < deadline:
+            while self.membership.rank == 0 and time.monotonic() < deadline:
                 if all(beat == b"goodbye" for beat in self._beats().values()):
                     return
                 time.sleep(0.05)
@@ -147,4 +144,4 @@ class Heartbeat:
         os._exit(EXIT_STATUS)
 
     def _lost(self, why: str) -> LostProcess:
-        return LostProcess(f"process {self.place.rank} of {self.place.size} stops: {why}.{self._hint}")
+        return LostProcess(f"process {self.membership.rank} of {self.membership.size} stops: {why}.{self._hint}")

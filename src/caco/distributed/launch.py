@@ -16,7 +16,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import threading
 import time
@@ -31,9 +30,12 @@ import torch
 import torch.distributed as dist
 
 from caco.config import DistributedOptions
+from caco.device import choose_device
 from caco.distributed.heartbeat import EXIT_STATUS, HINT, LOST_AFTER, say
+from caco.distributed.membership import Membership, count_processes, find_membership, members_here
+from caco.distributed.rendezvous import join, leave
 from caco.distributed.signals import SignalsToChildren, without_ctrl_c
-from caco.distributed.world import Place, World, choose_device, find_place, join, leave
+from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, LostProcess, UsageError
 from caco.files import print_any_name
 from caco.memory import out_of_memory_is_told
@@ -101,19 +103,16 @@ def launch(
     if _is_importing_the_script():
         sys.exit(UNGUARDED)  # the process that started this one tells it, once
     task = Task(function, arguments, device, options.timeout, can_resume)
-    place = find_place(os.environ)
-    if place is not None:
-        result: T | None = _run_in(place, task)
+    membership = find_membership(os.environ)
+    if membership is not None:
+        result: T | None = _run_in(membership, task)
         return result
-    processes = _processes(options, device)
+    processes = count_processes(options, device)
     if options.machines == 1 and processes == 1:
         with out_of_memory_is_told():
             return function(World(choose_device(device)), *arguments)
-    address, port = _meeting_point(options)
-    first = options.machine * processes
-    size, supervised = options.machines * processes, options.machines == 1
-    places = [Place(first + number, size, number, address, port, supervised) for number in range(processes)]
-    started: T | None = _result(_start_processes(task, places), places, task.hint)
+    members = members_here(options, processes)
+    started: T | None = _result(_start_processes(task, members), members, task.hint)
     return started
 
 
@@ -123,36 +122,9 @@ def _is_importing_the_script() -> bool:
     return process.name.startswith(NAME) and getattr(process, "_inheriting", False)
 
 
-def _processes(options: DistributedOptions, device: str) -> int:
-    if options.processes != "auto":
-        if options.processes < 1:
-            raise UsageError(f"--distributed.processes {options.processes}: must be at least 1")
-        gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-        if options.processes > gpus > 0:  # NCCL refuses two on one, in words that nobody understands
-            raise UsageError(
-                f"--distributed.processes {options.processes}: each needs a GPU of its own, and this machine has {gpus}; "
-                "lower it, or add --device cpu"
-            )
-        return options.processes
-    return max(torch.cuda.device_count(), 1) if device in ("auto", "cuda") else 1
-
-
-def _meeting_point(options: DistributedOptions) -> tuple[str, int]:
-    if options.machines == 1 and not options.address:
-        with socket.socket() as probe:  # any free port of this machine
-            probe.bind(("127.0.0.1", 0))
-            return "127.0.0.1", probe.getsockname()[1]
-    if not 0 <= options.machine < options.machines:
-        raise UsageError(f"--distributed.machine {options.machine}: must be from 0 to {options.machines - 1}")
-    host, _, port = options.address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError(f"--distributed.address {options.address!r}: must be HOST:PORT of machine 0")
-    return host, int(port)
-
-
-def _run_in(place: Place, task: Task, on_lost: Callable[[LostProcess], object] = say) -> Any:
+def _run_in(membership: Membership, task: Task, on_lost: Callable[[LostProcess], object] = say) -> Any:
     """Do the task in this process, as one of several; return the main process's result (None elsewhere)."""
-    world, heartbeat = join(place, task.device, task.timeout, on_lost, task.hint)
+    world, heartbeat = join(membership, task.device, task.timeout, on_lost, task.hint)
     patience = (
         PATIENCE / 2
     )  # after an error the others may be waiting in an exchange, and end only when this process does
@@ -175,7 +147,7 @@ def _is_lost_contact(error: Exception) -> bool:
     return isinstance(error, dist.DistNetworkError) or any(word in str(error).lower() for word in words)
 
 
-def _child(outcome_writer: Any, task_reader: Any, place: Place, processes: int) -> None:
+def _child(outcome_writer: Any, task_reader: Any, membership: Membership, processes: int) -> None:
     """The main function of a started process: take the task, do it, and send the parent its outcome."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -188,7 +160,7 @@ def _child(outcome_writer: Any, task_reader: Any, place: Place, processes: int) 
 
     try:
         task: Task = pickle.loads(task_reader.recv_bytes())
-        outcome = Outcome("done", _run_in(place, task, on_lost=lambda lost: send(Outcome("lost", lost))))
+        outcome = Outcome("done", _run_in(membership, task, on_lost=lambda lost: send(Outcome("lost", lost))))
         status = 0
     except LostProcess as lost:
         outcome, status = Outcome("lost", lost), lost.exit_status
@@ -214,20 +186,20 @@ def _end_with_parent() -> None:
         os._exit(EXIT_STATUS)
 
 
-def _start_processes(task: Task, places: list[Place]) -> dict[int, Outcome]:
-    """Start a process for each place, give it the task, and return the outcomes of all: see `_wait_for_all`."""
+def _start_processes(task: Task, members: list[Membership]) -> dict[int, Outcome]:
+    """Start a process for each member, give it the task, and return the outcomes of all: see `_wait_for_all`."""
     context = multiprocessing.get_context("spawn")
     pickled = pickle.dumps(task)
     processes: list[Any] = []
     outcome_pipes, task_pipes = [], []
     with SignalsToChildren(processes, task.can_resume) as signals:
-        for place in places:
+        for member in members:
             outcome_reader, outcome_writer = context.Pipe(duplex=False)
             task_reader, task_writer = context.Pipe(duplex=False)
             process = context.Process(
                 target=_child,
-                args=(outcome_writer, task_reader, place, len(places)),
-                name=f"{NAME} {place.rank}",
+                args=(outcome_writer, task_reader, member, len(members)),
+                name=f"{NAME} {member.rank}",
             )
             with without_ctrl_c():
                 process.start()
@@ -282,7 +254,7 @@ def _wait_for_all(processes: list[Any], pipes: list[Any]) -> dict[int, Outcome]:
     return outcomes
 
 
-def _result(outcomes: dict[int, Outcome], places: list[Place], hint: str) -> Any:
+def _result(outcomes: dict[int, Outcome], members: list[Membership], hint: str) -> Any:
     """Return the main process's result, or raise the cause of a failure: a lost process is only named without another."""
     for outcome in outcomes.values():
         if outcome.kind == "error":
@@ -291,7 +263,7 @@ def _result(outcomes: dict[int, Outcome], places: list[Place], hint: str) -> Any
             raise RuntimeError(f"a process failed:\n{outcome.value}")
     for number, outcome in outcomes.items():
         if outcome.kind == "killed":
-            rank, size = places[number].rank, places[number].size
+            rank, size = members[number].rank, members[number].size
             raise CacoError(f"process {rank} of {size} was killed, so all others were stopped.{hint}")
     for outcome in outcomes.values():
         if outcome.kind == "lost":

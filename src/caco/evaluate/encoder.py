@@ -14,9 +14,10 @@ from caco.after_training import Evaluation
 from caco.backbone import adopt_backbone, create_backbone
 from caco.config import usual_resize
 from caco.data.source import ImageSource
-from caco.distributed.world import World, precision_name
+from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
+from caco.precision import precision_name
 from caco.train.checkpoint import CheckpointFolder
 from caco.weights import BackboneCard, load_backbone
 

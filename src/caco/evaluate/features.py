@@ -20,6 +20,7 @@ from caco.data.render import copy_to
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import CacoError
+from caco.precision import PRECISIONS, autocast
 
 View = TypeVar("View")
 
@@ -190,7 +191,7 @@ def backbone_features(
     backbone: nn.Module, images: Float[Tensor, "B 3 S S"], precision: Literal["fp32", "bf16"]
 ) -> Float[Tensor, "B F"]:
     """Return the backbone's float32 features of one batch, without gradient. Raises CacoError on another shape."""
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(images.device, PRECISIONS[precision]):
         outputs = [backbone(part) for part in images.split(_at_a_time(images))]
     for output in outputs:
         if not isinstance(output, Tensor) or output.ndim != 2:

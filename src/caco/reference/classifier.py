@@ -15,12 +15,14 @@ from caco.backbone import create_backbone
 from caco.config import usual_resize
 from caco.data.labels import Relabelled
 from caco.data.source import open_source
-from caco.distributed.world import World, choose_device, choose_precision, precision_name
+from caco.device import choose_device
+from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.encoder import load_encoder
 from caco.evaluate.features import extract
 from caco.evaluate.linear import judge_head
 from caco.files import replace_file
+from caco.precision import choose_precision, precision_name
 from caco.weights import known_card, load_into, load_torch, strip_prefix
 
 HEAD = ("fc.weight", "fc.bias")

@@ -12,9 +12,10 @@ from torch import nn
 from caco.config import MonitorOptions, Views
 from caco.data.labels import Relabelled, say_shared
 from caco.data.source import ImageSource
-from caco.distributed.world import World, precision_name
+from caco.distributed.world import World
 from caco.evaluate.features import Features, extract, gather_features, labels_of
 from caco.evaluate.knn import first_share_of_each_class, held_out_split, knn_accuracy
+from caco.precision import precision_name
 
 VOTE_TEMPERATURE = 0.2
 

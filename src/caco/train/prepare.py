@@ -22,12 +22,13 @@ from caco.data.loader import TrainingViews, check_batch_size
 from caco.data.source import ImageSource, open_source
 from caco.distributed.bank_shards import ProcessShards
 from caco.distributed.batch_norm import synchronise_batch_norm
-from caco.distributed.world import World, choose_precision
+from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.memory import free_memory, in_words
 from caco.model import CaCo, view_pairs
 from caco.objects import Objects
 from caco.optim import encoder_optimizer
+from caco.precision import choose_precision
 from caco.train.engine import choose_engine, compile_module, layout_of
 from caco.train.meters import Meters
 from caco.train.monitor import KnnMonitor, create_monitor
@@ -155,7 +156,7 @@ def _open(config: Pretrain, data: str, world: World, **options: Any) -> ImageSou
 def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: int) -> tuple[Pretrain, str]:
     passes = steps * config.accumulate * (config.views.large + config.views.small)
     batch = config.batch_size // (world.size * config.accumulate)
-    return world.share(lambda: choose_engine(config, backbone, world.device, passes, batch, _say))
+    return world.decide_in_main(lambda: choose_engine(config, backbone, world.device, passes, batch, _say))
 
 
 def _say(text: str) -> None:

@@ -35,7 +35,7 @@ def run_pretraining(world: World, config: Pretrain, objects: Objects = NO_OBJECT
     with RunLock() as lock, tempfile.TemporaryDirectory() as staging:
         if world.is_main:
             lock.take(Path(config.out))
-        config = world.share(lambda: decide_start(config, restarted=world.attempt > 0))
+        config = world.decide_in_main(lambda: decide_start(config, restarted=world.attempt > 0))
         index = Path(staging) / "index.npz"
         prepared = prepare(world, config, objects, index)
         if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told

@@ -16,6 +16,7 @@ from caco.config import Pretrain, Views
 from caco.distributed.world import World
 from caco.model import CaCo, StepOutput, ViewOutput, step_output
 from caco.optim import set_lr
+from caco.precision import autocast
 from caco.train.state import TrainingState
 
 
@@ -115,19 +116,19 @@ def compute_gradients(
     accumulate: the batch goes through in so many parts, one after another; the negatives come from the bank, so only
     batch norm can tell.
     """
-    autocast = torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32)
+    in_precision = autocast(views[0].device, precision)
     outputs: list[ViewOutput] = []
     positives_of_parts: list[Tensor] = []
     parts = parts_of(views, accumulate)
     for part, crops in enumerate(parts):
-        with autocast:
+        with in_precision:
             positives = model.find_positives(crops)
         positives_of_parts.append(positives.indices)
         for view_index, view in enumerate(crops):
             is_last = (part, view_index) == (len(parts) - 1, len(crops) - 1)
             earlier = [output.pull for output in outputs] if is_last else None
             with _gradients_stay_here(network, not is_last):
-                with autocast:
+                with in_precision:
                     output: ViewOutput = network(view, view_index, positives, 1 / len(parts), earlier)
                 output.loss.backward()
             outputs.append(output._replace(loss=output.loss.detach()))
@@ -164,7 +165,7 @@ def warm_start_step(
     losses, keys = [], []
     for part, crops in enumerate(parts_of(views[:2], accumulate)):
         with _gradients_stay_here(network, part < accumulate - 1):
-            with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
+            with autocast(views[0].device, precision):
                 loss, found = network(crops)
             (loss / accumulate).backward()
         losses.append(loss.detach())

@@ -235,7 +235,7 @@ class Trainer:
         if self.world.size > 1 and not (all_processes_are_here or self._record_is_due(step)):
             return
         late = time.monotonic() - self.last_saved >= self.config.monitor.checkpoint_minutes * 60
-        stop, late, best = self.world.any(self.interrupt.name is not None, late, best)
+        stop, late, best = self.world.vote(self.interrupt.name is not None, late, best)
         finished = self.state.step == self.steps
         if not (stop or late or best or finished):
             return
@@ -251,7 +251,7 @@ class Trainer:
     def _save(self, best: bool) -> Path:
         """Write a checkpoint. Raises CacoError instead when it would hold what no step can go on from."""
         self._stop_if_not_finite(self.state.meters.bad_step(self.world))
-        if any(self.world.any(not self.state.is_finite())):  # the loss of a step is that of the weights before it
+        if any(self.world.vote(not self.state.is_finite())):  # the loss of a step is that of the weights before it
             self._stop_if_not_finite(self.state.step or self.state.warm_start_step, "weights are")
         contents = {
             **self.state.state_dict(self.world),
@@ -273,7 +273,7 @@ class Trainer:
 
         Return the length metrics.jsonl had then, and why newer checkpoints cannot be read.
         """
-        latest: Latest = self.world.share(self.checkpoints.latest)
+        latest: Latest = self.world.decide_in_main(self.checkpoints.latest)
         contents = latest.content
         if contents["images"] != len(self.loader.source):
             raise UsageError(
