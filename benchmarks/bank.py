@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from dense_bank import dense_loss, dense_nearest
 
 from caco.bank import Bank
-from caco.distributed.world import choose_device
+from caco.device import choose_device
 from caco.train.heap import keep_heap
 
 TEMPERATURE = 0.08

@@ -29,10 +29,12 @@ from caco.backbone import create_backbone
 from caco.config import Preparation
 from caco.data.arrays import ArraySource
 from caco.data.source import ImageSource, open_source
-from caco.distributed.world import World, choose_device
+from caco.device import choose_device
+from caco.distributed.world import World
 from caco.evaluate.features import extract
 from caco.evaluate.knn import Voting, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, train_heads
+from caco.precision import PRECISIONS
 
 NEIGHBOURS, CLASSES = 20, 100
 
@@ -169,7 +171,7 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
             device=device,
             workers=World(device).worker_count("auto"),
             indices=range(count),
-            precision=precision,
+            precision=PRECISIONS[precision],
         )
 
     def forward(batch: int) -> Callable[[], None]:

@@ -31,10 +31,11 @@ from caco.bank import Bank
 from caco.data.arrays import ArraySource
 from caco.data.broken import BrokenImages
 from caco.data.loader import TrainingViews
-from caco.distributed.world import World, choose_device
+from caco.device import choose_device
+from caco.distributed.world import World
 from caco.model import CaCo, view_pairs
 from caco.recipes import find_recipe
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.step import compute_gradients, rates_at, train_step
 
 Curves = dict[str, dict[int, float]]

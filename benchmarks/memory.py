@@ -27,7 +27,7 @@ from caco.config import EncoderOptions, EngineOptions, Pretrain, Views
 from caco.distributed.world import World
 from caco.optim import encoder_optimizer
 from caco.train.meters import Meters
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, train_step
 

@@ -89,7 +89,6 @@ def caco_steps(images: np.ndarray, work: Work, precision: torch.dtype) -> Iterat
     from step import Step
 
     from caco.data.arrays import ArraySource
-    from caco.distributed.world import precision_name
     from caco.recipes import find_recipe
 
     config = replace(
@@ -97,7 +96,7 @@ def caco_steps(images: np.ndarray, work: Work, precision: torch.dtype) -> Iterat
         batch_size=work.batch,
         bank_size=work.bank,
         device=work.device,
-        precision=precision_name(precision),
+        precision="bf16" if precision == torch.bfloat16 else "fp32",
     )
     assert config.views.size == SIZE and config.encoder.embedding == EMBEDDING
     step = Step(config, ArraySource(images))

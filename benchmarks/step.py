@@ -26,11 +26,13 @@ from caco.config import EncoderOptions, EngineOptions, Pretrain, Views
 from caco.data.broken import BrokenImages
 from caco.data.loader import TrainingViews
 from caco.data.source import ImageSource, open_source
-from caco.distributed.world import World, choose_device
+from caco.device import choose_device
+from caco.distributed.world import World
 from caco.model import embed
-from caco.train.engine import PRECISIONS, compile_module, search_kernels
+from caco.precision import PRECISIONS, autocast
+from caco.train.engine import compile_module, search_kernels
 from caco.train.heap import keep_heap
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, rates_at, train_step
 
@@ -102,30 +104,29 @@ class Step:
         model, state = self.state.model, self.state
         held: dict[str, Any] = {}
 
-        def autocast() -> torch.autocast:
-            device = self.loader.device.type
-            return torch.autocast(device, dtype=self.precision, enabled=self.precision != torch.float32)
+        def in_precision() -> torch.autocast:
+            return autocast(self.loader.device, self.precision)
 
         def wait() -> None:
             held["views"], held["pulls"] = next(self.batches), []
 
         def keys() -> None:
-            with autocast(), torch.no_grad():
+            with in_precision(), torch.no_grad():
                 held["keys"] = torch.cat([embed(model.key_encoder, view) for view in held["views"][:2]])
 
         def search() -> None:
-            with autocast():
+            with in_precision():
                 held["slots"] = model.bank.slots()
                 held["positives"] = model.bank.nearest(held["keys"], held["slots"]).view(2, -1)
 
         def query(number: int) -> None:
-            with autocast():
+            with in_precision():
                 held["query"] = embed(model.encoder, held["views"][number])
 
         def loss(number: int) -> None:
             leaf = held["query"].detach().requires_grad_()
             weights = leaf.new_full((len(leaf), 2), 0.5 / len(leaf))
-            with autocast():
+            with in_precision():
                 result = model.bank.loss(leaf, held["slots"], held["positives"].T, weights)
             result.loss.backward()
             held["gradient"] = leaf.grad
@@ -135,7 +136,7 @@ class Step:
             held["query"].backward(held["gradient"])
 
         def slot_term() -> None:
-            with autocast():
+            with in_precision():
                 zero = model.bank.slot_term(held["slots"], held["pulls"])
             zero.backward()
 
@@ -175,12 +176,12 @@ def limit(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype, 
 
 
 def bare_passes(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype) -> None:
-    autocast = torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32)
-    with autocast, torch.no_grad():
+    in_precision = autocast(views[0].device, precision)
+    with in_precision, torch.no_grad():
         for view in views[:2]:
             backbone(view)
     for view in views:  # one after another: as fast as all forward and then all backward, with half the memory
-        with autocast:
+        with in_precision:
             total = backbone(view).float().sum()
         total.backward()
     for parameter in backbone.parameters():

@@ -15,15 +15,15 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from caco import commands
+from caco import commands, judge
 from caco.after_training import Embed, Export, Knn, Linear, Report
 from caco.checks import check_judged
 from caco.cli import pretrain_start
-from caco.commands import Own
 from caco.config import Pretrain
 from caco.data.datasets import own_source
 from caco.data.source import ImageSource
 from caco.errors import CacoError, UsageError, did_you_mean
+from caco.objects import Objects
 from caco.options import checked, flatten, override
 from caco.weights import load_backbone as _load_backbone
 from caco.weights import load_into, read_weights
@@ -69,14 +69,14 @@ def pretrain(
     """
     (name, images), (val_name, val_images) = _named("data", data), _named("val", val)
     given = _given(Pretrain(), {"data": name, "val": val_name, "out": out, **options})
-    own = Own(backbone if isinstance(backbone, nn.Module) else None, images, val_images)
-    if own.backbone is not None:
+    objects = Objects(backbone if isinstance(backbone, nn.Module) else None, images, val_images)
+    if objects.backbone is not None:
         given["backbone"] = "own"
     elif backbone is not None:
         given["backbone"] = backbone
     given = checked(Pretrain, given)
     start = pretrain_start(given)
-    return commands.pretrain(override(start, given), own)
+    return commands.pretrain(override(start, given), objects)
 
 
 @_in_python
@@ -92,7 +92,7 @@ def knn(
     `if __name__ == "__main__":`, for each process imports the script again; and data must be picklable.
     Example: `knn("runs/first", "train/", val="val/", neighbours=20)`.
     """
-    return commands.knn(*_judged(Knn(), run, data, backbone, options, val))
+    return judge.knn(*_judged(Knn(), run, data, backbone, options, val))
 
 
 @_in_python
@@ -103,7 +103,7 @@ def linear(
 
     data, val, backbone, and several processes: as for `knn`.
     """
-    return commands.linear(*_judged(Linear(), run, data, backbone, options, val))
+    return judge.linear(*_judged(Linear(), run, data, backbone, options, val))
 
 
 @_in_python
@@ -117,13 +117,13 @@ def embed(run: str | Path = "", data: Any = None, *, backbone: str | nn.Module =
 
 def _judged(
     defaults: E, run: str | Path, data: Any, backbone: str | nn.Module, options: dict[str, Any], val: Any = None
-) -> tuple[E, Own]:
+) -> tuple[E, Objects]:
     """Return the checked configuration of a command that uses an encoder, and what was given as objects."""
     (data_name, images), (val_name, val_images) = _named("data", data), _named("val", val)
     named = {"data": data_name, "val": val_name, **options}
     if isinstance(backbone, nn.Module):
-        return check_judged(_config(defaults, run, named)), Own(backbone, images, val_images)
-    return check_judged(_config(defaults, run, {**named, "backbone": backbone})), Own(None, images, val_images)
+        return check_judged(_config(defaults, run, named)), Objects(backbone, images, val_images)
+    return check_judged(_config(defaults, run, {**named, "backbone": backbone})), Objects(None, images, val_images)
 
 
 def _named(option: str, data: Any) -> tuple[Any, ImageSource | None]:

@@ -28,6 +28,11 @@ class Encoder(nn.Module):
         return self.projector(self.backbone(view))  # type: ignore[no-any-return]
 
 
+def create_encoder(backbone: nn.Module, hidden: int, embedding: int, centred: bool = False) -> Encoder:
+    """Return a backbone with a new projector behind it; hidden, embedding, centred: as `projector` takes them."""
+    return Encoder(backbone, projector(int(backbone.num_features), hidden, embedding, centred))  # type: ignore[arg-type]
+
+
 class Pooled(nn.Module):
     """A module that gives maps [B, F, H, W], with their mean over space: [B, F]. Its state dict is the module's own."""
 

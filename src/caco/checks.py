@@ -119,6 +119,8 @@ def check(config: Pretrain) -> None:
             f"--views.evaluation-resize {views.evaluation_resize} is less than --views.size {views.size}: the centre "
             f"crop would not fit; use for example --views.evaluation-resize {round(views.size * 8 / 7)}"
         )
+    if not config.out:
+        raise UsageError("--out is missing: name a folder for the run, for example --out runs/first")
 
 
 def check_judged(options: E) -> E:

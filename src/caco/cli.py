@@ -126,15 +126,17 @@ def pretrain_start(given: dict[str, Any]) -> Pretrain:
     return find_recipe(given.get("recipe", Pretrain.recipe))
 
 
-def _command(kind: type, name: str) -> Callable[[list[str]], None]:
+def _command(kind: type, module: str) -> Callable[[list[str]], None]:
+    """Return a command: options of that kind, done by the function of the same name in a module that needs torch."""
+    name = kind.__name__.lower()
+
     def run(arguments: list[str]) -> None:
         config = parse(kind, arguments, f"caco {name}", lambda given: kind())
         if isinstance(config, (Evaluation, Export)):
             config = check_judged(config)
         else:
             check_numbers(config)
-        module = importlib.import_module("caco.demo" if name == "demo" else "caco.commands")
-        getattr(module, name)(config)
+        getattr(importlib.import_module(module), name)(config)
 
     return run
 
@@ -149,12 +151,12 @@ def _recipes(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "demo": _command(Demo, "demo"),
+    "demo": _command(Demo, "caco.demo"),
     "pretrain": _pretrain,
-    "knn": _command(Knn, "knn"),
-    "linear": _command(Linear, "linear"),
-    "embed": _command(Embed, "embed"),
-    "export": _command(Export, "export"),
-    "report": _command(Report, "report"),
+    "knn": _command(Knn, "caco.judge"),
+    "linear": _command(Linear, "caco.judge"),
+    "embed": _command(Embed, "caco.commands"),
+    "export": _command(Export, "caco.commands"),
+    "report": _command(Report, "caco.commands"),
     "recipes": _recipes,
 }

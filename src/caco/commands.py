@@ -1,4 +1,4 @@
-"""What each command does: configuration in, parts put together, result out."""
+"""What each command but knn and linear (`judge.py`) does: configuration in, parts put together, result out."""
 
 from __future__ import annotations
 
@@ -15,34 +15,31 @@ from caco.deliver.export import check_export_path
 from caco.deliver.export import export as export_encoder
 from caco.deliver.next_steps import next_steps
 from caco.deliver.report import write_report
+from caco.device import choose_device
 from caco.distributed.launch import launch
-from caco.distributed.world import World, choose_device
+from caco.distributed.world import World
 from caco.errors import CacoError, UsageError, counted
 from caco.files import check_writable
-from caco.given import NOTHING, Own, open_encoder, open_images, say_broken, say_unfinished
-from caco.judge import knn, linear
-from caco.train import pretrain as pretraining
-
-__all__ = ["NOTHING", "Own", "embed", "export", "knn", "linear", "pretrain", "report"]
+from caco.given import open_encoder, open_images, say_broken, say_unfinished
+from caco.objects import NO_OBJECTS, Objects
+from caco.train.run import run_pretraining
 
 
-def pretrain(options: Pretrain, own: Own = NOTHING) -> Path | None:
+def pretrain(options: Pretrain, objects: Objects = NO_OBJECTS) -> Path | None:
     """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
     check(options)
-    if own.val is None and options.val and not _may_be_labelled(options):
+    if objects.val is None and options.val and not _may_be_labelled(options):
         raise UsageError(
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "
             "leave --val out"
         )
-    if own.val is not None and own.val.labels is None:
+    if objects.val is not None and objects.val.labels is None:
         raise UsageError(
-            f"--val {options.val} has no labels ({where_labels_come_from(own.val)}), and the kNN check needs them"
+            f"--val {options.val} has no labels ({where_labels_come_from(objects.val)}), and the kNN check needs them"
         )
-    path = launch(
-        pretraining.run, options.distributed, options.device, options, own.backbone, own.data, own.val, saves=True
-    )
+    path = launch(run_pretraining, options.distributed, options.device, options, objects, can_resume=True)
     if path is not None:
-        print(f"The backbone is {path}. Next:\n{next_steps(options, own.backbone is not None, own.data)}")
+        print(f"The backbone is {path}. Next:\n{next_steps(options, objects.backbone is not None, objects.data)}")
     return path
 
 
@@ -54,16 +51,16 @@ def _may_be_labelled(options: Pretrain) -> bool:
         return True
 
 
-def embed(options: Embed, own: Own = NOTHING) -> Path | None:
+def embed(options: Embed, objects: Objects = NO_OBJECTS) -> Path | None:
     """Write the features of every image to --out and return its path (None but in the main process)."""
     check_features_path(options.out)
-    return launch(_embed, options.distributed, options.device, options, own)
+    return launch(_embed, options.distributed, options.device, options, objects)
 
 
-def _embed(world: World, options: Embed, own: Own) -> Path | None:
+def _embed(world: World, options: Embed, objects: Objects) -> Path | None:
     path = Path(options.out)
-    source = open_images(options, own.data, options.data, "train")
-    features = open_encoder(world, options, own.backbone).features(source)
+    source = open_images(options, objects.data, options.data, "train")
+    features = open_encoder(world, options, objects.backbone).features(source)
     if not world.is_main:
         return None
     say_left_out(source)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from caco import commands
+from caco import commands, judge
 from caco.after_training import Knn, Linear, Report
 from caco.config import Demo, Pretrain
 from caco.deliver.next_steps import program
@@ -56,11 +56,11 @@ def _judge(name: str, run: str, config: Pretrain) -> dict[str, float]:
     options = {"run": run, "data": TRAIN, "val": TEST, "size": config.views.size, "seed": config.seed}
     if run == "random":
         options["backbone"] = config.backbone
-    judged = commands.knn(Knn(**options))  # type: ignore[arg-type]
+    judged = judge.knn(Knn(**options))  # type: ignore[arg-type]
     assert judged is not None
     result = {"knn": round(judged["top1"], 2)}
     if run != "pixels":
-        judged = commands.linear(Linear(**options, epochs=20))  # type: ignore[arg-type]
+        judged = judge.linear(Linear(**options, epochs=20))  # type: ignore[arg-type]
         assert judged is not None
         result["linear"] = round(judged["top1"], 2)
     return result

@@ -18,6 +18,10 @@ class UsageError(CacoError):
     exit_status = 2
 
 
+class LostProcess(CacoError):
+    """Another process of the run was lost, so this one stops too: never the cause of a failure, only its echo."""
+
+
 class Interrupted(CacoError):
     """The run was asked to stop (SIGTERM, Ctrl-C) and has saved itself; resume continues exactly."""
 

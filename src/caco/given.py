@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,25 +10,14 @@ from torch import nn
 
 from caco.after_training import Evaluation
 from caco.data.source import ImageSource, open_source
-from caco.distributed.world import World, choose_precision
+from caco.distributed.world import World
 from caco.evaluate.encoder import UsableEncoder, find_weights, load_encoder
+from caco.precision import choose_precision
 
 
-@dataclass(frozen=True)
-class Own:
-    """What a Python caller gave as an object, in the place of what the options name; None: as they name it."""
-
-    backbone: nn.Module | None = None
-    data: ImageSource | None = None
-    val: ImageSource | None = None
-
-
-NOTHING = Own()
-
-
-def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> UsableEncoder:
-    """Return the encoder that the options name, or the user's own. Raises UsageError."""
-    backbone, card = load_encoder(options, own)
+def open_encoder(world: World, options: Evaluation, module: nn.Module | None) -> UsableEncoder:
+    """Return the encoder that the options name, or the caller's module as one. Raises UsageError."""
+    backbone, card = load_encoder(options, module)
     if world.is_main:
         say_unfinished(options.run)
     if backbone is not None:
@@ -44,9 +32,9 @@ def open_encoder(world: World, options: Evaluation, own: nn.Module | None) -> Us
     )
 
 
-def open_images(options: Evaluation, own: ImageSource | None, data: str, split: str) -> ImageSource:
-    """Return the user's own images, or those that `data` names. Raises UsageError."""
-    return open_source(data, split=split, download=options.download) if own is None else own
+def open_images(options: Evaluation, source: ImageSource | None, data: str, split: str) -> ImageSource:
+    """Return the caller's images, or those that `data` names. Raises UsageError."""
+    return open_source(data, split=split, download=options.download) if source is None else source
 
 
 def say_unfinished(run: str) -> None:

@@ -26,20 +26,21 @@ from caco.evaluate.knn import Voting, held_out_split, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, LinearResult, check_choice, linear_probe
 from caco.evaluate.reference_probe import ProbeSettings, train_reference_probe
 from caco.files import check_writable, replace_file, replace_json
-from caco.given import NOTHING, Own, open_encoder, open_images, say_broken
+from caco.given import open_encoder, open_images, say_broken
+from caco.objects import NO_OBJECTS, Objects
 
 
-def knn(options: Knn, own: Own = NOTHING) -> dict[str, Any] | None:
+def knn(options: Knn, objects: Objects = NO_OBJECTS) -> dict[str, Any] | None:
     """Judge an encoder by nearest neighbours; print, write --out if given, and return the result (percent).
 
     Returns None but in the main process.
     """
     _check_result_path(options.out)
-    return launch(_knn, options.distributed, options.device, options, own)
+    return launch(_knn, options.distributed, options.device, options, objects)
 
 
-def _knn(world: World, options: Knn, own: Own) -> dict[str, Any] | None:
-    encoder, train, val = _prepare(world, options, own)
+def _knn(world: World, options: Knn, objects: Objects) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, objects)
     reference, queries = encoder.features(train), encoder.features(val)
     if not world.is_main:
         return None
@@ -72,7 +73,7 @@ def _knn(world: World, options: Knn, own: Own) -> dict[str, Any] | None:
     return _deliver(report, options.out)
 
 
-def linear(options: Linear, own: Own = NOTHING) -> dict[str, Any] | None:
+def linear(options: Linear, objects: Objects = NO_OBJECTS) -> dict[str, Any] | None:
     """Judge an encoder by a linear classifier; print, write --out if given, and return the result (percent).
 
     Returns None but in the main process.
@@ -82,11 +83,11 @@ def linear(options: Linear, own: Own = NOTHING) -> dict[str, Any] | None:
         raise UsageError(f"--head {options.head}: the classifier is written as .safetensors")
     if options.head:
         check_writable("--head", Path(options.head))
-    return launch(_linear, options.distributed, options.device, options, own)
+    return launch(_linear, options.distributed, options.device, options, objects)
 
 
-def _linear(world: World, options: Linear, own: Own) -> dict[str, Any] | None:
-    encoder, train, val = _prepare(world, options, own)
+def _linear(world: World, options: Linear, objects: Objects) -> dict[str, Any] | None:
+    encoder, train, val = _prepare(world, options, objects)
     probe = _reference_linear if options.protocol == "reference" else _cached_linear
     judged = probe(options, encoder, train, val)
     if judged is None:
@@ -114,14 +115,14 @@ def _linear(world: World, options: Linear, own: Own) -> dict[str, Any] | None:
     return _deliver(report, options.out)
 
 
-def _prepare(world: World, options: Knn | Linear, own: Own) -> tuple[UsableEncoder, ImageSource, ImageSource]:
+def _prepare(world: World, options: Knn | Linear, objects: Objects) -> tuple[UsableEncoder, ImageSource, ImageSource]:
     """Return the encoder, labelled training images and labelled test images in the same classes."""
-    train = open_images(options, own.data, options.data, "train")
+    train = open_images(options, objects.data, options.data, "train")
     if train.labels is None:
         raise UsageError(f"--data {options.data} has no labels ({where_labels_come_from(train)}); judging needs them")
-    encoder = open_encoder(world, options, own.backbone)
+    encoder = open_encoder(world, options, objects.backbone)
     if options.val:
-        val = open_images(options, own.val, options.val, "val")
+        val = open_images(options, objects.val, options.val, "val")
         if world.is_main:
             say_shared(train, val)
         return encoder, train, Relabelled(val, train.classes)

@@ -116,6 +116,11 @@ class CaCo(nn.Module):
         self.bank = bank
         self.pairs = tuple(pairs)
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The encoder without its projector: what a run is for."""
+        return self.encoder.get_submodule("backbone")
+
     @torch.no_grad()
     def find_positives(self, views: Sequence[Tensor]) -> Positives:
         """Return the slots nearest to the keys of the first two views; views: [B, C, S, S] each."""

@@ -115,7 +115,7 @@ from caco.config import Views
 from caco.data.augment import draw_parameters
 from caco.data.compiled import DeviceViews
 from caco.data.render import make_views, to_device
-from caco.distributed.world import choose_device
+from caco.device import choose_device
 
 device, backend = choose_device(sys.argv[1]), sys.argv[2]
 statistics = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

@@ -15,7 +15,7 @@ from caco.config import BankOptions, EncoderOptions, Pretrain, Views
 from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.reference.checkpoint import from_ours, to_published
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.weights import BackboneCard, load_torch, save_backbone
 
 D, K, HIDDEN = 8, 32, 16

@@ -14,11 +14,11 @@ from torch.distributed import TCPStore
 SCRIPT = """
 import sys, time
 from caco.distributed.heartbeat import Heartbeat
-from caco.distributed.world import Place
+from caco.distributed.membership import Membership
 import caco.distributed.heartbeat as heartbeat
 heartbeat.LOST_AFTER = 4.0
 rank, port, supervised = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
-Heartbeat(Place(rank, 2, rank, "127.0.0.1", port, supervised), 60.0).start()
+Heartbeat(Membership(rank, 2, rank, "127.0.0.1", port, supervised), 60.0).start()
 print("started", flush=True)
 time.sleep(60)
 """

@@ -13,21 +13,22 @@ import torch
 
 from caco.config import DistributedOptions
 from caco.distributed.launch import launch
+from caco.distributed.membership import Membership, find_membership, first_host
 from caco.distributed.network import interface_towards, own_address_towards
-from caco.distributed.world import Place, World, find_place, first_host
+from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
 
 TWO = DistributedOptions(processes=2)
 
 
 def test_a_process_started_alone_has_no_place():
-    assert find_place({}) is None
-    assert find_place({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
+    assert find_membership({}) is None
+    assert find_membership({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
 
 
 def test_place_from_torchrun():
     environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
-    assert find_place(environment) == Place(rank=5, size=8, local_rank=1, address="a", port=7)
+    assert find_membership(environment) == Membership(rank=5, size=8, local_rank=1, address="a", port=7)
 
 
 def test_place_from_slurm():
@@ -35,15 +36,15 @@ def test_place_from_slurm():
         **{"SLURM_NTASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "2"},
         **{"SLURM_JOB_ID": "4120007", "SLURM_JOB_NODELIST": "gpu[03-05,9]"},
     }
-    assert find_place(environment) == Place(rank=6, size=8, local_rank=2, address="gpu03", port=20007)
+    assert find_membership(environment) == Membership(rank=6, size=8, local_rank=2, address="gpu03", port=20007)
     chosen = {**environment, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
-    assert find_place(chosen) == Place(rank=6, size=8, local_rank=2, address="10.0.0.1", port=1234)
+    assert find_membership(chosen) == Membership(rank=6, size=8, local_rank=2, address="10.0.0.1", port=1234)
 
 
 def test_torchrun_inside_slurm_comes_first():
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NODELIST": "n1"}
-    assert find_place({**slurm, **torchrun}) == Place(rank=1, size=2, local_rank=1, address="a", port=7)
+    assert find_membership({**slurm, **torchrun}) == Membership(rank=1, size=2, local_rank=1, address="a", port=7)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +75,8 @@ def test_a_single_process_exchanges_nothing():
     assert world.is_main
     for same in (world.gather, world.sum, world.maximum, world.gather_parts):
         assert same(rows) is rows
-    assert world.any(True, False) == (True, False)
-    assert world.gather_objects("a") == ["a"] and world.share(lambda: "b") == "b"
+    assert world.vote(True, False) == (True, False)
+    assert world.gather_objects("a") == ["a"] and world.decide_in_main(lambda: "b") == "b"
     world.wait()
 
 
@@ -96,7 +97,7 @@ def exchange(world: World) -> list:
     assert world.sum(rows).tolist() == [[12, 14], [16, 18]]
     assert world.maximum(rows).tolist() == [[11, 12], [13, 14]]
     assert rows.tolist() == [[1 + 10 * rank, 2 + 10 * rank], [3 + 10 * rank, 4 + 10 * rank]]  # left as it was
-    assert world.any(rank == 1, False, rank == 0) == (True, False, True)
+    assert world.vote(rank == 1, False, rank == 0) == (True, False, True)
     assert world.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     for dtype in (torch.float32, torch.int64):
         own = torch.arange(3 - 2 * rank, dtype=dtype)[:, None] + 5 * rank  # 3 rows, 1 row
@@ -105,7 +106,7 @@ def exchange(world: World) -> list:
     assert world.gather_parts(torch.ones(2 * rank, 2)).shape == (2, 2)  # one has nothing to give
     assert world.gather_parts(torch.ones(0, 2)).shape == (0, 2)  # nor has the other
     made = []
-    assert world.share(lambda: made.append(rank) or "from the main process") == "from the main process"
+    assert world.decide_in_main(lambda: made.append(rank) or "from the main process") == "from the main process"
     assert made == ([0] if rank == 0 else [])
     items = world.part(np.arange(7))
     assert world.gather_parts(torch.from_numpy(items)).tolist() == list(range(7))
@@ -154,7 +155,7 @@ def kill_itself(world: World) -> None:
 def test_a_killed_process_is_named_and_nobody_hangs():
     began = time.monotonic()
     with pytest.raises(CacoError, match="^process 1 of 2 was killed.*--resume"):
-        launch(kill_itself, TWO, "cpu", saves=True)
+        launch(kill_itself, TWO, "cpu", can_resume=True)
     assert time.monotonic() - began < 60
     assert multiprocessing.active_children() == []
 
@@ -188,7 +189,7 @@ def test_products_on_a_gpu_are_exact_where_the_environment_asks_for_tf32():
     """As NVIDIA's containers do. torch keeps the setting whether there is a GPU or not."""
     program = """
 import torch
-from caco.distributed.world import exact_products
+from caco.device import exact_products
 assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
 exact_products(torch.device("cpu"))
 assert torch.backends.cuda.matmul.allow_tf32

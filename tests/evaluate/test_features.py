@@ -113,7 +113,7 @@ def test_the_network_is_left_as_it_was(backbone):
 
 def test_bf16_is_close_to_fp32(backbone):
     exact = extract(backbone, Pictures(), **OPTIONS).vectors
-    narrow = extract(backbone, Pictures(), precision="bf16", **OPTIONS).vectors
+    narrow = extract(backbone, Pictures(), precision=torch.bfloat16, **OPTIONS).vectors
     assert narrow.dtype == torch.float32
     assert not torch.equal(narrow, exact)
     assert torch.nn.functional.cosine_similarity(narrow, exact).min() > 0.99
@@ -133,7 +133,7 @@ def test_a_few_images_at_a_time_give_the_same(backbone, monkeypatch):
         monkeypatch.setattr("caco.evaluate.features.PIXELS_A_THREAD", pixels)
         assert features._at_a_time(images) == at_a_time
         with evaluation_mode(backbone), torch.no_grad():
-            whole, parts = backbone(images), backbone_features(backbone, images, "fp32")
+            whole, parts = backbone(images), backbone_features(backbone, images, torch.float32)
         assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 

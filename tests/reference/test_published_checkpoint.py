@@ -17,7 +17,7 @@ from caco.config import BankOptions, EncoderOptions, OptimizerOptions, Pretrain,
 from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.reference.checkpoint import from_ours, from_published, read_snapshot, to_published
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.start import start_from, take_over
 from caco.train.state import TrainingState
 from caco.weights import load_backbone, load_torch

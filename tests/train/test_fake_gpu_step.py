@@ -20,7 +20,7 @@ from caco.model import CaCo, WarmStart, step_output
 from caco.optim import encoder_optimizer
 from caco.slots import LogSumExp, Unsharded
 from caco.train.meters import Meters
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 
 
 def can_be_indexed() -> bool:

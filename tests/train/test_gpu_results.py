@@ -16,10 +16,11 @@ from caco.backbone import create_backbone
 from caco.bank import Bank
 from caco.checkpointing import checkpoint_blocks
 from caco.config import EncoderOptions, Pretrain, Views
-from caco.distributed.world import World, choose_device
+from caco.device import choose_device
+from caco.distributed.world import World
 from caco.evaluate.knn import knn_guesses
 from caco.evaluate.linear import train_heads
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.step import rates_at, train_step
 
 pytestmark = [

@@ -7,7 +7,7 @@ from caco.backbone import create_backbone
 from caco.config import EncoderOptions, Pretrain, Views
 from caco.distributed.world import World
 from caco.train.engine import search_kernels
-from caco.train.pretrain import create_state
+from caco.train.prepare import create_state
 from caco.train.step import rates_at, train_step
 
 

@@ -14,7 +14,7 @@ import pytest
 from caco.config import Views
 from caco.errors import CacoError
 from caco.train.journal import Forecast, Journal, ProgressBar, Stopwatch
-from caco.train.trainer import warm_start_cost
+from caco.train.step import warm_start_cost
 
 
 def lines(path):

@@ -7,14 +7,15 @@ import sys
 
 import pytest
 
+from caco.checks import check
 from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten, override
 from caco.train.lock import LOCK, RunLock
 from caco.train.run_folder import (
     FREE_TO_CHANGE,
-    check_run_folder,
     check_same_mathematics,
+    decide_start,
     open_run_folder,
     read_config,
     write_config,
@@ -54,7 +55,7 @@ def test_a_new_folder_is_made(tmp_path):
 
 def test_out_is_needed():
     with pytest.raises(UsageError, match="--out is missing"):
-        open_run(Pretrain(data="photos"))
+        check(Pretrain(data="photos"))
 
 
 def test_a_run_is_not_touched_unless_asked_to(run):
@@ -121,21 +122,21 @@ def test_resume_keeps_everything(run):
 
 def test_a_run_without_a_checkpoint_begins_anew(run, capsys):
     (run / "checkpoints" / "step-00000010.pt").unlink()
-    decided = check_run_folder(config(run, resume=True))
+    decided = decide_start(config(run, resume=True))
     assert (decided.resume, decided.overwrite) == (False, True)
     assert "had saved no checkpoint yet: it begins anew" in capsys.readouterr().err
     assert (run / "metrics.jsonl").exists()  # decided, not done
     with pytest.raises(UsageError, match=r"cannot change --lr 0\.5"):
-        check_run_folder(config(run, resume=True, lr=0.5))
+        decide_start(config(run, resume=True, lr=0.5))
 
 
 def test_a_restarted_run_computes_as_it_began(run):
     """The command of the first start says auto; what that meant is in the run's folder, and is not measured again."""
     engine = {"engine.layout": "contiguous", "engine.compile": "off"}
     write_config(run, config(run, precision="bf16", **engine))
-    again = check_run_folder(config(run, epochs="auto", precision="auto"), restarted=True)
+    again = decide_start(config(run, epochs="auto", precision="auto"), restarted=True)
     assert again == config(run, resume=True, precision="bf16", **engine)
-    assert check_run_folder(config(run, precision="fp32"), restarted=True).precision == "fp32"  # asked for: told later
+    assert decide_start(config(run, precision="fp32"), restarted=True).precision == "fp32"  # asked for: told later
 
 
 @pytest.mark.parametrize("kept", ["checkpoints/best.pt", "export/backbone.safetensors"])
@@ -143,7 +144,7 @@ def test_what_a_run_has_saved_is_never_lost_to_a_resume(run, kept):
     (run / "checkpoints" / "step-00000010.pt").unlink()
     (run / kept).parent.mkdir(exist_ok=True)
     (run / kept).write_bytes(b"x")
-    assert check_run_folder(config(run, resume=True)).resume
+    assert decide_start(config(run, resume=True)).resume
 
 
 def test_resume_never_starts_from_scratch(tmp_path):
@@ -154,8 +155,7 @@ def test_resume_never_starts_from_scratch(tmp_path):
 
 def test_resume_and_overwrite(run):
     with pytest.raises(UsageError, match="exclude each other"):
-        open_run(config(run, resume=True, overwrite=True))
-    assert (run / "metrics.jsonl").exists()
+        check(config(run, resume=True, overwrite=True))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from caco.backbone import Encoder, create_backbone, projector
+from caco.backbone import Encoder, create_backbone, create_encoder
 from caco.config import Preparation, Pretrain
 from caco.data.augment import centre_view, normalise
 from caco.data.decode import Pixels
@@ -88,8 +88,7 @@ def _encoder(config: Pretrain, contents: dict[str, object], prefix: str) -> Enco
     assert isinstance(card, dict)
     assert isinstance(weights, dict)
     backbone = create_backbone(config.backbone, config.views.size, card["stem"])
-    head = projector(int(backbone.num_features), config.encoder.projector, config.encoder.embedding)  # type: ignore[arg-type]
-    encoder = Encoder(backbone, head)
+    encoder = create_encoder(backbone, config.encoder.projector, config.encoder.embedding)
     try:
         encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     except RuntimeError as error:

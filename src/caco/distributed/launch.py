@@ -1,29 +1,42 @@
-"""Start a command in as many processes as it should have, and bring its result or its error back."""
+"""Start a command in as many processes as it should have, and bring its result or its error back.
+
+    parent  launch → _start_processes ── Task ──→ pipe ──→ child  _child → _run_in → task.function(world, …)
+            _wait_for_all → _result   ←── pipe ←── Outcome ──┘
+
+An Outcome is one of these; behind it, the exit status of the command (and of the child, where it is another):
+    done    the child has worked to the end                         0
+    error   a CacoError: the parent raises it again                 the error's own: 1, 2 or 75
+    crash   any other exception: a RuntimeError with its traceback  1
+    killed  the child has ended without a word                      1; 130 when this process has got Ctrl-C
+    lost    the child misses another one: an echo of that failure   1 (the child: 1, or 76 out of a collective)
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import pickle
-import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from caco.config import DistributedOptions
-from caco.distributed.heartbeat import EXIT_STATUS, HINT, Heartbeat, name_lost_process
-from caco.distributed.world import Place, World, choose_device, find_place, join, leave
-from caco.errors import CacoError, Interrupted, UsageError
+from caco.device import choose_device
+from caco.distributed.heartbeat import EXIT_STATUS, HINT, LOST_AFTER, say
+from caco.distributed.membership import Membership, count_processes, find_membership, members_here
+from caco.distributed.rendezvous import join, leave
+from caco.distributed.signals import SignalsToChildren, without_ctrl_c
+from caco.distributed.world import World
+from caco.errors import CacoError, Interrupted, LostProcess, UsageError
 from caco.files import print_any_name
 from caco.memory import out_of_memory_is_told
 
@@ -44,8 +57,39 @@ GUARD = (
 )
 
 
+@dataclass(frozen=True)
+class Task:
+    """What every process of a run is to do."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    """Behind the world, which the function takes first."""
+    device: str
+    timeout: float
+    can_resume: bool
+
+    @property
+    def hint(self) -> str:
+        """What to do when a process was lost."""
+        return HINT if self.can_resume else ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What has become of a process that was started here."""
+
+    kind: Literal["done", "error", "crash", "killed", "lost"]
+    value: Any = None
+    """done: the result. error, lost: the CacoError. crash: the traceback, in words. killed: None."""
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the others cannot go on. (Processes that were asked to stop all do, each by itself.)"""
+        return self.kind != "done" and not isinstance(self.value, Interrupted)
+
+
 def launch(
-    function: Callable[..., T], options: DistributedOptions, device: str, *arguments: Any, saves: bool = False
+    function: Callable[..., T], options: DistributedOptions, device: str, *arguments: Any, can_resume: bool = False
 ) -> T | None:
     """Call function(world, *arguments) in every process of the run; return the main process's result (None elsewhere).
 
@@ -53,23 +97,23 @@ def launch(
     asked for) is started here; a single one runs in this process, without a process group. Errors of any process come
     back as the CacoError they were. A script that would call this in every process again is a UsageError.
 
-    saves: the function saves when it gets SIGTERM, and can resume. Otherwise a signal to this process ends all at once,
-    and has its usual effect here: Ctrl-C is a KeyboardInterrupt.
+    can_resume: the function saves when it gets SIGTERM, and a later call goes on. Otherwise a signal to this process ends
+    all at once, and has its usual effect here: Ctrl-C is a KeyboardInterrupt.
     """
     if _is_importing_the_script():
         sys.exit(UNGUARDED)  # the process that started this one tells it, once
-    place = find_place(os.environ)
-    if place is not None:
-        return _run_in(place, options.timeout, function, device, arguments, saves)
-    processes = _processes(options, device)
+    task = Task(function, arguments, device, options.timeout, can_resume)
+    membership = find_membership(os.environ)
+    if membership is not None:
+        result: T | None = _run_in(membership, task)
+        return result
+    processes = count_processes(options, device)
     if options.machines == 1 and processes == 1:
         with out_of_memory_is_told():
             return function(World(choose_device(device)), *arguments)
-    address, port = _meeting_point(options)
-    first = options.machine * processes
-    size, supervised = options.machines * processes, options.machines == 1
-    places = [Place(first + number, size, number, address, port, supervised) for number in range(processes)]
-    return _spawn(places, options.timeout, function, device, arguments, saves)
+    members = members_here(options, processes)
+    started: T | None = _result(_start_processes(task, members), members, task.hint)
+    return started
 
 
 def _is_importing_the_script() -> bool:
@@ -78,79 +122,60 @@ def _is_importing_the_script() -> bool:
     return process.name.startswith(NAME) and getattr(process, "_inheriting", False)
 
 
-def _processes(options: DistributedOptions, device: str) -> int:
-    if options.processes != "auto":
-        if options.processes < 1:
-            raise UsageError(f"--distributed.processes {options.processes}: must be at least 1")
-        gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-        if options.processes > gpus > 0:  # NCCL refuses two on one, in words that nobody understands
-            raise UsageError(
-                f"--distributed.processes {options.processes}: each needs a GPU of its own, and this machine has {gpus}; "
-                "lower it, or add --device cpu"
-            )
-        return options.processes
-    return max(torch.cuda.device_count(), 1) if device in ("auto", "cuda") else 1
-
-
-def _meeting_point(options: DistributedOptions) -> tuple[str, int]:
-    if options.machines == 1 and not options.address:
-        with socket.socket() as probe:  # any free port of this machine
-            probe.bind(("127.0.0.1", 0))
-            return "127.0.0.1", probe.getsockname()[1]
-    if not 0 <= options.machine < options.machines:
-        raise UsageError(f"--distributed.machine {options.machine}: must be from 0 to {options.machines - 1}")
-    host, _, port = options.address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError(f"--distributed.address {options.address!r}: must be HOST:PORT of machine 0")
-    return host, int(port)
-
-
-def _run_in(
-    place: Place, timeout: float, function: Callable[..., T], device: str, arguments: tuple[Any, ...], saves: bool
-) -> T | None:
-    Heartbeat.hint = HINT if saves else ""
-    world = join(place, device, timeout)
+def _run_in(membership: Membership, task: Task, on_lost: Callable[[LostProcess], object] = say) -> Any:
+    """Do the task in this process, as one of several; return the main process's result (None elsewhere)."""
+    world, heartbeat = join(membership, task.device, task.timeout, on_lost, task.hint)
+    patience = (
+        PATIENCE / 2
+    )  # after an error the others may be waiting in an exchange, and end only when this process does
     try:
         with out_of_memory_is_told():
-            result = function(world, *arguments)
+            result = task.function(world, *task.arguments)
+        patience = LOST_AFTER
     except (dist.DistError, RuntimeError) as error:
-        if not _is_lost_contact(error):
-            leave(PATIENCE / 2)
+        if heartbeat is None or not _is_lost_contact(error):
             raise
-        lost = name_lost_process()
-        leave(PATIENCE / 2)
-        raise CacoError(f"process {world.rank} of {world.size} stops: {lost}.{Heartbeat.hint}") from error
-    except BaseException:
-        leave(PATIENCE / 2)  # the others may be waiting in an exchange, and end only when this process does
-        raise
-    leave()
+        raise heartbeat.lost_process() from error
+    finally:
+        leave(heartbeat, patience)
     return result if world.is_main else None
 
 
 def _is_lost_contact(error: Exception) -> bool:
+    """Return whether an exchange has failed since its other end is gone: of that torch often says no more than the text."""
     words = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "connection refused")
     return isinstance(error, dist.DistNetworkError) or any(word in str(error).lower() for word in words)
 
 
-def _child(pipe: Any, work: Any, place: Place, processes: int) -> None:
-    """The main function of a started process: take work, send ("done", result) or (kind of error, message) to the parent."""
+def _child(outcome_writer: Any, task_reader: Any, membership: Membership, processes: int) -> None:
+    """The main function of a started process: take the task, do it, and send the parent its outcome."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     print_any_name()
 
-    def tell(reason: str) -> None:
-        pipe.send_bytes(pickle.dumps(("CacoError", reason)))
+    def send(outcome: Outcome) -> None:
+        outcome_writer.send_bytes(
+            pickle.dumps(outcome)
+        )  # by value: this process, and any memory it shares, is about to go
 
-    Heartbeat.tell = staticmethod(tell)
     try:
-        message: tuple[str, Any] = "done", _run_in(place, *pickle.loads(work.recv_bytes()))
+        task: Task = pickle.loads(task_reader.recv_bytes())
+        outcome = Outcome("done", _run_in(membership, task, on_lost=lambda lost: send(Outcome("lost", lost))))
         status = 0
+    except LostProcess as lost:
+        outcome, status = Outcome("lost", lost), lost.exit_status
     except CacoError as error:
-        message, status = (type(error).__name__, str(error)), error.exit_status
+        outcome, status = Outcome("error", _as_our_own(error)), error.exit_status
     except BaseException:
-        message, status = ("crash", traceback.format_exc()), 1
-    pipe.send_bytes(pickle.dumps(message))  # by value: this process, and any memory it shares, is about to go
+        outcome, status = Outcome("crash", traceback.format_exc()), 1
+    send(outcome)
     sys.exit(status)
+
+
+def _as_our_own(error: CacoError) -> CacoError:
+    """Return an error as one of those that the parent knows: a caller's own class, or its arguments, may not travel."""
+    kind = type(error) if type(error) in (UsageError, Interrupted) else CacoError
+    return kind(str(error))
 
 
 def _end_with_parent() -> None:
@@ -161,67 +186,50 @@ def _end_with_parent() -> None:
         os._exit(EXIT_STATUS)
 
 
-def _spawn(
-    places: list[Place],
-    timeout: float,
-    function: Callable[..., T],
-    device: str,
-    arguments: tuple[Any, ...],
-    saves: bool,
-) -> T | None:
+def _start_processes(task: Task, members: list[Membership]) -> dict[int, Outcome]:
+    """Start a process for each member, give it the task, and return the outcomes of all: see `_wait_for_all`."""
     context = multiprocessing.get_context("spawn")
-    work = pickle.dumps((timeout, function, device, arguments, saves))
+    pickled = pickle.dumps(task)
     processes: list[Any] = []
-    pipes, orders = [], []
-    with _Signals(processes, saves) as signals:
-        for place in places:
-            receiving, sending = context.Pipe(duplex=False)
-            taking, giving = context.Pipe(duplex=False)
+    outcome_pipes, task_pipes = [], []
+    with SignalsToChildren(processes, task.can_resume) as signals:
+        for member in members:
+            outcome_reader, outcome_writer = context.Pipe(duplex=False)
+            task_reader, task_writer = context.Pipe(duplex=False)
             process = context.Process(
-                target=_child, args=(sending, taking, place, len(places)), name=f"{NAME} {place.rank}"
+                target=_child,
+                args=(outcome_writer, task_reader, member, len(members)),
+                name=f"{NAME} {member.rank}",
             )
-            with _without_ctrl_c():
+            with without_ctrl_c():
                 process.start()
                 processes.append(process)
-            sending.close()
-            taking.close()
-            pipes.append(receiving)
-            orders.append(giving)
-        for giving in orders:
-            _give(giving, work)
-        messages = _collect(processes, pipes)
+            outcome_writer.close()
+            task_reader.close()
+            outcome_pipes.append(outcome_reader)
+            task_pipes.append(task_writer)
+        for pipe in task_pipes:
+            _send_task(pipe, pickled)
+        outcomes = _wait_for_all(processes, outcome_pipes)
     if any(process.exitcode == UNGUARDED for process in processes):
         raise UsageError(GUARD)
-    if None in messages.values():
+    if any(outcome.kind == "killed" for outcome in outcomes.values()):
         signals.take_effect()
-    result: T | None = _outcome(messages, places, HINT if saves else "")
-    return result
+    return outcomes
 
 
-def _give(pipe: Any, work: bytes) -> None:
-    """Send a process its work. Not as arguments of its start: to give those to one that has ended takes for ever."""
-    with pipe, suppress(OSError):  # it has ended, which `_collect` finds
-        pipe.send_bytes(work)
+def _send_task(pipe: Any, task: bytes) -> None:
+    """Send a process its task. Not as arguments of its start: to give those to one that has ended takes for ever."""
+    with pipe, suppress(OSError):  # it has ended, which `_wait_for_all` finds
+        pipe.send_bytes(task)
 
 
-@contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """While entered, Ctrl-C waits. A process started here never gets one: the terminal sends it to all, and only the
-    parent decides what it means."""
-    resource_tracker.ensure_running()  # the first process would start it, and it lets Ctrl-C through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _collect(processes: list[Any], pipes: list[Any]) -> dict[int, tuple[str, Any] | None]:
-    """Wait for all processes; when one fails, end the others. Return each one's message (None: it was killed).
+def _wait_for_all(processes: list[Any], pipes: list[Any]) -> dict[int, Outcome]:
+    """Wait for all processes; when one fails, end the others. Return the outcome of each by its number.
 
     In the order in which they ended; those ended from here are not in it.
     """
-    messages: dict[int, tuple[str, Any] | None] = {}
+    outcomes: dict[int, Outcome] = {}
     waiting: dict[Any, int] = {pipe: number for number, pipe in enumerate(pipes)}
     deadline = None
     while waiting:
@@ -231,11 +239,10 @@ def _collect(processes: list[Any], pipes: list[Any]) -> dict[int, tuple[str, Any
         for pipe in ready:
             number = waiting.pop(pipe)
             try:
-                message = pickle.loads(pipes[number].recv_bytes())
+                outcomes[number] = pickle.loads(pipes[number].recv_bytes())
             except (EOFError, OSError):
-                message = None
-            messages[number] = message
-            if deadline is None and (message is None or message[0] not in ("done", "Interrupted")):
+                outcomes[number] = Outcome("killed")
+            if deadline is None and outcomes[number].is_failure:
                 deadline = time.monotonic() + PATIENCE
     for number in waiting.values():
         processes[number].kill()
@@ -244,57 +251,21 @@ def _collect(processes: list[Any], pipes: list[Any]) -> dict[int, tuple[str, Any
         if process.is_alive():
             process.kill()
             process.join()
-    return messages
+    return outcomes
 
 
-def _outcome(messages: dict[int, tuple[str, Any] | None], places: list[Place], hint: str) -> Any:
-    """Return the main process's result, or raise the cause of a failure: not what others said of losing a process."""
-    kinds: dict[str, type[CacoError]] = {"UsageError": UsageError, "Interrupted": Interrupted, "CacoError": CacoError}
-    said = [message for message in messages.values() if message is not None and message[0] != "done"]
-    said.sort(key=lambda message: " stops: process " in message[1] or " stops: another process" in message[1])
-    killed = [places[number].rank for number, message in messages.items() if message is None]
-    if killed and (not said or " stops: " in said[0][1]):
-        raise CacoError(f"process {killed[0]} of {places[0].size} was killed, so all others were stopped.{hint}")
-    for kind, text in said:
-        if kind == "crash":
-            raise RuntimeError(f"a process failed:\n{text}")
-        raise kinds.get(kind, CacoError)(text)
-    message = messages[0]
-    return message[1] if message else None
-
-
-class _Signals:
-    """While entered, SIGTERM and Ctrl-C to this process reach its children: as SIGTERM where they save, else as SIGKILL.
-
-    A second Ctrl-C is always SIGKILL.
-    """
-
-    def __init__(self, processes: list[Any], saves: bool) -> None:
-        """processes: those started so far; may grow."""
-        self.processes, self.saves = processes, saves
-        self._last: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._pass_on)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def take_effect(self) -> None:
-        """Do what the last signal, if there was one, does to a process that does not catch it."""
-        if self._last == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self._last is not None:
-            signal.raise_signal(self._last)
-
-    def _pass_on(self, number: int, frame: Any) -> None:
-        kill = not self.saves or (self._last is not None and number == signal.SIGINT)
-        self._last = number
-        for process in self.processes:
-            if process.is_alive():
-                process.kill() if kill else process.terminate()
+def _result(outcomes: dict[int, Outcome], members: list[Membership], hint: str) -> Any:
+    """Return the main process's result, or raise the cause of a failure: a lost process is only named without another."""
+    for outcome in outcomes.values():
+        if outcome.kind == "error":
+            raise outcome.value
+        if outcome.kind == "crash":
+            raise RuntimeError(f"a process failed:\n{outcome.value}")
+    for number, outcome in outcomes.items():
+        if outcome.kind == "killed":
+            rank, size = members[number].rank, members[number].size
+            raise CacoError(f"process {rank} of {size} was killed, so all others were stopped.{hint}")
+    for outcome in outcomes.values():
+        if outcome.kind == "lost":
+            raise outcome.value
+    return outcomes[0].value

@@ -14,7 +14,7 @@ from caco.after_training import Evaluation
 from caco.backbone import adopt_backbone, create_backbone, try_size
 from caco.config import Preparation, usual_resize
 from caco.data.source import ImageSource
-from caco.distributed.world import World, precision_name
+from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
 from caco.train.checkpoint import CheckpointFolder
@@ -52,7 +52,7 @@ class UsableEncoder:
                 workers=self.workers,
                 indices=part,
                 batch_size=self.batch_size,
-                precision=precision_name(self.precision),
+                precision=self.precision,
             )
 
         return gather_features(make, len(source), self.world, indices)

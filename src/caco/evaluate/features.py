@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from caco.data.source import ImageSource
 from caco.data.threads import batched, map_in_order
 from caco.distributed.world import World
 from caco.errors import CacoError
+from caco.precision import autocast
 
 BATCHES_ON_DEVICE = 32  # features are fetched from the device this many batches at a time
 
@@ -59,7 +59,7 @@ def extract(
     workers: int,
     indices: Sequence[int] | np.ndarray | None = None,
     batch_size: int = 256,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: torch.dtype = torch.float32,
 ) -> Features:
     """Return the backbone's features of a source's images (or of `indices`), seen through the validation transform.
 
@@ -183,10 +183,10 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def backbone_features(
-    backbone: nn.Module, images: Float[Tensor, "B 3 S S"], precision: Literal["fp32", "bf16"]
+    backbone: nn.Module, images: Float[Tensor, "B 3 S S"], precision: torch.dtype
 ) -> Float[Tensor, "B F"]:
     """Return the backbone's float32 features of one batch, without gradient. Raises CacoError on another shape."""
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(images.device, precision):
         outputs = [backbone(part) for part in images.split(_at_a_time(images))]
     for output in outputs:
         if not isinstance(output, Tensor) or output.ndim != 2:

@@ -22,7 +22,6 @@ from caco.data.order import epoch_order
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
 from caco.data.threads import map_in_order
-from caco.distributed.world import precision_name
 from caco.errors import CacoError, UsageError
 from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import backbone_features, evaluation_mode, labels_of
@@ -209,7 +208,7 @@ class _CroppedFeatures:
             return torch.empty(0, _width(self.backbone), device=self.encoder.world.device)
         with evaluation_mode(self.backbone):
             images = copy_to(self.encoder.world.device, torch.stack(views))
-            return backbone_features(self.backbone, images, precision_name(self.encoder.precision))
+            return backbone_features(self.backbone, images, self.encoder.precision)
 
     def _labels(self, indices: list[int]) -> Int[Tensor, " B"]:
         return self.labels[indices].to(self.encoder.world.device)

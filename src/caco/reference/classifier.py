@@ -13,7 +13,8 @@ import torch
 from caco.after_training import Linear
 from caco.data.labels import Relabelled
 from caco.data.source import open_source
-from caco.distributed.world import World, choose_device
+from caco.device import choose_device
+from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.encoder import load_encoder
 from caco.evaluate.features import labels_of

@@ -57,7 +57,7 @@ def _main(arguments: list[str]) -> None:
         )
     import torch
 
-    from caco import commands
+    from caco.judge import linear
     from caco.reference.classifier import evaluate_classifier, write_checkpoint
 
     config = translate(flags, torch.cuda.device_count(), os.cpu_count() or 1)
@@ -66,7 +66,7 @@ def _main(arguments: list[str]) -> None:
         top1, top5 = evaluate_classifier(Path(flags.resume or result_folder(flags) / "checkpoint.pth.tar"), config)
     else:
         print(linear_command(config), flush=True)
-        report = commands.linear(config)
+        report = linear(config)
         if report is None:  # another process prints the result
             return
         top1, top5 = report["top1"], report["top5"]

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from caco.config import Pretrain
-from caco.distributed.world import has_fast_bfloat16
 from caco.errors import UsageError
+from caco.precision import PRECISIONS, autocast, has_fast_bfloat16
 from caco.train.state import random_state, set_random_state
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 TRIAL_BATCH = {"cpu": 32, "cuda": 256}
 """Images in a trial of precision and layout, at most. (With few of them a GPU waits for its next kernel.)"""
@@ -163,12 +162,11 @@ def _seconds(
     network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
     change(network)
     view = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
-    dtype = PRECISIONS[trial.precision]
     best = float("inf")
     for _ in range(rounds):
         _wait(device)
         began = time.perf_counter()
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with autocast(device, PRECISIONS[trial.precision]):
             features: Tensor = network(view)
         features.float().square().mean().backward()
         _wait(device)

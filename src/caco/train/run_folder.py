@@ -38,21 +38,29 @@ WRITTEN = (
 """All that a run, and what comes after it, writes into its folder of its own accord."""
 
 
-def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
-    """Raise UsageError when the run's folder may not be used as asked. Changes nothing.
+def decide_start(config: Pretrain, restarted: bool = False) -> Pretrain:
+    """Return the configuration with which the run begins or goes on. Changes nothing; raises UsageError where it may not.
 
-    A run to be resumed that has saved nothing yet begins anew, which comes to the same: all follows from its settings.
-    restarted: by torchrun after a process was lost, or by SLURM after a requeue; the command is the same, so it is
-    decided here that the same run goes on, computed as it began. Returns the configuration with these decisions.
+    Restarted, by torchrun after a process was lost or by SLURM after a requeue: the command is the same, so the same run
+    goes on, computed as it began. To be resumed, and nothing is saved yet: it begins anew, which comes to the same, for all
+    follows from its settings. Else: as asked.
     """
-    if restarted and _holds_run(Path(config.out)):
-        config = _as_decided(replace(config, resume=True, overwrite=False), read_config(Path(config.out)))
-    if not config.out:
-        raise UsageError("--out is missing: name a folder for the run, for example --out runs/first")
+    folder = Path(config.out)
+    if restarted and _holds_run(folder):
+        config = _as_decided(replace(config, resume=True, overwrite=False), read_config(folder))
+    check_run_folder(config)
+    if config.resume and not _has_saved(folder):
+        if not restarted:
+            check_same_mathematics(read_config(folder), config)
+        print(f"the run in {folder} had saved no checkpoint yet: it begins anew, the same", file=sys.stderr)
+        return replace(config, resume=False, overwrite=True)
+    return config
+
+
+def check_run_folder(config: Pretrain) -> None:
+    """Raise UsageError when the run's folder may not be used as asked."""
     folder = Path(config.out)
     holds_run = _holds_run(folder)
-    if config.resume and config.overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
     if config.resume and not holds_run:
         raise UsageError(f"--resume: there is no run in {folder}; leave --resume out to start one")
     if folder.is_file() or (folder.is_dir() and not holds_run and any(path.name != LOCK for path in folder.iterdir())):
@@ -66,12 +74,6 @@ def check_run_folder(config: Pretrain, restarted: bool = False) -> Pretrain:
                 f"--weights {config.weights} lies in the run that --overwrite deletes; choose another --out"
             )
     check_writable("--out", folder / "config.json")
-    if config.resume and not _has_saved(folder):
-        if not restarted:
-            check_same_mathematics(read_config(folder), config)
-        print(f"the run in {folder} had saved no checkpoint yet: it begins anew, the same", file=sys.stderr)
-        return replace(config, resume=False, overwrite=True)
-    return config
 
 
 def _as_decided(config: Pretrain, saved: Pretrain) -> Pretrain:
@@ -85,7 +87,7 @@ def open_run_folder(config: Pretrain, lock: RunLock) -> Path:
 
     Raises UsageError as `check_run_folder` does, or when the folder is in use.
     """
-    check_run_folder(config)
+    check_run_folder(config)  # again: another run may have come and gone here while this one was prepared
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     lock.take(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from caco import schedule
-from caco.config import Pretrain
+from caco.config import Pretrain, Views
 from caco.distributed.world import World
 from caco.model import CaCo, StepOutput, ViewOutput, step_output
 from caco.optim import set_lr
+from caco.precision import autocast
 from caco.train.state import TrainingState
 
 
@@ -43,6 +45,22 @@ def rates_at(config: Pretrain, epoch: int) -> Rates:
 def warm_start_lr(config: Pretrain) -> float:
     """Return the learning rate of the warm start: the full base rate (published)."""
     return config.lr * config.batch_size / 256
+
+
+def warm_start_steps(config: Pretrain, steps_per_epoch: int) -> int:
+    """Return the length of the warm start; auto, as published: until all slots are filled, or the data ends."""
+    if config.bank.warm_start_steps != "auto":
+        return config.bank.warm_start_steps
+    return min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)
+
+
+def warm_start_cost(views: Views) -> float:
+    """Return what a step of the warm start costs, in training steps: of one query and one key, by their pixels.
+
+    A query's forward and backward pass is three times its forward pass.
+    """
+    queries = views.large + views.small * (views.small_size / views.size) ** 2
+    return (3 + 1) / (3 * queries + 2)
 
 
 def remarks_on_rates(config: Pretrain) -> Iterator[str]:
@@ -98,19 +116,19 @@ def compute_gradients(
     accumulate: the batch goes through in so many parts, one after another; the negatives come from the bank, so only
     batch norm can tell.
     """
-    autocast = torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32)
+    in_precision = autocast(views[0].device, precision)
     outputs: list[ViewOutput] = []
     positives_of_parts: list[Tensor] = []
     parts = parts_of(views, accumulate)
     for part, crops in enumerate(parts):
-        with autocast:
+        with in_precision:
             positives = model.find_positives(crops)
         positives_of_parts.append(positives.indices)
         for view_index, view in enumerate(crops):
             is_last = (part, view_index) == (len(parts) - 1, len(crops) - 1)
             earlier = [output.pull for output in outputs] if is_last else None
             with _gradients_stay_here(network, not is_last):
-                with autocast:
+                with in_precision:
                     output: ViewOutput = network(view, view_index, positives, 1 / len(parts), earlier)
                 output.loss.backward()
             outputs.append(output._replace(loss=output.loss.detach()))
@@ -147,7 +165,7 @@ def warm_start_step(
     losses, keys = [], []
     for part, crops in enumerate(parts_of(views[:2], accumulate)):
         with _gradients_stay_here(network, part < accumulate - 1):
-            with torch.autocast(views[0].device.type, dtype=precision, enabled=precision != torch.float32):
+            with autocast(views[0].device, precision):
                 loss, found = network(crops)
             (loss / accumulate).backward()
         losses.append(loss.detach())

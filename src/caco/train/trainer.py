@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from caco.config import Pretrain, Views
+from torch import Tensor
+
 from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, UsageError, counted
@@ -18,10 +17,17 @@ from caco.train.checkpoint import CheckpointFolder, Latest
 from caco.train.interrupt import InterruptFlag
 from caco.train.journal import Forecast, Journal, ProgressBar, SilentJournal, Stopwatch
 from caco.train.monitor import knn_is_due
-from caco.train.step import Rates, rates_at, remarks_on_rates, train_step, warm_start_lr, warm_start_step
-
-if TYPE_CHECKING:
-    from caco.train.pretrain import Prepared
+from caco.train.prepare import Prepared
+from caco.train.step import (
+    Rates,
+    rates_at,
+    remarks_on_rates,
+    train_step,
+    warm_start_cost,
+    warm_start_lr,
+    warm_start_step,
+    warm_start_steps,
+)
 
 WARM_START_EPOCH = 1_000_000
 """The warm start's passes over the images are numbered from here, so that they share no view with an epoch."""
@@ -36,22 +42,20 @@ class Trainer:
 
     def __init__(self, run: Prepared, folder: Path, world: World, interrupt: InterruptFlag) -> None:
         """A run to be resumed takes its state from the folder's latest checkpoint. Raises UsageError if that does not fit."""
-        self.config, self.state, self.loader, self.broken = run.config, run.state, run.loader, run.broken
-        self.card, self.precision, self.monitor, self.engine = run.card, run.precision, run.monitor, run.engine
-        self.folder, self.world, self.interrupt = folder, world, interrupt
-        config = run.config
-        self.epochs = int(config.epochs)
+        self.run, self.folder, self.world, self.interrupt = run, folder, world, interrupt
+        self.config, self.state, self.loader = run.config, run.state, run.loader
+        self.epochs = int(self.config.epochs)
         self.steps = self.epochs * self.loader.steps_per_epoch
-        self.unused = unused_parameters(run.state.model.encoder.get_submodule("backbone"), config.views.size, world)
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", config.monitor.keep_checkpoints)
+        self.unused = unused_parameters(self.state.model.backbone, self.config.views.size, world)
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", self.config.monitor.keep_checkpoints)
         self.last_saved = time.monotonic()
         self.last_spread = 1.0
-        self.broken_told = 0
-        self.told: set[str] = set()
-        self.forecast = Forecast(self.loader.steps_per_epoch, new=not config.resume)
-        metrics_bytes, problems = self._resume() if config.resume else (0, ())
-        self.state.knn_is_owed &= self.monitor is not None  # it can have been switched off meanwhile
-        tensorboard = config.monitor.tensorboard
+        self.announced_broken = 0
+        self.announced_advice: set[str] = set()
+        self.forecast = Forecast(self.loader.steps_per_epoch, new=not self.config.resume)
+        metrics_bytes, problems = self._resume() if self.config.resume else (0, ())
+        self.state.knn_is_owed &= run.monitor is not None  # it can have been switched off meanwhile
+        tensorboard = self.config.monitor.tensorboard
         self.journal = Journal(folder, metrics_bytes, tensorboard) if world.is_main else SilentJournal()
         for problem in problems:
             self.journal.say(f"an earlier checkpoint is taken: {problem}")
@@ -66,7 +70,7 @@ class Trainer:
             self.state.model.train()
             self._warm_start()
             self._train_epochs()
-            self._tell_broken()
+            self._announce_broken()
             self.journal.note("the run is finished")
         finally:
             self.journal.close()
@@ -81,10 +85,10 @@ class Trainer:
             f"{resumed}training {config.backbone} on {len(self.loader.source):,} images of {config.data}: "
             f"{counted(self.epochs, 'epoch')}, {counted(self.steps, 'step')} of {config.batch_size}{warm_start}, "
             f"{config.bank_size:,} slots, "
-            f"on {self.world.device} ({str(self.precision).removeprefix('torch.')}{processes}), into {self.folder}"
+            f"on {self.world.device} ({str(self.run.precision).removeprefix('torch.')}{processes}), into {self.folder}"
         )
-        if self.engine:
-            self.journal.say(f"encoder: {self.engine}")
+        if self.run.engine:
+            self.journal.say(f"encoder: {self.run.engine}")
         for remark in remarks_on_rates(self.config):
             self.journal.say(remark)
 
@@ -98,11 +102,8 @@ class Trainer:
         steps = warm_start_steps(self.config, per_epoch)
         if state.warm_start_step >= steps:
             return
-        network = data_parallel(
-            WarmStart(state.model, self.config.bank.warm_start_temperature),
-            self.world,
-            ignored=[state.model.bank.weight, *self.unused],
-        )
+        contrast = WarmStart(state.model, self.config.bank.warm_start_temperature)
+        network = data_parallel(contrast, self.world, ignored=[state.model.bank.weight, *self.unused])
         lr, momentum = warm_start_lr(self.config), self.config.bank.warm_start_key_momentum
         cost = warm_start_cost(self.config.views)
         with (
@@ -111,28 +112,33 @@ class Trainer:
         ):
             for batch in batches:
                 loss = warm_start_step(
-                    state, network, batch.views, lr, momentum, self.precision, self.world, self.config.accumulate
+                    state, network, batch.views, lr, momentum, self.run.precision, self.world, self.config.accumulate
                 )
                 done = state.warm_start_step
-                if done == steps:
+                is_last = done == steps
+                if is_last:
                     state.model.copy_to_key_encoder()
                 bar.advance()
-                logged = self._is_logged(done) or done == steps
-                if said := self.forecast.note(self.steps - state.step + (steps - done) * cost, logged, cost):
-                    self.journal.say(said)
-                if logged:
-                    self._stop_if_not_finite(self.state.meters.bad_step(self.world))
-                    mean = float(self.world.sum(loss)) / self.world.size
-                    self.journal.record("warm start", done, loss=mean)
-                    bar.show(done, f"loss {mean:.3f}")
-                self._save_when_due(done, known_to_all=done == steps)
+                is_due = is_last or self._record_is_due(done)
+                self._announce_forecast(self.steps - state.step + (steps - done) * cost, is_due, cost)
+                if is_due:
+                    bar.show(done, self._record_warm_start(loss))
+                self._save_when_due(done, all_processes_are_here=is_last)
+
+    def _record_warm_start(self, loss: Tensor) -> str:
+        """Record the loss of a step of the warm start, the mean over all processes; return it in short."""
+        self._stop_if_not_finite(self.state.meters.bad_step(self.world))
+        mean = float(self.world.sum(loss)) / self.world.size
+        self.journal.record("warm start", self.state.warm_start_step, loss=mean)
+        return f"loss {mean:.3f}"
 
     def _train_epochs(self) -> None:
-        state, per_epoch = self.state, self.loader.steps_per_epoch
+        state, per_epoch, accumulate = self.state, self.loader.steps_per_epoch, self.config.accumulate
         apart = [state.model.bank.weight] if self.config.bank.sharded else []
         network = data_parallel(state.model, self.world, ignored=[*apart, *self.unused])
         if state.knn_is_owed:  # the run was stopped between the end of an epoch and its check
-            self._save_when_due(state.step, known_to_all=True, best=self._check(state.step // per_epoch - 1))
+            best = self._knn_check(state.step // per_epoch - 1)
+            self._save_when_due(state.step, all_processes_are_here=True, best=best)
         clock = Stopwatch()
         with (
             ProgressBar(self.journal, self.steps, state.step) as bar,
@@ -140,42 +146,54 @@ class Trainer:
         ):
             for batch in clock.waiting(batches):
                 epoch, step = divmod(state.step, per_epoch)
-                last, rates = step + 1 == per_epoch, rates_at(self.config, epoch)
-                next_rates = rates_at(self.config, epoch + 1) if last else rates
-                momentum, accumulate = next_rates.key_momentum, self.config.accumulate
-                train_step(state, network, batch.views, rates, momentum, self.precision, accumulate)
+                ends_epoch = step + 1 == per_epoch
+                rates, next_rates = rates_at(self.config, epoch), rates_at(self.config, epoch + ends_epoch)
+                train_step(state, network, batch.views, rates, next_rates.key_momentum, self.run.precision, accumulate)
                 clock.images += self.config.batch_size
                 bar.advance()
-                logged = self._is_logged(state.step) or last
-                if logged:
-                    text = self._log(epoch, rates)
-                    speed, wait = clock.take()
-                    self.journal.record_speed(state.step, speed, wait)
-                    text += f", {speed:,.1f} images/s, {wait:.0%} waiting for data"
-                    bar.show(state.step, text)
-                if said := self.forecast.note(self.steps - state.step, logged):
-                    self.journal.say(said)
-                if last:
-                    self.journal.note(f"epoch {epoch + 1}/{self.epochs}: step {state.step:,}, {text}")
-                best = last and self._end_epoch(epoch)
-                self._save_when_due(state.step, known_to_all=last, best=best)
-                if last:
+                is_due = ends_epoch or self._record_is_due(state.step)
+                if is_due:
+                    numbers = self._record_step(epoch, rates, clock)
+                    bar.show(state.step, numbers)
+                self._announce_forecast(self.steps - state.step, is_due)
+                if ends_epoch:
+                    self._end_epoch(epoch, numbers)
                     clock.restart()
+                else:
+                    self._save_when_due(state.step)
 
-    def _is_logged(self, step: int) -> bool:
+    def _record_is_due(self, step: int) -> bool:
         return step % self.config.monitor.log_steps == 0
 
-    def _log(self, epoch: int, rates: Rates) -> str:
-        """Record the means since the last record; return them in short."""
+    def _record_step(self, epoch: int, rates: Rates, clock: Stopwatch) -> str:
+        """Record the means since the last record, and the speed; return them in short."""
         measured = self.state.meters.take(self.world)
         self._stop_if_not_finite(measured.first_bad_step)
         self.last_spread = measured.feature_spread
         values = {name: value for name, value in vars(measured).items() if name != "first_bad_step"}
         self.journal.record("train", self.state.step, epoch=epoch, **values, **vars(rates))
-        return f"loss {measured.loss:.3f}, positive probability {measured.positive_probability:.3f}"
+        speed, wait = clock.take()
+        self.journal.record_speed(self.state.step, speed, wait)
+        return (
+            f"loss {measured.loss:.3f}, positive probability {measured.positive_probability:.3f}, "
+            f"{speed:,.1f} images/s, {wait:.0%} waiting for data"
+        )
 
-    def _end_epoch(self, epoch: int) -> bool:
-        """Record the epoch: how the bank is used, the kNN check when due. Return whether it is the best so far."""
+    def _end_epoch(self, epoch: int, numbers: str) -> None:
+        """Record the epoch: how the bank is used, the kNN check when due. Save when due."""
+        self.journal.note(f"epoch {epoch + 1}/{self.epochs}: step {self.state.step:,}, {numbers}")
+        used = self._record_usage(epoch)
+        self._announce_broken()
+        best = False
+        if self.run.monitor is not None and knn_is_due(epoch, self.epochs, self.config.monitor):
+            self.state.knn_is_owed = True
+            # Before the check, which takes its time and may fail.
+            self._save_when_due(self.state.step, all_processes_are_here=True)
+            best = self._knn_check(epoch, f", {used:,} of {self.config.bank_size:,} slots used")
+        self._save_when_due(self.state.step, all_processes_are_here=True, best=best)
+
+    def _record_usage(self, epoch: int) -> int:
+        """Record how the bank was used in an epoch, and give advice; return the number of slots used."""
         usage = self.state.meters.take_epoch_usage(self.world)
         used, perplexity, choices = int(usage.used), float(usage.perplexity), int(usage.choices)
         self.journal.record("epoch", self.state.step, epoch=epoch, slots_used=used, slot_perplexity=perplexity)
@@ -183,44 +201,44 @@ class Trainer:
             slots=self.config.bank_size, used=used, perplexity=perplexity, choices=choices, spread=self.last_spread
         )
         for finding in findings:
-            if finding.advice not in self.told:  # once is enough
-                self.told.add(finding.advice)
+            if finding.advice not in self.announced_advice:  # once is enough
+                self.announced_advice.add(finding.advice)
                 self.journal.say(f"epoch {epoch + 1}: {finding}")
-        self._tell_broken()
-        if self.monitor is None or not knn_is_due(epoch, self.epochs, self.config.monitor):
-            return False
-        self.state.knn_is_owed = True
-        self._save_when_due(self.state.step, known_to_all=True)  # before the check, which takes its time and may fail
-        return self._check(epoch, f", {used:,} of {self.config.bank_size:,} slots used")
+        return used
 
-    def _check(self, epoch: int, said_too: str = "") -> bool:
-        """Do the kNN check that is owed, and record it. Return whether it is the best so far."""
-        assert self.monitor is not None
-        result = self.monitor(self.state.model.encoder.get_submodule("backbone"))
+    def _knn_check(self, epoch: int, more: str = "") -> bool:
+        """Do the kNN check that is owed, and record it. Return whether it is the best so far. more: said behind it."""
+        assert self.run.monitor is not None
+        result = self.run.monitor(self.state.model.backbone)
         self.state.knn_is_owed = False
         self.journal.record("knn", self.state.step, epoch=epoch, **result)
         queries = f"{result['queries']:,} images"
-        self.journal.say(f"epoch {epoch + 1}/{self.epochs}: kNN {result['top1']:.1f} % of {queries}{said_too}")
+        self.journal.say(f"epoch {epoch + 1}/{self.epochs}: kNN {result['top1']:.1f} % of {queries}{more}")
         best = result["top1"] > self.state.best_knn
         self.state.best_knn = max(self.state.best_knn, result["top1"])
         return best
 
-    def _tell_broken(self) -> None:
+    def _announce_forecast(self, steps_left: float, measured: bool, cost: float = 1.0) -> None:
+        """Say, once, when the run will take long; the values are those of `Forecast.note`."""
+        if said := self.forecast.note(steps_left, measured, cost):
+            self.journal.say(said)
+
+    def _announce_broken(self) -> None:
         """Say how many images were skipped, when they have become more."""
-        if len(self.broken) > self.broken_told:
-            self.broken_told = len(self.broken)
-            count = counted(self.broken_told, "broken image")
+        if len(self.run.broken) > self.announced_broken:
+            self.announced_broken = len(self.run.broken)
+            count = counted(self.announced_broken, "broken image")
             self.journal.say(f"{count} skipped so far; which, and why: {self.folder / 'skipped.txt'}")
 
-    def _save_when_due(self, step: int, known_to_all: bool, best: bool = False) -> None:
+    def _save_when_due(self, step: int, all_processes_are_here: bool = False, best: bool = False) -> None:
         """Save when it is time to, or when asked to stop; then stop.
 
         Several processes vote, at the steps at which they meet anyway; a single one looks after every step.
         """
-        if self.world.size > 1 and not (known_to_all or self._is_logged(step)):
+        if self.world.size > 1 and not (all_processes_are_here or self._record_is_due(step)):
             return
         late = time.monotonic() - self.last_saved >= self.config.monitor.checkpoint_minutes * 60
-        stop, late, best = self.world.any(self.interrupt.name is not None, late, best)
+        stop, late, best = self.world.vote(self.interrupt.name is not None, late, best)
         finished = self.state.step == self.steps
         if not (stop or late or best or finished):
             return
@@ -236,21 +254,21 @@ class Trainer:
     def _save(self, best: bool) -> Path:
         """Write a checkpoint. Raises CacoError instead when it would hold what no step can go on from."""
         self._stop_if_not_finite(self.state.meters.bad_step(self.world))
-        if any(self.world.any(not self.state.is_finite())):  # the loss of a step is that of the weights before it
+        if any(self.world.vote(not self.state.is_finite())):  # the loss of a step is that of the weights before it
             self._stop_if_not_finite(self.state.step or self.state.warm_start_step, "weights are")
         contents = {
             **self.state.state_dict(self.world),
             "metrics_bytes": self.journal.sync(),
             "images": len(self.loader.source),
             "epoch": self.state.step // self.loader.steps_per_epoch,
-            "card": {**vars(self.card), "step": self.state.step},
+            "card": {**vars(self.run.card), "step": self.state.step},
         }
         self.last_saved = time.monotonic()
         step = self.state.warm_start_step + self.state.step
         if self.world.is_main:
             self.checkpoints.save(contents, step, best)
         self.world.wait()
-        self.broken.merge(self.world)  # may end the run, which by now is saved
+        self.run.broken.merge(self.world)  # may end the run, which by now is saved
         return self.checkpoints.path(step)
 
     def _resume(self) -> tuple[int, tuple[str, ...]]:
@@ -258,7 +276,7 @@ class Trainer:
 
         Return the length metrics.jsonl had then, and why newer checkpoints cannot be read.
         """
-        latest: Latest = self.world.share(self.checkpoints.latest)
+        latest: Latest = self.world.decide_in_main(self.checkpoints.latest)
         contents = latest.content
         if contents["images"] != len(self.loader.source):
             raise UsageError(
@@ -277,19 +295,3 @@ class Trainer:
                 f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
                 "or --precision fp32."
             )
-
-
-def warm_start_cost(views: Views) -> float:
-    """Return what a step of the warm start costs, in training steps: of one query and one key, by their pixels.
-
-    A query's forward and backward pass is three times its forward pass.
-    """
-    queries = views.large + views.small * (views.small_size / views.size) ** 2
-    return (3 + 1) / (3 * queries + 2)
-
-
-def warm_start_steps(config: Pretrain, steps_per_epoch: int) -> int:
-    """Return the length of the warm start; auto, as published: until all slots are filled, or the data ends."""
-    if config.bank.warm_start_steps != "auto":
-        return config.bank.warm_start_steps
-    return min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)

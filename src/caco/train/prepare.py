@@ -1,11 +1,10 @@
-"""Pre-training, from a configuration to a finished run folder."""
+"""All that a run of pre-training needs, built from its configuration before anything is written."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from caco.backbone import Encoder, adopt_backbone, create_backbone, projector, stem_of, try_size
+from caco.backbone import adopt_backbone, create_backbone, create_encoder, stem_of, try_size
 from caco.bank import Bank
 from caco.checkpointing import checkpoint_blocks
 from caco.config import Pretrain
@@ -23,62 +22,24 @@ from caco.data.loader import TrainingViews, check_batch_size
 from caco.data.source import ImageSource, open_source
 from caco.distributed.bank_shards import ProcessShards
 from caco.distributed.batch_norm import synchronise_batch_norm
-from caco.distributed.world import World, choose_precision
+from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.memory import free_memory, in_words
 from caco.model import CaCo, view_pairs
+from caco.objects import Objects
 from caco.optim import encoder_optimizer
-from caco.train.checkpoint import remove_leftovers
-from caco.train.engine import choose_engine, compile_module, layout_of, search_kernels
-from caco.train.heap import keep_heap
-from caco.train.interrupt import InterruptFlag
-from caco.train.lock import RunLock
+from caco.precision import choose_precision
+from caco.train.engine import choose_engine, compile_module, layout_of
 from caco.train.meters import Meters
 from caco.train.monitor import KnnMonitor, create_monitor
-from caco.train.run_folder import (
-    check_run_folder,
-    check_same_mathematics,
-    open_run_folder,
-    read_config,
-    write_config,
-    write_environment,
-)
+from caco.train.run_folder import check_same_mathematics, read_config
 from caco.train.start import load_start, start_from
 from caco.train.state import TrainingState
-from caco.train.trainer import Trainer, warm_start_steps
-from caco.weights import BackboneCard, save_backbone
+from caco.train.step import warm_start_steps
+from caco.weights import BackboneCard
 
 RANDOM_STRIDE = 0x5851F42D4C957F2D
 """Between the seeds of two processes: no process of a run has the seed of another run that one may compare it with."""
-
-
-def run(
-    world: World,
-    config: Pretrain,
-    own: nn.Module | None = None,
-    images: ImageSource | None = None,
-    val: ImageSource | None = None,
-) -> Path:
-    """Pre-train as configured, in this and all other processes of `world`; return the path of the finished backbone.
-
-    own: the user's own module, instead of `config.backbone` by name. images, val: the user's own sources, instead of
-    `config.data` and `config.val`. Raises UsageError before any heavy work, Interrupted after a signal (the run is
-    saved), CacoError when the run cannot go on (its last good state is kept).
-    """
-    check_division(config, world)
-    check_bank_fits(config, world)
-    if world.device.type == "cpu" and config.engine.keep_heap:
-        keep_heap()
-    search_kernels(world.device)
-    with RunLock() as lock, tempfile.TemporaryDirectory() as staging:
-        if world.is_main and config.out:
-            lock.take(Path(config.out))
-        config = world.share(lambda: check_run_folder(config, restarted=world.attempt > 0))
-        index = Path(staging) / "index.npz"
-        prepared = prepare(world, config, own, images, val, index)
-        if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
-            open_folder(prepared.config, index, lock)
-        return train(world, prepared)
 
 
 @dataclass(frozen=True)
@@ -97,23 +58,16 @@ class Prepared:
     """How the encoder is computed and why, in words."""
 
 
-def prepare(
-    world: World,
-    config: Pretrain,
-    own: nn.Module | None,
-    images: ImageSource | None,
-    val: ImageSource | None,
-    index: Path,
-) -> Prepared:
+def prepare(world: World, config: Pretrain, objects: Objects, index: Path) -> Prepared:
     """Build all that a run needs, without touching its folder. index: where the listing of a folder is to be written.
 
     Raises UsageError for all that can be wrong with the options, the images and the weights to start from.
     """
-    backbone = _start_backbone(config, own)
+    backbone = _start_backbone(config, objects.backbone)
     kept = Path(config.out) / index.name
     if config.resume and kept.exists():
         shutil.copy2(kept, index)
-    source = images if images is not None else _open(config, config.data, world, index_cache=index)
+    source = objects.data if objects.data is not None else _open(config, config.data, world, index_cache=index)
     if world.is_main:
         say_left_out(source)
     check_batch_size(source, config.batch_size, world.size)
@@ -123,7 +77,7 @@ def prepare(
     if config.resume:
         check_same_mathematics(read_config(Path(config.out)), config)
     precision = choose_precision(config.precision, world.device)
-    monitor = _create_monitor(config, source, val, world, precision)
+    monitor = _create_monitor(config, source, objects.val, world, precision)
     broken = BrokenImages(len(source), config.monitor.broken_share)
     loader = _create_loader(config, source, world, broken)
     state = create_state(config, backbone, world)
@@ -132,37 +86,6 @@ def prepare(
     if world.rank:  # all have drawn the same weights; what is dropped in training, each draws for itself
         torch.manual_seed((config.seed + world.rank * RANDOM_STRIDE) % 2**63)
     return Prepared(config, state, loader, broken, monitor, _backbone_card(config, backbone), precision, why)
-
-
-def open_folder(config: Pretrain, index: Path, lock: RunLock) -> None:
-    """Open the folder of a run whose configuration is resolved; a new one gets its configuration and listing."""
-    folder = open_run_folder(config, lock)
-    remove_leftovers(folder)
-    if not config.resume:
-        write_config(folder, config)
-        if index.exists():
-            shutil.move(index, folder / index.name)
-
-
-def train(world: World, prepared: Prepared) -> Path:
-    """Train to the end in the folder that is open; return the path of the finished backbone."""
-    config, state, broken, folder = prepared.config, prepared.state, prepared.broken, Path(prepared.config.out)
-    world.wait()  # until the folder is open
-    if world.is_main:
-        broken.list_in(folder / "skipped.txt")
-    try:
-        with InterruptFlag() as interrupt:
-            trainer = Trainer(prepared, folder, world, interrupt)
-            if world.is_main:  # only now is a resumed run known to fit
-                write_config(folder, config)
-                write_environment(folder, str(world.device), world.size)
-            trainer.train()
-    finally:
-        broken.write()
-    path = folder / "export" / "backbone.safetensors"
-    if world.is_main:
-        save_backbone(path, state.model.encoder.get_submodule("backbone"), replace(prepared.card, step=state.step))
-    return path
 
 
 def check_division(config: Pretrain, world: World) -> None:
@@ -194,9 +117,8 @@ def check_bank_fits(config: Pretrain, world: World) -> None:
 
 def create_state(config: Pretrain, backbone: nn.Module, world: World) -> TrainingState:
     """Return the networks, bank and optimizers at the start of a run."""
-    features = int(backbone.num_features)  # type: ignore[arg-type]
-    encoder = Encoder(
-        backbone, projector(features, config.encoder.projector, config.encoder.embedding, config.encoder.centred)
+    encoder = create_encoder(
+        backbone, config.encoder.projector, config.encoder.embedding, centred=config.encoder.centred
     )
     bank = Bank(
         config.bank_size,
@@ -240,22 +162,22 @@ def _open(config: Pretrain, data: str, world: World, **options: Any) -> ImageSou
 def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: int) -> tuple[Pretrain, str]:
     passes = steps * config.accumulate * (config.views.large + config.views.small)
     batch = config.batch_size // (world.size * config.accumulate)
-    return world.share(lambda: choose_engine(config, backbone, world.device, passes, batch, _say))
+    return world.decide_in_main(lambda: choose_engine(config, backbone, world.device, passes, batch, _say))
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _start_backbone(config: Pretrain, own: nn.Module | None) -> nn.Module:
-    """Return the backbone the run starts from: seeded at random, or from --weights."""
+def _start_backbone(config: Pretrain, module: nn.Module | None) -> nn.Module:
+    """Return the backbone the run starts from: seeded at random, or from --weights. module: the caller's own."""
     torch.manual_seed(config.seed)
     size, stem = config.views.size, config.encoder.stem
-    if config.backbone == "own" and own is None:
+    if config.backbone == "own" and module is None:
         raise UsageError(
             "the run trains a module of your own: go on from Python, caco.pretrain(..., backbone=module, resume=True)"
         )
-    backbone = create_backbone(config.backbone, size, stem) if own is None else adopt_backbone(own, size)
+    backbone = create_backbone(config.backbone, size, stem) if module is None else adopt_backbone(module, size)
     if not any(parameter.requires_grad for parameter in backbone.parameters()):
         raise UsageError("the backbone has no parameter to train: requires_grad is False for all, or there is none")
     if config.views.small:
