@@ -328,9 +328,9 @@ class Counted(ArraySource):
 
     loads = 0
 
-    def load(self, index, shrink=None):
+    def load(self, index):
         self.loads += 1
-        return super().load(index, shrink)
+        return super().load(index)
 
 
 def test_a_rate_that_cannot_be_chosen_is_told_before_the_work(run):
