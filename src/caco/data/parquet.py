@@ -122,9 +122,8 @@ def parquet_source(paths: Sequence[Path], name: str, cache_folder: Path) -> Parq
     columns = index.columns
     if not len(columns["ends"]):
         raise UsageError(f"{name} holds no images: the Parquet files have no rows")
-    named = [
-        Path(os.path.abspath(path)) for path in paths
-    ]  # links keep their names: in Hugging Face's cache, files lack any
+    # Links keep their names: in Hugging Face's cache, the files behind them lack any.
+    named = [Path(os.path.abspath(path)) for path in paths]
     _, names = relative_names([os.fspath(path) for path in named])
     labels, opened_from = columns.get("label"), (named, name, cache_folder)
     return ParquetSource(name, content, columns["ends"], names, columns["rows"], labels, index.classes, opened_from)

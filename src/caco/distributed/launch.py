@@ -125,9 +125,8 @@ def _is_importing_the_script() -> bool:
 def _run_in(membership: Membership, task: Task, on_lost: Callable[[LostProcess], object] = say) -> Any:
     """Do the task in this process, as one of several; return the main process's result (None elsewhere)."""
     world, heartbeat = join(membership, task.device, task.timeout, on_lost, task.hint)
-    patience = (
-        PATIENCE / 2
-    )  # after an error the others may be waiting in an exchange, and end only when this process does
+    # After an error the others may be waiting in an exchange, and end only when this process does.
+    patience = PATIENCE / 2
     try:
         with out_of_memory_is_told():
             result = task.function(world, *task.arguments)
@@ -154,9 +153,8 @@ def _child(outcome_writer: Any, task_reader: Any, membership: Membership, proces
     print_any_name()
 
     def send(outcome: Outcome) -> None:
-        outcome_writer.send_bytes(
-            pickle.dumps(outcome)
-        )  # by value: this process, and any memory it shares, is about to go
+        # By value: this process, and any memory it shares, is about to go.
+        outcome_writer.send_bytes(pickle.dumps(outcome))
 
     try:
         task: Task = pickle.loads(task_reader.recv_bytes())

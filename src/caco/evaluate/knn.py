@@ -86,8 +86,8 @@ def knn_guesses(
 ) -> list[Int[Tensor, "M G"]]:
     """Return, for each number of neighbours, the (up to five) classes that get the most votes, most first; −1: no vote.
 
-    Features are L2-normalised here; computed in their dtype, float32 at least. Of
-    equally near neighbours the earlier one is taken, of classes with equal votes the lower. All else as `knn_accuracy`.
+    Features are L2-normalised here; computed in their dtype, float32 at least. Of equally near neighbours the earlier one
+    is taken, of classes with equal votes the lower. All else as `knn_accuracy`.
     """
     voting = _usable(voting, reference, reference_labels, queries, classes)
     guesses: list[list[Tensor]] = [[] for _ in voting.neighbours]

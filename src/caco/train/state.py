@@ -58,9 +58,8 @@ class TrainingState:
         norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
         statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
         tensors = [t for t in (*self.model.parameters(), *statistics) if t.is_floating_point() and t.numel()]
-        ends = [
-            end.detach() for tensor in tensors for end in torch.aminmax(tensor)
-        ]  # without a copy as large as the bank
+        # By the least and the largest number: without a copy as large as the bank.
+        ends = [end.detach() for tensor in tensors for end in torch.aminmax(tensor)]
         return bool(torch.isfinite(torch.stack(ends)).all())
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
