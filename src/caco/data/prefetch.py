@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     indices: np.ndarray
     """int64 [B]: which images of the source."""
     views: list[Tensor]
-    """One float32 [B, 3, S, S] for each view, normalised, channels_last, on the device."""
+    """One float32 [B, 3, S, S] for each view, normalised, on the device, in the layout of the run (`--engine.layout`)."""
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:

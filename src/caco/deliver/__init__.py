@@ -1,1 +1,1 @@
-"""What a user takes away: features, and a page to look at."""
+"""What a user takes away: features, an encoder in the format of others, and a page to look at."""

@@ -180,7 +180,7 @@ class Forecast:
     """Seconds of work left from which it is told."""
 
     def __init__(self, steps_per_epoch: int, new: bool) -> None:
-        """New: a run's number of epochs can still be chosen; that of a resumed one cannot."""
+        """new: whether the number of epochs can still be chosen; that of a resumed run cannot."""
         self._per_epoch, self._new = steps_per_epoch, new
         self._began: float | None = None
         self._done = 0.0
