@@ -49,7 +49,7 @@ Dashes in a name are underscores in Python: `--batch-size 256` is `batch_size=25
 | {UsageError.exit_status} | wrong usage; nothing was done |
 | {Interrupted.exit_status} | stopped by a signal and saved; `--resume` goes on |
 | {EXIT_STATUS} | another process of the run was lost; `--resume` goes on from the last checkpoint |
-| 130 | stopped by Ctrl-C without saving (all commands but `pretrain`, or the second Ctrl-C) |
+| 130 | stopped by Ctrl-C without saving (all commands but `pretrain`; `pretrain` while it prepares, or by the second Ctrl-C) |
 """
 
 

@@ -196,9 +196,9 @@ class EngineOptions:
     """How the encoder is computed. Same mathematics; only rounding, speed and memory differ."""
 
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
-    """Order of pixels and channels in memory; auto: channels_last, unless a trial at the start of a long run says other."""
+    """Order of pixels and channels in memory; auto: channels_last, unless a trial at the start of a long run says otherwise."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: tried at the start of a run of over two hours, kept if it pays."""
+    """torch.compile; auto: tried at the start of a run of over two hours (on a GPU half an hour), kept if it pays."""
     checkpointing: bool = False
     """Compute each block's activations again in backward: far less memory, about a third more time."""
     keep_heap: bool = True
