@@ -139,12 +139,18 @@ class TooLarge(nn.Module):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
 
-def test_a_trial_that_does_not_fit_is_left(capsys):
+def test_a_trial_that_does_not_fit_is_left():
     """The run may well fit: with fewer images at a time, or checkpointing."""
     assert seconds(TooLarge(), Trial("fp32", "channels_last"), CPU, 8, 4, rounds=2) == float("inf")
     config = replace(CONFIG, engine=EngineOptions(checkpointing=True))
-    chosen, why = choose_engine(config, TooLarge(), CPU, passes=10**9, batch=8)
+    said: list[str] = []
+    chosen, why = choose_engine(config, TooLarge(), CPU, passes=10**9, batch=8, say=said.append)
     assert (chosen.precision, chosen.engine.layout, chosen.engine.compile) == ("fp32", "channels_last", "off")
+    assert said == [
+        "a long run, of unknown length on this machine: 4 ways to compute the encoder are timed first",
+    ]
+    keeps, words = try_compiling(TooLarge(), Trial("fp32", "channels_last"), CPU, 8, 4)
+    assert not keeps and "does not fit into memory" in words
 
 
 def test_a_compiler_that_fails_is_told_and_left():

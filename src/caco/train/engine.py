@@ -202,6 +202,8 @@ def try_compiling(backbone: nn.Module, trial: Trial, device: torch.device, size:
         compiled = seconds(backbone, trial, device, size, batch, rounds=4, change=compile_module)
     except Exception as error:  # compilers fail in many ways; the run goes on without
         return False, f"torch.compile failed ({type(error).__name__}), so the encoder is not compiled"
+    if compiled == float("inf"):
+        return False, "torch.compile: a trial does not fit into memory, so the encoder is not compiled"
     words = f"torch.compile: {eager / compiled:.2f} times as fast, {time.perf_counter() - began:.0f} s to compile"
     return eager / compiled >= WORTH["compile"], words
 
@@ -222,7 +224,12 @@ def _long_run(device: torch.device) -> float:
 
 
 def _roughly(seconds: float) -> str:
-    """Return the time of all the encoder's passes in words; what else a step takes is little beside it."""
+    """Return the time of all the encoder's passes in words; what else a step takes is little beside it.
+
+    Infinite: a pass did not fit into memory (`seconds`), so nobody knows.
+    """
+    if seconds == float("inf"):
+        return "of unknown length"
     return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:,.0f} hours"
 
 
