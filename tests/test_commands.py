@@ -435,14 +435,16 @@ def test_overwrite_deletes_nothing_when_the_new_run_cannot_begin(photos, tmp_pat
     assert not (tmp_path / "new").exists()  # and the corrected command meets no "holds a run"
 
 
-def test_a_refused_resume_changes_nothing(photos, tmp_path):
+def test_a_refused_resume_changes_nothing(photos, tmp_path, monkeypatch):
     caco.pretrain(photos, tmp_path / "run", **TINY)
     before = snapshot(tmp_path / "run")
     fewer = make_photos(tmp_path / "fewer", 9)
+    monkeypatch.chdir(tmp_path)
     for options, words in (
         ({"data": fewer}, "resume needs the same images"),
         ({"data": photos, "lr": 9.0}, "cannot change --lr"),
         ({"data": tmp_path / "gone"}, r"no such file or folder\. If the images have moved .*: --data, --val$"),
+        ({"data": "fewe"}, r"Did you mean fewer\? If the images have moved"),
     ):
         with pytest.raises(UsageError, match=words):
             caco.pretrain(out=tmp_path / "run", resume=True, **options)

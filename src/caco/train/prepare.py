@@ -155,8 +155,10 @@ def _open(config: Pretrain, data: str, world: World, **options: Any) -> ImageSou
     except UsageError as error:
         if not config.resume:
             raise
-        moved = " If the images have moved since the run began, name them anew: --data, --val"
-        raise UsageError(f"{str(error).rstrip('.')}.{moved}") from error
+        told = str(error)
+        end = "" if told.endswith((".", "?")) else "."
+        moved = "If the images have moved since the run began, name them anew: --data, --val"
+        raise UsageError(f"{told}{end} {moved}") from error
 
 
 def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: int) -> tuple[Pretrain, str]:
