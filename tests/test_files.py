@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from caco.errors import CacoError, UsageError
-from caco.files import check_writable, refused, replace_file, replace_json
+from caco.files import check_writable, refused, replace_file, replace_json, replacing
 
 
 def names(folder):
@@ -95,3 +95,9 @@ def test_writable_or_not_is_known_before_the_work(tmp_path):
             check_writable("--out", path)
     with pytest.raises(UsageError, match="Is a directory"):
         check_writable("--out", tmp_path)
+
+
+def test_an_error_that_is_none_of_the_systems_comes_as_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="no file's fault") as caught, replacing(tmp_path / "file"):
+        raise RuntimeError("no file's fault")
+    assert caught.value.__cause__ is None and names(tmp_path) == []

@@ -43,7 +43,9 @@ def replacing(path: Path, second_name: Path | None = None) -> Iterator[BinaryIO]
                 try:
                     yield file
                 except RuntimeError as error:
-                    raise _refusal_behind(error) from error
+                    if refusal := _refusal_behind(error):
+                        raise refusal from None
+                    raise
                 file.flush()
                 os.fsync(file.fileno())
             if second_name is not None:
@@ -56,12 +58,12 @@ def replacing(path: Path, second_name: Path | None = None) -> Iterator[BinaryIO]
         raise CacoError(refused(error, path)) from error
 
 
-def _refusal_behind(error: BaseException) -> BaseException:
-    """Return what the system refused while torch.save wrote, which tells an error of its own instead; or the error itself."""
+def _refusal_behind(error: BaseException) -> OSError | None:
+    """Return what the system refused while torch.save wrote, which tells an error of its own instead; None: nothing."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    return cause or error
+    return cause
 
 
 def _give_second_name(temporary: Path, name: Path) -> None:
