@@ -72,7 +72,7 @@ def prepare(world: World, config: Pretrain, objects: Objects, index: Path) -> Pr
         say_left_out(source)
     check_batch_size(source, config.batch_size, world.size)
     config = _resolve_epochs(config, len(source) // config.batch_size)
-    steps = int(config.epochs) * (len(source) // config.batch_size)
+    steps = (int(config.epochs) - config.start_epoch) * (len(source) // config.batch_size)
     config, why = _choose_engine(config, backbone, world, steps)
     if config.resume:
         check_same_mathematics(read_config(Path(config.out)), config)
