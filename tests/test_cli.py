@@ -312,3 +312,14 @@ def test_an_output_that_was_never_there_is_no_error(closed):
 def test_a_result_that_nobody_gets_is_an_error():
     done = with_no_reader("knn", "pixels", "--data", "textures:40", "--size", "8", "--device", "cpu")
     assert (done.returncode, done.stderr) == (1, "caco: not all was told: whoever read the output has left\n")
+
+
+@pytest.mark.parametrize(("policy", "expected"), [(None, "10000"), ("ACTIVE", None)])
+def test_threads_do_not_spin_for_long_unless_told_to(policy, expected, monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is put back afterwards
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert main(["--version"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
