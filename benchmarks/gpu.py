@@ -1,4 +1,6 @@
-"""Everything that wants a GPU, in under 8 minutes: tests, steps against the limit, bank, memory table, data, evaluation.
+"""Everything that wants a GPU: tests, steps against the limit, bank, memory table, data, evaluation.
+
+A call takes as many parts as fit into 8 minutes, and names the others.
 
     python benchmarks/gpu.py --out FOLDER
     python benchmarks/gpu.py --out FOLDER --device cpu --quick      (a dry run: does every part work?)
