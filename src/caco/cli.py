@@ -40,8 +40,8 @@ Every command: --help. Version: caco --version."""
 def wait_briefly() -> None:
     """Let torch's threads wait for each other without keeping a core busy for long; called before torch is loaded.
 
-    Where other programs run, too, a thread that spins keeps the one it waits for from its core: runs of small networks
-    took 1.6 times as long and more. Alone it makes no difference (docs/performance.md). What the user has set stays.
+    Where other programs run, too, a thread that spins keeps the one it waits for from its core: a run can take many
+    times as long. Alone it makes no difference (docs/performance.md). What the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

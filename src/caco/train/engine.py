@@ -143,34 +143,21 @@ def seconds(
     The first round makes kernels and buffers, and may take many times as long as those that follow.
     Infinite where a GPU's memory does not suffice for it: the run may take fewer images at a time, or checkpointing.
     """
+    layout, best = LAYOUTS[trial.layout], float("inf")
     try:
-        return _seconds(backbone, trial, device, size, batch, rounds, change)
+        network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
+        change(network)
+        view = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
+        for _ in range(rounds):
+            _wait(device)
+            began = time.perf_counter()
+            with autocast(device, PRECISIONS[trial.precision]):
+                features: Tensor = network(view)
+            features.float().square().mean().backward()
+            _wait(device)
+            best = min(best, time.perf_counter() - began)
     except torch.OutOfMemoryError:
         return float("inf")
-
-
-def _seconds(
-    backbone: nn.Module,
-    trial: Trial,
-    device: torch.device,
-    size: int,
-    batch: int,
-    rounds: int,
-    change: Callable[[nn.Module], object],
-) -> float:
-    layout = LAYOUTS[trial.layout]
-    network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
-    change(network)
-    view = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
-    best = float("inf")
-    for _ in range(rounds):
-        _wait(device)
-        began = time.perf_counter()
-        with autocast(device, PRECISIONS[trial.precision]):
-            features: Tensor = network(view)
-        features.float().square().mean().backward()
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
     return best
 
 
