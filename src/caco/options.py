@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are exceptions."""
 
     def print_help(self, file: Any = None) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `| head -1` has seen enough; later than Python 3.10 this is argparse's own
+        with contextlib.suppress(BrokenPipeError):  # `| head -1` has seen enough; Python 3.11 sees to it by itself
             super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
