@@ -59,8 +59,7 @@ def matmul_rate(device: torch.device, precision: torch.dtype = torch.float32) ->
 
 def knn(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Search with made features."""
-    count = 5_000
-    images, width = (1_281_167, 2048) if device.type == "cuda" else (128_000, 512)
+    images, width, count = (1_281_167, 2048, 50_000) if device.type == "cuda" else (128_000, 512, 5_000)
     if options.quick:
         images, width, count = 20_000, 128, 2_000
     reference, labels = made_features(images, width, device, seed=0)

@@ -112,6 +112,8 @@ def _recipes() -> str:
 ## caco recipes
 
 List the named recipes, or print one whole: `caco recipes NAME`. `caco pretrain --recipe NAME` starts from it.
+NAME may also be the folder of a run, or its `config.json`: all that it computes, without `--data`, `--val` and `--out`,
+which belong to that run alone, and without what belongs to its machine (`--device`, `--workers`, `--distributed`).
 
 ```
 {listing()}

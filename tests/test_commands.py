@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -14,6 +15,7 @@ from caco.backbone import create_backbone
 from caco.cli import main
 from caco.data.arrays import ArraySource
 from caco.errors import CacoError, UsageError
+from caco.train.run_folder import CONDEMNED
 from caco.weights import BackboneCard, save_backbone
 
 CLASSES = ("blue", "green", "red")
@@ -411,7 +413,8 @@ def test_weights_is_another_name_of_the_encoder(run, photos, val, tmp_path):
 
 
 def snapshot(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != CONDEMNED)
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize(
@@ -439,9 +442,14 @@ def test_a_refused_resume_changes_nothing(photos, tmp_path, monkeypatch):
     caco.pretrain(photos, tmp_path / "run", **TINY)
     before = snapshot(tmp_path / "run")
     fewer = make_photos(tmp_path / "fewer", 9)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(photos, renamed)
+    first = min(path for path in renamed.rglob("*") if path.is_file())
+    first.rename(first.with_name(f"0{first.name}"))
     monkeypatch.chdir(tmp_path)
     for options, words in (
         ({"data": fewer}, "resume needs the same images"),
+        ({"data": renamed}, "images of other names, or in another order, than .*renamed has now; resume needs"),
         ({"data": photos, "lr": 9.0}, "cannot change --lr"),
         ({"data": tmp_path / "gone"}, r"no such file or folder\. If the images have moved .*: --data, --val$"),
         ({"data": "fewe"}, r"Did you mean fewer\? If the images have moved"),

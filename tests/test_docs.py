@@ -61,7 +61,8 @@ def read(line: str) -> object:
 
     def start(given: dict) -> object:
         recipe = given.get("recipe", "1")
-        return kind() if kind is not Pretrain or recipe == "1" else find_recipe(recipe)
+        is_run = recipe.startswith("runs/")
+        return kind() if kind is not Pretrain or recipe == "1" or is_run else find_recipe(recipe)
 
     return parse(kind, rest, f"caco {command}", start)
 

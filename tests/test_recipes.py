@@ -5,10 +5,12 @@ import shlex
 import pytest
 
 from caco.checks import check
+from caco.cli import pretrain_start
 from caco.config import Augmentation, Pretrain
 from caco.errors import UsageError
 from caco.options import flatten, override, parse
 from caco.recipes import RECIPES, find_recipe, listing, whole
+from caco.train.run_folder import write_config
 
 # From the published README's command lines (and its table for the third row), by our names.
 ALL_ROWS = {
@@ -114,6 +116,28 @@ def test_listing_has_a_line_for_each():
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert all(len(line.split()) > 3 for line in lines)
     assert {"cifar", "small-photos", "demo"} <= set(RECIPES)
+
+
+def test_a_run_is_a_recipe(tmp_path):
+    """All that it computes, not what it computed it on, where, and on what machine."""
+    begun = override(
+        find_recipe("cifar"),
+        {
+            **{"data": "photos", "val": "labelled", "out": str(tmp_path), "workers": 3, "device": "cpu"},
+            **{"weights": "old.pt", "start_epoch": 5, "lr": 0.1, "precision": "bf16", "views.size": 64},
+            "distributed.processes": 2,
+        },
+    )
+    write_config(tmp_path, begun)
+    own = {"data": "", "val": "", "out": "", "workers": "auto", "device": "auto", "distributed.processes": "auto"}
+    for name in (str(tmp_path), str(tmp_path / "config.json")):
+        assert find_recipe(name) == override(begun, own)
+    given = {"recipe": str(tmp_path), "out": "next"}
+    assert override(pretrain_start(given), given) == override(begun, {**own, "out": "next"})  # recipe: cifar
+    assert "began as cifar" in whole(str(tmp_path)) and "--views.size 64" in whole(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="there is no run in .*empty"):
+        find_recipe(str(tmp_path / "empty"))
 
 
 def test_unknown_recipe_names_the_nearest_or_all():

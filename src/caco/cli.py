@@ -124,17 +124,20 @@ def _pretrain(arguments: list[str]) -> None:
 def pretrain_start(given: dict[str, Any]) -> Pretrain:
     """Return the values of all options not given: those of the run to resume, or of the recipe.
 
-    An "auto" that the run to resume has long decided is taken out of `given`: it means what was decided.
+    `given` is changed where it says the same in other words: a recipe that is a run becomes the one that run began with, and an
+    "auto" that the run to resume has long decided is taken out.
     """
-    folder = Path(given.get("out", ""))
-    if given.get("resume") and given.get("out"):
-        from caco.train.run_folder import RESOLVED, read_config
+    recipe = find_recipe(given.get("recipe", Pretrain.recipe))
+    if "recipe" in given:
+        given["recipe"] = recipe.recipe
+    if not (given.get("resume") and given.get("out")):
+        return recipe
+    from caco.train.run_folder import RESOLVED, read_config
 
-        for name in RESOLVED:
-            if given.get(name) == "auto":
-                del given[name]
-        return read_config(folder)
-    return find_recipe(given.get("recipe", Pretrain.recipe))
+    for name in RESOLVED:
+        if given.get(name) == "auto":
+            del given[name]
+    return read_config(Path(given["out"]))
 
 
 def _command(kind: type, module: str) -> Callable[[list[str]], None]:

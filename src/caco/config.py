@@ -258,7 +258,7 @@ class Pretrain:
     out: str = ""
     """Folder of the run."""
     recipe: str = "small-photos"
-    """Named settings to start from (list: caco recipes); all other options override it."""
+    """Named settings to start from (list: caco recipes), or those of a run (its folder); all other options override it."""
     backbone: str = "resnet18"
     """Any model name of timm, or of torchvision."""
     weights: str = ""

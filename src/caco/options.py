@@ -28,6 +28,10 @@ T = TypeVar("T")
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are exceptions."""
 
+    def print_help(self, file: Any = None) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `| head -1` has seen enough; Python 3.11 sees to it by itself
+            super().print_help(file)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.removeprefix('argument ')} (all options: {self.prog} --help)")
 

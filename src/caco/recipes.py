@@ -9,6 +9,7 @@ import inspect
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from caco.config import BankOptions, EncoderOptions, EngineOptions, MonitorOptions, OptimizerOptions, Pretrain, Views
 from caco.errors import UsageError, did_you_mean
@@ -175,11 +176,31 @@ RECIPES: dict[str, Callable[[], Pretrain]] = {
 
 
 def find_recipe(name: str) -> Pretrain:
-    """Return a recipe by name; raises UsageError with the nearest names."""
-    if name not in RECIPES:
-        near = did_you_mean(name, RECIPES) or f" There are: {', '.join(RECIPES)}."
-        raise UsageError(f"--recipe: no recipe is called {name!r}.{near}")
-    return RECIPES[name]()
+    """Return the settings that --recipe names: a recipe's, or those of a run (its folder, or its config.json).
+
+    Raises UsageError with the nearest names for any other.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    path = Path(name)
+    if path.is_dir() or path.name == "config.json":
+        return _settings_of(path if path.is_dir() else path.parent)
+    near = did_you_mean(name, RECIPES) or f" There are: {', '.join(RECIPES)}, and any folder of a run."
+    raise UsageError(f"--recipe: no recipe is called {name!r}.{near}")
+
+
+def _settings_of(folder: Path) -> Pretrain:
+    """Return what a run computes, without what belongs to that run alone: on which images, where, and on what machine."""
+    from caco.train.run_folder import read_config
+
+    usual = Pretrain()
+    return replace(
+        read_config(folder),
+        **{
+            name: getattr(usual, name)
+            for name in ("data", "val", "out", "device", "workers", "download", "distributed")
+        },
+    )
 
 
 def listing() -> str:
@@ -196,5 +217,7 @@ def whole(name: str) -> str:
     lines = [shlex.join(option) for option in words(replace(recipe, recipe="", device=""))]
     unset = {f"--no-{switch}" for switch in ("resume", "overwrite", "download")}
     options = " \\\n".join(line for line in lines if line not in unset)
-    about = inspect.getdoc(RECIPES[name])
+    about = (
+        inspect.getdoc(RECIPES[name]) if name in RECIPES else f"The settings of a run that began as {recipe.recipe}."
+    )
     return f"{name}\n\n{about}\n\nEvery option, to go behind caco pretrain --data FOLDER --out RUN:\n\n{options}"

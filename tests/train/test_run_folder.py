@@ -139,6 +139,25 @@ def test_a_restarted_run_computes_as_it_began(run):
     assert decide_start(config(run, precision="fp32"), restarted=True).precision == "fp32"  # asked for: told later
 
 
+def test_a_restart_does_not_go_on_with_the_run_that_was_to_be_overwritten(run):
+    """torchrun and SLURM give the same command again, also when the old run had not been deleted yet."""
+    overwriting = config(run, overwrite=True)
+    assert decide_start(overwriting) == overwriting  # lost while it prepares: the old run is still there
+    assert decide_start(overwriting, restarted=True) == overwriting
+    open_run(overwriting)
+    write_config(run, overwriting)
+    assert names(run) == {"config.json"}
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-00000010.pt").write_bytes(b"")
+    assert decide_start(overwriting, restarted=True) == config(run, resume=True)  # the new run
+
+
+def test_a_run_that_was_spared_goes_on(run):
+    decide_start(config(run, overwrite=True))
+    open_run(config(run, resume=True))
+    assert decide_start(config(run, overwrite=True), restarted=True).resume
+
+
 @pytest.mark.parametrize("kept", ["checkpoints/best.pt", "export/backbone.safetensors"])
 def test_what_a_run_has_saved_is_never_lost_to_a_resume(run, kept):
     (run / "checkpoints" / "step-00000010.pt").unlink()
@@ -257,8 +276,11 @@ def test_auto_is_a_change_too(name, value):
 
 def test_more_epochs_are_another_run_from_its_weights():
     saved = Pretrain(out="where/it/was", epochs=60)
-    with pytest.raises(UsageError, match=r"--weights runs/first --start-epoch 60 --epochs 90 and another --out$"):
-        check_same_mathematics(saved, Pretrain(out="runs/first", epochs=90))
+    ready = (
+        "caco pretrain --recipe runs/first --weights runs/first --start-epoch 60 --epochs 90 --data photos --out FOLDER"
+    )
+    with pytest.raises(UsageError, match=f"{ready}$"):
+        check_same_mathematics(saved, Pretrain(data="photos", out="runs/first", epochs=90))
     for other in (30, "auto"):
         with pytest.raises(UsageError, match=r"start a new run for that$"):
             check_same_mathematics(saved, Pretrain(out="runs/first", epochs=other))

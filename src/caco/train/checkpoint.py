@@ -8,13 +8,16 @@ Each is a torch file of tensors and plain containers (`weights_only=True` reads 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from caco.data.source import ImageSource
 from caco.errors import CacoError, UsageError
 from caco.files import replacing
 from caco.weights import load_torch
@@ -83,6 +86,27 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this version of caco ({FORMAT}): it says {content.get('format')!r}"
         )
     return content
+
+
+def identity(source: ImageSource) -> dict[str, Any]:
+    """Return what a checkpoint says of its run's images: how many, and a digest of their names in their order.
+
+    Without the folders they are in: those may move.
+    """
+    names = (source.key(index).rpartition("/")[2] for index in range(len(source)))
+    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"images": len(source), "names": digest}
+
+
+def check_same_images(checkpoint: Mapping[str, Any], now: Mapping[str, Any], data: str) -> None:
+    """Raise UsageError where a run would go on with other images than it began with. now: as `identity` says it."""
+    if checkpoint["images"] != now["images"]:
+        difference = f"with {checkpoint['images']:,} images, {data} now has {now['images']:,}"
+    elif checkpoint.get("names", now["names"]) != now["names"]:  # older checkpoints do not say
+        difference = f"with images of other names, or in another order, than {data} has now"
+    else:
+        return
+    raise UsageError(f"--resume: the run began {difference}; resume needs the same images")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -26,6 +26,9 @@ from caco.train.lock import LOCK, RunLock
 FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download", "data", "val")
 FREE_GROUPS = ("engine.", "monitor.", "distributed.")
 
+CONDEMNED = ".overwrite"
+"""In the folder of a run that is to be deleted, until it is: preparing the new one may take minutes, and be interrupted."""
+
 RESOLVED = ("epochs", "precision", "engine.layout", "engine.compile")
 """Options that a run writes into its config.json with a value in place of "auto"."""
 
@@ -33,20 +36,22 @@ WRITTEN = (
     *("environment.json", "metrics.jsonl", "speed.jsonl", "train.log", "index.npz", "skipped.txt"),
     *("checkpoints/step-*.pt", "checkpoints/best.pt", "checkpoints/.*.tmp", "export/backbone.safetensors", ".*.tmp"),
     *("report.html", "gallery.png", "demo.json", "checkpoint_*.pth.tar", "events.out.tfevents.*"),
+    CONDEMNED,
     "config.json",  # last: it is what makes a folder a run's
 )
 """All that a run, and what comes after it, writes into its folder of its own accord."""
 
 
 def decide_start(config: Pretrain, restarted: bool = False) -> Pretrain:
-    """Return the configuration with which the run begins or goes on. Changes nothing; raises UsageError where it may not.
+    """Return the configuration with which the run begins or goes on. Raises UsageError where it may not.
 
     Restarted, by torchrun after a process was lost or by SLURM after a requeue: the command is the same, so the same run
-    goes on, computed as it began. To be resumed, and nothing is saved yet: it begins anew, which comes to the same, for all
-    follows from its settings. Else: as asked.
+    goes on, computed as it began; but not the one that `--overwrite` was to delete and has not yet. To be resumed, and nothing
+    is saved yet: it begins anew, which comes to the same, for all follows from its settings. Else: as asked.
     """
     folder = Path(config.out)
-    if restarted and _holds_run(folder):
+    condemned = config.overwrite and (folder / CONDEMNED).exists()
+    if restarted and _holds_run(folder) and not condemned:
         config = _as_decided(replace(config, resume=True, overwrite=False), read_config(folder))
     check_run_folder(config)
     if config.resume and not _has_saved(folder):
@@ -54,6 +59,8 @@ def decide_start(config: Pretrain, restarted: bool = False) -> Pretrain:
             check_same_mathematics(read_config(folder), config)
         print(f"the run in {folder} had saved no checkpoint yet: it begins anew, the same", file=sys.stderr)
         return replace(config, resume=False, overwrite=True)
+    if config.overwrite and _holds_run(folder):
+        (folder / CONDEMNED).touch()
     return config
 
 
@@ -91,7 +98,9 @@ def open_run_folder(config: Pretrain, lock: RunLock) -> Path:
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     lock.take(folder)
-    if not config.resume:
+    if config.resume:
+        (folder / CONDEMNED).unlink(missing_ok=True)
+    else:
         _delete_run(folder)
     return folder
 
@@ -156,8 +165,8 @@ def check_same_mathematics(saved: Pretrain, wanted: Pretrain) -> None:
         began, asked = saved.epochs, wanted.epochs
         if isinstance(began, int) and isinstance(asked, int) and asked > began:  # the rates have come to their end
             longer = (
-                f"; to train a finished run for longer: its options, --weights {wanted.out} --start-epoch {began} "
-                f"--epochs {asked} and another --out"
+                f"; to train a finished run for longer: caco pretrain --recipe {wanted.out} --weights {wanted.out} "
+                f"--start-epoch {began} --epochs {asked} --data {wanted.data} --out FOLDER"
             )
         raise UsageError(f"--resume cannot change {'; '.join(changed)}; start a new run for that{longer}")
 

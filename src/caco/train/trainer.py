@@ -10,10 +10,10 @@ from torch import Tensor
 
 from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
-from caco.errors import CacoError, Interrupted, UsageError, counted
+from caco.errors import CacoError, Interrupted, counted
 from caco.evaluate.health import verdict
 from caco.model import WarmStart
-from caco.train.checkpoint import CheckpointFolder, Latest
+from caco.train.checkpoint import CheckpointFolder, Latest, check_same_images, identity
 from caco.train.interrupt import InterruptFlag
 from caco.train.journal import Forecast, Journal, ProgressBar, SilentJournal, Stopwatch
 from caco.train.monitor import knn_is_due
@@ -46,6 +46,7 @@ class Trainer:
         self.config, self.state, self.loader = run.config, run.state, run.loader
         self.epochs = int(self.config.epochs)
         self.steps = self.epochs * self.loader.steps_per_epoch
+        self.images = identity(self.loader.source)
         self.unused = unused_parameters(self.state.model.backbone, self.config.views.size, world)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", self.config.monitor.keep_checkpoints)
         self.last_saved = time.monotonic()
@@ -259,7 +260,7 @@ class Trainer:
         contents = {
             **self.state.state_dict(self.world),
             "metrics_bytes": self.journal.sync(),
-            "images": len(self.loader.source),
+            **self.images,
             "epoch": self.state.step // self.loader.steps_per_epoch,
             "card": {**vars(self.run.card), "step": self.state.step},
         }
@@ -278,11 +279,7 @@ class Trainer:
         """
         latest: Latest = self.world.decide_in_main(self.checkpoints.latest)
         contents = latest.content
-        if contents["images"] != len(self.loader.source):
-            raise UsageError(
-                f"--resume: the run began with {contents['images']:,} images, {self.config.data} now has "
-                f"{len(self.loader.source):,}; resume needs the same images"
-            )
+        check_same_images(contents, self.images, self.config.data)
         self.state.load_state_dict(contents, self.world)
         return int(contents["metrics_bytes"]), latest.problems
 
