@@ -94,7 +94,7 @@ def test_the_report_asks_for_judgements_and_shows_them(run, photos, capsys):
     low, high = kept[str(run)]["top1_interval"]
     assert rows[0][1:3] == [f"{kept[str(run)]['top1']:.1f} %", f"{low:.1f}–{high:.1f}"]
     assert "kNN, 20 neighbours, temperature 0.2, fp32, seed 0" in text
-    assert f"6 images of a share of {photos}, judged by 24 of the rest (held out: 0.2); 3 classes, at 16 px" in text
+    assert f"6 images of {photos}, held out: 0.2, judged by the other 24; 3 classes, at 16 px" in text
     assert commands == []
     assert (run / "metrics.jsonl").read_bytes() == before
 

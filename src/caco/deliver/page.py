@@ -91,7 +91,7 @@ td:last-child { font-variant-numeric: tabular-nums; }
 tr.changed td { color: var(--c0); font-weight: 600; } tr.changed small { font-weight: 400; color: var(--quiet); }
 .results { margin: 6px 0 26px; max-width: 760px; } .results td:first-child { width: auto; }
 .results th { text-align: right; font-weight: 400; font-size: 12.5px; color: var(--quiet); }
-.results td:not(:first-child) { text-align: right; white-space: nowrap; padding-left: 18px; }
+.results td:not(:first-child) { text-align: right; white-space: nowrap; width: 120px; }
 pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; font-size: 13px; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; margin: 0 0 22px;
   white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }

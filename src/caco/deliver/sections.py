@@ -137,11 +137,12 @@ def _comparison_table(comparison: Comparison, summary: RunSummary) -> str:
             name += f" at step {judged.step:,} (since then it has gone on)"
         top5 = f"{judged.top5:.1f} %" if comparison.classes > 5 else "–"  # of five classes, one of five is always right
         rows.append((name, f"{judged.top1:.1f} %", f"{low:.1f}–{high:.1f}", top5))
-    val = f"a share of {comparison.data}" if comparison.val.startswith(HELD_OUT) else comparison.val
-    by = f"the rest ({comparison.val})" if comparison.val.startswith(HELD_OUT) else comparison.data
+    images, others = comparison.val, f"{comparison.train_images:,} of {comparison.data}"
+    if comparison.val.startswith(HELD_OUT):
+        images, others = f"{comparison.data}, {comparison.val}", f"the other {comparison.train_images:,}"
     detail = (
-        f"{counted(comparison.val_images, 'image')} of {val}, judged by {comparison.train_images:,} of {by}; "
-        f"{comparison.classes:,} classes, at {comparison.size} px"
+        f"{counted(comparison.val_images, 'image')} of {images}, judged by {others}; {comparison.classes:,} classes, "
+        f"at {comparison.size} px"
     )
     table = page.result_table(("", "top-1", "95 % interval", "top-5"), rows, comparison.own is not None)
     return f'<div class="row"><h3>{escape(comparison.how)}<small>{escape(detail)}</small></h3>{table}</div>'
