@@ -150,7 +150,12 @@ def test_knn_checks_are_compared_with_the_first(accuracies, queries, headline):
         {"kind": "knn", "step": 30, "epoch": epoch, "top1": top1, "queries": queries}
         for epoch, top1 in enumerate(accuracies)
     ]
-    assert said([*falling(), *epochs(2), *checks])[1] == headline
+    told = said([*falling(), *epochs(2), *checks])
+    assert told[1] == headline
+    compared = (
+        f"At the first check kNN was {accuracies[0]:.1f} %, at the last {accuracies[-1]:.1f} %, of {queries:,} images"
+    )
+    assert (compared in told[2]) == (len(accuracies) > 1)
 
 
 def test_an_unfinished_run_says_how_far_it_is():

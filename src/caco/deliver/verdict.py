@@ -129,9 +129,7 @@ def _rising(summary: RunSummary) -> Evidence | None:
     first, last, queries = summary.first_knn, summary.knn, summary.queries
     if first is None or last is None or not queries:
         return None
-    change = (
-        f"kNN went from {first:.1f} % at the first check to {last:.1f} % at the last, of {counted(queries, 'image')}"
-    )
+    change = _checks(summary)
     if is_above(last / 100, queries, first / 100, queries):
         return Evidence("good", "It has become better.", f"{change}; how much better than untrained, is not judged yet")
     if is_above(first / 100, queries, last / 100, queries):
@@ -139,10 +137,16 @@ def _rising(summary: RunSummary) -> Evidence | None:
     return None
 
 
-def _by_loss(summary: RunSummary, config: Pretrain, so_far: tuple[str, ...]) -> Verdict:
-    """Return the verdict where no label tells. The loss can show that nothing is learnt, never that something is.
+def _checks(summary: RunSummary) -> str:
+    assert summary.queries is not None
+    images = counted(summary.queries, "image")
+    return f"at the first check kNN was {summary.first_knn:.1f} %, at the last {summary.knn:.1f} %, of {images}"
 
-    (The bank learns, too, so a loss falls with an encoder that stays as it is, and rises while one becomes better.)
+
+def _by_loss(summary: RunSummary, config: Pretrain, so_far: tuple[str, ...]) -> Verdict:
+    """Return the verdict where no label tells. A loss that does not fall is no sign of learning; one that falls, no proof.
+
+    (The bank learns, too: with it a loss falls while the encoder stays as it is, or rises while it becomes better.)
     """
     trend, guessing = summary.trend, uninformed_loss(config)
     unknown = "whether the features are worth more than those of an untrained encoder, only labelled images tell"
@@ -158,7 +162,9 @@ def _by_loss(summary: RunSummary, config: Pretrain, so_far: tuple[str, ...]) -> 
             f"the loss did not fall by more than its records scatter: {_in_thirds(trend.first, trend.last, guessing)}"
         )
         return _verdict("warning", "No sign that it has learnt.", *so_far, told, *remarks, unknown)
-    return _verdict("unknown", "No sign of collapse.", *so_far, *_signs(summary, config), *remarks, unknown)
+    has_checks = summary.first_knn is not None and summary.queries
+    even = [f"{_checks(summary)}: no change that they can show"] if has_checks else []
+    return _verdict("unknown", "No sign of collapse.", *so_far, *even, *_signs(summary, config), *remarks, unknown)
 
 
 def _in_thirds(first: float, last: float, guessing: float) -> str:
