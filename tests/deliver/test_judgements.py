@@ -94,7 +94,10 @@ def test_the_report_asks_for_judgements_and_shows_them(run, photos, capsys):
     low, high = kept[str(run)]["top1_interval"]
     assert rows[0][1:3] == [f"{kept[str(run)]['top1']:.1f} %", f"{low:.1f}–{high:.1f}"]
     assert "kNN, 20 neighbours, temperature 0.2, fp32, seed 0" in text
-    assert f"6 images of {photos}, held out: 0.2, judged by the other 24; 3 classes, at 16 px" in text
+    assert (
+        f"6 images of {photos}, held out: 0.2, judged by the other 24; 3 classes, at 16 px; the run was trained on these"
+        in text
+    )
     assert commands == []
     assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -105,6 +108,7 @@ def test_the_verdict_takes_them_into_account(run, photos):
     header = re.search(r"<header>.*?</header>", caco.report(run, device="cpu").read_text(), re.DOTALL)[0]
     assert "Nearest neighbours: 100.0 % of 30 images right; " in header
     assert "No better than an untrained encoder, as far as these images tell" in header  # all get colours right
+    assert "on the images it was trained on" in header
 
 
 def test_missing_baselines_are_asked_for_as_the_run_was_judged(run, photos):

@@ -14,7 +14,7 @@ from caco.deliver.verdict import verdict_of
 from caco.options import override
 
 RUNS = Path(__file__).parents[2] / "runs"
-CONFIG = Pretrain(epochs=2, batch_size=64, bank_size=512)
+CONFIG = Pretrain(data="train", val="val", epochs=2, batch_size=64, bank_size=512)
 SPREAD, USED = 0.7, 300
 
 
@@ -39,13 +39,13 @@ def agreement(above_untrained=True, above_pixels=True):
     return Agreement(**shares, above_untrained=above_untrained, above_pixels=above_pixels, neighbours=7, images=200)
 
 
-def comparison(own, step=60, judge="knn", images=1000, **baselines):
+def comparison(own, step=60, judge="knn", images=1000, val="val", **baselines):
     """A judgement of the run and of baselines, by their accuracies in percent."""
     accuracies = [("this run", "", step, own), *((name, name, 0, top1) for name, top1 in baselines.items())]
     judged = tuple(
         Judged(name, not baseline, baseline, at, top1, (top1, top1), 90.0) for name, baseline, at, top1 in accuracies
     )
-    return Comparison(judge, "how", "train", "val", 100, images, 32, 10, judged, ())
+    return Comparison(judge, "how", "train", val, 100, images, 32, 10, judged, ())
 
 
 def said(lines, config=CONFIG, **known):
@@ -58,7 +58,7 @@ def said(lines, config=CONFIG, **known):
 @pytest.mark.parametrize(
     ("spread", "used", "mood", "headline"),
     [
-        (0.7, 300, "good", "It has learnt."),
+        (0.7, 300, "unknown", "Better than without training, on the images it was trained on."),
         (0.1, 300, "warning", "This run could do better."),
         (0.01, 300, "bad", "This run has failed."),
         (0.7, 9, "warning", "This run could do better."),
@@ -99,7 +99,7 @@ def test_a_loss_that_hardly_falls_is_told(losses, mood, headline):
 @pytest.mark.parametrize(
     ("known", "mood", "headline"),
     [
-        (agreement(), "good", "It has learnt."),
+        (agreement(), "unknown", "Better than without training, on the images it was trained on."),
         (agreement(above_pixels=False), "warning", "Better than an untrained encoder, but no better than raw pixels."),
         (agreement(False, True), "warning", "No better than an untrained encoder, as far as these images tell."),
     ],
@@ -107,7 +107,8 @@ def test_a_loss_that_hardly_falls_is_told(losses, mood, headline):
 def test_neighbours_in_class_against_both_baselines(known, mood, headline):
     told = said([*falling(), *epochs(2)], agreement=known)
     assert told[:2] == (mood, headline)
-    assert "in 50 % of cases, with an untrained encoder in 20 %, by raw pixels in 30 % (200 images of the" in told[2]
+    assert "in 50 % of cases, with an untrained encoder in 20 %, by raw pixels in 30 % (200 images)" in told[2]
+    assert "on the images it was trained on" in " ".join(told[1:])
 
 
 def test_judgements_come_before_what_the_report_itself_has_looked_at():
@@ -158,6 +159,36 @@ def test_knn_checks_are_compared_with_the_first(accuracies, queries, headline):
     assert (compared in told[2]) == (len(accuracies) > 1)
 
 
+def test_images_that_the_run_was_trained_on_come_last():
+    lines = [*falling(), *epochs(2)]
+    seen = comparison(40.0, val="held out: 0.2", random=30.0, pixels=32.0)
+    unseen = comparison(31.0, random=30.0, pixels=32.0)
+    assert said(lines, comparisons=[seen])[:2] == (
+        "unknown",
+        "Better than without training, on the images it was trained on.",
+    )
+    assert said(lines, comparisons=[seen, unseen])[:2] == (
+        "warning",
+        "No better than an untrained encoder, as far as these images tell.",
+    )
+    checks = [
+        {"kind": "knn", "step": 30, "epoch": epoch, "top1": top1, "queries": 500} for epoch, top1 in ((0, 30), (1, 50))
+    ]
+    assert said([*lines, *checks], comparisons=[seen])[1] == "It has become better."  # of --val, not trained on
+    config = dataclasses.replace(CONFIG, val="")
+    assert said([*lines, *checks], config)[:2] == ("unknown", "It has become better, on the images it was trained on.")
+
+
+def test_which_judged_images_a_run_was_trained_on(tmp_path):
+    (tmp_path / "photos" / "val").mkdir(parents=True)
+    data, within, other = str(tmp_path / "photos"), str(tmp_path / "photos" / "val"), str(tmp_path / "photos-val")
+    for val, of in ((data, True), (within, True), (other, False), ("cifar10", False)):
+        assert comparison(40.0, val=val).is_of(data) == of
+    held_out = comparison(40.0, val="held out: 0.2")  # of "train"
+    assert held_out.is_of("train") and not held_out.is_of(data)
+    assert not comparison(40.0, val="cifar10").is_of("cifar10")  # its test images
+
+
 def test_an_unfinished_run_says_how_far_it_is():
     config = dataclasses.replace(CONFIG, epochs=40)
     assert "2 of 40 epochs are done." in said([*falling(), *epochs(2)], config)[2]
@@ -183,7 +214,7 @@ def test_what_a_run_began_from_has_its_part():
 )
 def test_real_runs_by_their_records_alone(run, options, mood, headline):
     """Good runs (docs/results.md) get no bad verdict; cut off after their first records, no good one."""
-    config = override(Pretrain(bank_size=1024, views=Views()), options)
+    config = override(Pretrain(data="train", val="val", bank_size=1024, views=Views()), options)
     lines = [json.loads(line) for line in (RUNS / run / "metrics.jsonl").read_text().splitlines()]
     assert said(lines, config)[:2] == (mood, headline)
     begun = [line for line in lines if line["step"] <= 60 and line["kind"] == "train"]

@@ -59,7 +59,7 @@ class EncodedImages:
     thumbnails: list[Pixels]
     """The centre views, at a size to look at."""
     pixels: Tensor
-    """float32 [N, P], unit rows: small centre views as they are, less their mean. What no encoder would give."""
+    """float32 [N, P], unit rows: small centre views as they are (as `caco knn pixels`). What no encoder would give."""
     features: Tensor
     """float32 [N, F], unit rows: of the backbone."""
     untrained: Tensor | None
@@ -151,13 +151,12 @@ def encode_images(
                 embeddings.append(embed(key_encoder, ready).float().cpu())
     if not taken:
         raise CacoError(f"none of the {len(broken):,} images looked at can be read")
-    all_pixels = torch.cat(pixels)
     return EncodedImages(
         keys=[source.key(index) for index in taken],
         classes=source.classes,
         labels=None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken]),
         thumbnails=thumbnails,
-        pixels=F.normalize(all_pixels - all_pixels.mean(dim=0), dim=1),
+        pixels=F.normalize(torch.cat(pixels), dim=1),
         features=_finite(features),
         untrained=_finite(others) if others else None,
         embeddings=_finite(embeddings) if embeddings else None,

@@ -80,6 +80,11 @@ def _fingerprint(source: ImageSource) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(source.labels, np.int64).tobytes()):08x}"
 
 
+def place(images: str) -> str:
+    """Return the name of images, with the whole path where it is one: the same from every folder."""
+    return os.path.abspath(images) if os.path.exists(images) else images
+
+
 def keep(result: Mapping[str, Any], options: Knn | Linear) -> None:
     """Keep a result in the folder of the run that was judged, and of the one that it stands beside.
 
@@ -92,7 +97,7 @@ def keep(result: Mapping[str, Any], options: Knn | Linear) -> None:
         folders.append(beside)
     for folder in folders:
         kept = {"own": folder is judged, **result}
-        kept |= {name: os.path.abspath(kept[name]) for name in ("data", "val") if os.path.exists(kept[name])}
+        kept |= {name: place(kept[name]) for name in ("data", "val")}
         who = [] if kept["own"] else [kept["baseline"] or os.path.abspath(kept["run"]), kept["backbone"]]
         identity = json.dumps([who, *(kept[name] for name in SAME)], sort_keys=True)
         name = f"{kept['judge']}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
@@ -141,6 +146,15 @@ class Comparison:
         """The baselines that have not been judged. (A linear classifier on raw pixels has too many weights to be one.)"""
         judged = {judged.baseline for judged in self.judged}
         return [name for name in (BASELINES if self.judge == "knn" else ("random",)) if name not in judged]
+
+    def is_of(self, data: str) -> bool:
+        """Return whether the judged images are among those that --data names, on which a run was trained."""
+        whole = Path(place(data))
+        if self.val.startswith(HELD_OUT):
+            return self.data == str(whole)
+        return whole.exists() and Path(self.val).is_relative_to(
+            whole
+        )  # else a name, which has a part of its own for val
 
     @property
     def own(self) -> Judged | None:

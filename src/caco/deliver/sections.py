@@ -93,7 +93,7 @@ def results(
 ) -> str:
     """Return what caco knn and caco linear have found, and the commands for what has not been judged yet."""
     name, title = "results", "How good it is"
-    tables = "".join(_comparison_table(comparison, summary) for comparison in comparisons)
+    tables = "".join(_comparison_table(comparison, config, summary) for comparison in comparisons)
     commands, hint = _commands_to_compare(run, config, source, comparisons)
     lead = RESULTS if comparisons else "It has not been judged by labels yet."
     if hint:
@@ -108,10 +108,11 @@ def _commands_to_compare(
     """Return the commands that are missing to a comparison with the baselines, and what is said before them."""
     own = [comparison for comparison in comparisons if comparison.own]
     if not own:
-        labelled = isinstance(source, ImageSource) and source.labels is not None
-        judged = ["--data", config.data, *(["--val", config.val] if config.val else [])] if labelled else []
-        judged = judged or ["--data", config.val or "FOLDER"]
-        hint = ":" if judged[1] != "FOLDER" else ", by labelled images (FOLDER: a folder for each class):"
+        if isinstance(source, ImageSource) and source.labels is not None:
+            judged, wanted = ["--data", config.data, *(["--val", config.val] if config.val else [])], "--val FOLDER"
+        else:
+            judged, wanted = ["--data", config.val or "FOLDER"], "FOLDER"
+        hint = ":" if config.val else f", by labelled images that it has not seen ({wanted}: a folder for each class):"
         start = [config.weights] if config.weights and not config.weights.startswith("timm:") else []
         return commands_to_compare(run, judged, [*BASELINES, *start]), hint
     missing = [comparison for comparison in own if comparison.missing]
@@ -128,7 +129,7 @@ def _commands_to_compare(
     return commands, ":" if missing else ""
 
 
-def _comparison_table(comparison: Comparison, summary: RunSummary) -> str:
+def _comparison_table(comparison: Comparison, config: Pretrain, summary: RunSummary) -> str:
     rows = []
     for judged in comparison.judged:
         low, high = judged.interval
@@ -142,7 +143,7 @@ def _comparison_table(comparison: Comparison, summary: RunSummary) -> str:
         images, others = f"{comparison.data}, {comparison.val}", f"the other {comparison.train_images:,}"
     detail = (
         f"{counted(comparison.val_images, 'image')} of {images}, judged by {others}; {comparison.classes:,} classes, "
-        f"at {comparison.size} px"
+        f"at {comparison.size} px{'; the run was trained on these images' if comparison.is_of(config.data) else ''}"
     )
     table = page.result_table(("", "top-1", "95 % interval", "top-5"), rows, comparison.own is not None)
     return f'<div class="row"><h3>{escape(comparison.how)}<small>{escape(detail)}</small></h3>{table}</div>'

@@ -15,6 +15,9 @@ from caco.evaluate.confidence import is_above
 from caco.evaluate.health import Finding, verdict
 from caco.train.step import remarks_on_rates
 
+SEEN = "on the images it was trained on"
+OTHERS = "whether that holds for others, only labelled images that it has not seen tell"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -28,7 +31,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Whether labels show that the encoder is better than without training."""
+    """What labels show of the encoder, against one without training."""
 
     mood: str
     headline: str
@@ -60,7 +63,7 @@ def verdict_of(
         rank=rank,
         dimensions=dimensions,
     )
-    evidence = _compared(summary, comparisons) or _agreed(agreement) or _rising(summary)
+    evidence = _evidence(summary, config, agreement, comparisons)
     so_far: tuple[str, ...] = () if summary.finished else (f"{summary.epoch:,} of {summary.epochs} epochs are done",)
     if findings:
         mood = "bad" if any(finding.collapsed for finding in findings) else "warning"
@@ -68,14 +71,35 @@ def verdict_of(
         told = [*map(str, findings), *([evidence.headline.removesuffix("."), evidence.said] if evidence else [])]
         return _verdict(mood, headline, *so_far, *told)
     if evidence is not None:
-        if config.weights and evidence.mood == "good":
+        if config.weights and evidence.mood != "warning":
             so_far += (f"it began from {config.weights}, whose part in this only tells when judged beside it",)
-        remarks = remarks_on_rates(config) if evidence.mood == "warning" and config.epochs != "auto" else ()
+        remarks = remarks_on_rates(config) if evidence.mood != "good" and config.epochs != "auto" else ()
         return _verdict(evidence.mood, evidence.headline, *so_far, evidence.said, *remarks, *_signs(summary, config))
     return _by_loss(summary, config, so_far)
 
 
-def _compared(summary: RunSummary, comparisons: Sequence[Comparison]) -> Evidence | None:
+def _evidence(
+    summary: RunSummary, config: Pretrain, agreement: Agreement | None, comparisons: Sequence[Comparison]
+) -> Evidence | None:
+    """Return the best evidence there is; None without any.
+
+    Images that the run was trained on come last. An encoder sorts those better than others: after 2 epochs of 200 photos
+    29 % of their neighbours were of their class (untrained 18 %), while of 200 photos it had not seen kNN got 26 % right
+    (untrained 24 %).
+    """
+    seen = [comparison for comparison in comparisons if comparison.is_of(config.data)]
+    unseen = [comparison for comparison in comparisons if comparison not in seen]
+    rising = _rising(summary, seen=not config.val)
+    return (
+        _compared(summary, unseen, seen=False)
+        or (rising if config.val else None)
+        or _compared(summary, seen, seen=True)
+        or _agreed(agreement)
+        or rising
+    )
+
+
+def _compared(summary: RunSummary, comparisons: Sequence[Comparison], seen: bool) -> Evidence | None:
     """Return what the judgements with an untrained encoder beside them show; None without any of the run as it is now."""
     said, worst = [], 2
     for comparison in comparisons:
@@ -92,7 +116,7 @@ def _compared(summary: RunSummary, comparisons: Sequence[Comparison]) -> Evidenc
         values = ", ".join(f"{other.name} {other.top1:.1f} %" for other in others)
         said.append(f"{judge}: {own.top1:.1f} % of {counted(images, 'image')} right; {values}")
         worst = min(worst, _rank(above["random"], above.get("pixels", True)))
-    return _evidence(worst, "; ".join(said)) if said else None
+    return _against_baselines(worst, "; ".join(said), seen) if said else None
 
 
 def _agreed(agreement: Agreement | None) -> Evidence | None:
@@ -102,26 +126,28 @@ def _agreed(agreement: Agreement | None) -> Evidence | None:
     said = (
         f"nearest neighbours are of the same class in {percent(agreement.encoder)} of cases, with an untrained encoder in "
         f"{percent(agreement.untrained)}, by raw pixels in {percent(agreement.pixels)} "
-        f"({counted(agreement.images, 'image')} of the training set)"
+        f"({counted(agreement.images, 'image')})"
     )
-    return _evidence(_rank(agreement.above_untrained, agreement.above_pixels), said)
+    return _against_baselines(_rank(agreement.above_untrained, agreement.above_pixels), said, seen=True)
 
 
 def _rank(above_untrained: bool, above_pixels: bool) -> int:
     return 0 if not above_untrained else 1 if not above_pixels else 2
 
 
-def _evidence(rank: int, said: str) -> Evidence:
+def _against_baselines(rank: int, said: str, seen: bool) -> Evidence:
     """rank: 0 when not better than an untrained encoder, 1 than raw pixels, 2 better than both, beyond chance."""
+    if rank == 2 and seen:
+        return Evidence("unknown", f"Better than without training, {SEEN}.", f"{said}; {OTHERS}")
     headline = (
         "No better than an untrained encoder, as far as these images tell.",
         "Better than an untrained encoder, but no better than raw pixels.",
         "It has learnt.",
     )[rank]
-    return Evidence("good" if rank == 2 else "warning", headline, said)
+    return Evidence("good" if rank == 2 else "warning", headline, f"{said}, {SEEN}" if seen else said)
 
 
-def _rising(summary: RunSummary) -> Evidence | None:
+def _rising(summary: RunSummary, seen: bool) -> Evidence | None:
     """Return what the kNN checks during training show, against the first of them; None when they show nothing.
 
     Not against chance: an untrained encoder is far above it (28.7 % of 30 classes in docs/results.md).
@@ -131,6 +157,8 @@ def _rising(summary: RunSummary) -> Evidence | None:
         return None
     change = _checks(summary)
     if is_above(last / 100, queries, first / 100, queries):
+        if seen:
+            return Evidence("unknown", f"It has become better, {SEEN}.", f"{change}; {OTHERS}")
         return Evidence("good", "It has become better.", f"{change}; how much better than untrained, is not judged yet")
     if is_above(first / 100, queries, last / 100, queries):
         return Evidence("warning", "It has become worse.", change)
