@@ -361,9 +361,10 @@ def test_pretrain_prints_the_next_commands(photos, tmp_path, capsys):
     caco.pretrain(photos, tmp_path / "run", val=photos, **TINY)
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if line.strip().startswith("caco ")]
-    assert [line[1] for line in lines] == ["knn", "linear", "embed", "report"]
+    assert [line[1] for line in lines] == ["knn", "knn", "knn", "linear", "embed", "report"]
     assert lines[0] == ["caco", "knn", str(tmp_path / "run"), "--data", str(photos), "--val", str(photos)]
-    assert main(lines[0][1:]) == 0  # what is printed works
+    assert [line[2:4] for line in lines[1:3]] == [["random", "--beside"], ["pixels", "--beside"]]
+    assert [main(line[1:]) for line in lines[:3]] == [0, 0, 0]  # what is printed works
 
 
 def printed_commands(capsys) -> list[list[str]]:

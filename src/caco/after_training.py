@@ -47,25 +47,31 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Knn(Evaluation):
-    """Judge an encoder by the labels of each image's nearest neighbours."""
+class Judging(Evaluation):
+    """Options shared by the commands that judge an encoder by labels."""
 
     val: str = ""
-    """Labelled query images; without it, a stratified share of --data is held out."""
+    """Labelled images to judge by; without it, a stratified share of --data is held out."""
+    held_out: float = 0.2
+    """Share of --data to judge by when there is no --val."""
+    beside: str = ""
+    """A run folder whose report shows this result, too; random and pixels then are as its encoder (model, size, ...)."""
+
+
+@dataclass(frozen=True)
+class Knn(Judging):
+    """Judge an encoder by the labels of each image's nearest neighbours."""
+
     neighbours: tuple[int, ...] = (20,)
     """Neighbours that vote; several numbers give several results, the first is the headline."""
     temperature: float = 0.2
     """A neighbour's vote weighs exp(cosine / temperature)."""
-    held_out: float = 0.2
-    """Share of --data used as queries when there is no --val."""
 
 
 @dataclass(frozen=True)
-class Linear(Evaluation):
+class Linear(Judging):
     """Judge an encoder by a linear classifier on its frozen features."""
 
-    val: str = ""
-    """Labelled test images; without it, a stratified share of --data is held out."""
     protocol: Literal["cached", "reference"] = "cached"
     """cached: features once, many learning rates, chosen on part of train; reference: the published protocol."""
     epochs: int = 100
@@ -80,8 +86,6 @@ class Linear(Evaluation):
     """Weight decay of the classifier (reference protocol only)."""
     head: str = ""
     """File (.safetensors) for the trained classifier: weight [classes, features], bias, and the names of the classes."""
-    held_out: float = 0.2
-    """Share of --data used as test images when there is no --val."""
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,9 @@ def demo(options: Demo) -> dict[str, Any]:
 def _judge(name: str, run: str, config: Pretrain) -> dict[str, float]:
     """Return the kNN and (but for raw pixels) linear top-1 accuracy, in percent."""
     print(f"{name}:")
-    options = {"run": run, "data": TRAIN, "val": TEST, "size": config.views.size, "seed": config.seed}
-    if run == "random":
-        options["backbone"] = config.backbone
+    options = {"run": run, "data": TRAIN, "val": TEST, "seed": config.seed}
+    if run != config.out:
+        options["beside"] = config.out
     judged = judge.knn(Knn(**options))  # type: ignore[arg-type]
     assert judged is not None
     result = {"knn": round(judged["top1"], 2)}

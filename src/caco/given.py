@@ -29,6 +29,7 @@ def open_encoder(world: World, options: Evaluation, module: nn.Module | None) ->
         precision=choose_precision(options.precision, world.device),
         workers=world.worker_count(options.workers),
         batch_size=options.batch_size,
+        card=card,
     )
 
 

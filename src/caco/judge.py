@@ -16,6 +16,7 @@ import torch
 from caco.after_training import Knn, Linear
 from caco.data.labels import Relabelled, Subset, say_shared, where_labels_come_from
 from caco.data.source import ImageSource
+from caco.deliver.judgements import HELD_OUT, check_beside, circumstances, keep
 from caco.distributed.launch import launch
 from caco.distributed.world import World
 from caco.errors import UsageError, counted
@@ -36,6 +37,7 @@ def knn(options: Knn, objects: Objects = NO_OBJECTS) -> dict[str, Any] | None:
     Returns None but in the main process.
     """
     _check_result_path(options.out)
+    check_beside(options)
     return launch(_knn, options.distributed, options.device, options, objects)
 
 
@@ -70,7 +72,7 @@ def _knn(world: World, options: Knn, objects: Objects) -> dict[str, Any] | None:
     report = {**counts, **rows[0], "temperature": options.temperature, "all": rows}
     for row in rows:
         print(f"kNN ({row['neighbours']} neighbours) {_accuracy_line(row, len(train.classes))}, {_counts_line(report)}")
-    return _deliver(report, options.out)
+    return _deliver(report | circumstances(options, encoder, train, val, objects), options)
 
 
 def linear(options: Linear, objects: Objects = NO_OBJECTS) -> dict[str, Any] | None:
@@ -79,6 +81,7 @@ def linear(options: Linear, objects: Objects = NO_OBJECTS) -> dict[str, Any] | N
     Returns None but in the main process.
     """
     _check_result_path(options.out)
+    check_beside(options)
     if options.head and Path(options.head).suffix != ".safetensors":
         raise UsageError(f"--head {options.head}: the classifier is written as .safetensors")
     if options.head:
@@ -112,7 +115,7 @@ def _linear(world: World, options: Linear, objects: Objects) -> dict[str, Any] |
         head = {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()}
         replace_file(Path(options.head), safetensors.torch.save(head, {"classes": json.dumps(train.classes)}))
         print(f"the classifier is written to {options.head}")
-    return _deliver(report, options.out)
+    return _deliver(report | circumstances(options, encoder, train, val, objects), options)
 
 
 def _prepare(world: World, options: Knn | Linear, objects: Objects) -> tuple[UsableEncoder, ImageSource, ImageSource]:
@@ -194,7 +197,7 @@ def _described(
     return {
         "run": options.run,
         "data": options.data,
-        "val": options.val or f"held out: {options.held_out:g}",
+        "val": options.val or f"{HELD_OUT}{options.held_out:g}",
         "train_images": train_images,
         "val_images": val_images,
         "size": encoder.preparation.size,
@@ -228,8 +231,9 @@ def _check_result_path(path: str) -> None:
         check_writable("--out", Path(path))
 
 
-def _deliver(report: dict[str, Any], path: str) -> dict[str, Any]:
-    if path:
-        replace_json(Path(path), report)
-        print(f"the result is written to {path}")
+def _deliver(report: dict[str, Any], options: Knn | Linear) -> dict[str, Any]:
+    if options.out:
+        replace_json(Path(options.out), report)
+        print(f"the result is written to {options.out}")
+    keep(report, options)
     return report

@@ -1,6 +1,7 @@
 """The page of a real, tiny run: every section is there, missing pieces are said, and names cannot break the page."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import caco
-from caco.config import BankOptions, Preparation, Pretrain
+from caco.config import Preparation, Pretrain
 from caco.data.augment import draw_parameters, render_views
 from caco.data.source import open_source
 from caco.deliver import charts, insight, records
@@ -24,7 +25,7 @@ from caco.deliver.pictures import Row, data_uri, gallery_picture
 from caco.errors import UsageError
 from caco.train.run_folder import read_config
 
-SECTIONS = ["curves", "views", "neighbours", "slots", "map", "configuration", "environment", "cite"]
+SECTIONS = ["results", "curves", "views", "neighbours", "slots", "map", "configuration", "environment", "cite"]
 NASTY = "<b>&'x.jpg"
 
 
@@ -120,7 +121,7 @@ def part(page, name):
 def test_every_section_is_there_and_the_page_needs_nothing_else(page):
     checker = Checker(page)
     assert [value for name, value in checker.attributes if name == "id"] == [
-        *SECTIONS[:7],
+        *SECTIONS[:8],
         "broken",
         "cite",
     ]
@@ -443,27 +444,36 @@ def test_curve_takes_the_last_of_records_at_one_place():
     assert records.curve(epochs, "epoch", "v", "name", by="epoch").x == [1]
 
 
-@pytest.mark.parametrize(
-    ("spread", "used", "pixels", "mood"),
-    [
-        (0.7, 300, 0.1, "good"),
-        (0.1, 300, 0.1, "warning"),
-        (0.01, 300, 0.1, "bad"),
-        (0.7, 9, 0.1, "warning"),
-        (0.7, 300, 0.6, "warning"),
-    ],
-)
-def test_verdict(spread, used, pixels, mood):
-    config = Pretrain(epochs=2, batch_size=64, bank_size=512, bank=BankOptions())
-    train = {"kind": "train", "step": 60, "loss": 9.0, "positive_probability": 0.1, "feature_spread": spread}
-    epoch = {"kind": "epoch", "step": 30, "epoch": 0, "slots_used": used, "slot_perplexity": used / 2}
+def test_summary_of_a_run():
+    config = Pretrain(epochs=2, batch_size=64, bank_size=512)
+    train = {"kind": "train", "step": 60, "loss": 9.0, "positive_probability": 0.1, "feature_spread": 0.7}
+    epoch = {"kind": "epoch", "step": 30, "epoch": 0, "slots_used": 300, "slot_perplexity": 150}
     summary = records.summarise([train, epoch], config)
     assert (summary.step, summary.steps, summary.choices, summary.finished) == (60, 60, 30 * 64 * 2, False)
-    agreement = insight.Agreement(encoder=0.5, pixels=pixels, chance=0.1, neighbours=7)
-    judgement = records.verdict_of(summary, config, 40.0, 128, agreement)
-    assert judgement.mood == mood
-    assert all(reason.endswith(".") for reason in judgement.reasons)
-    assert ("raw pixels" in " ".join(judgement.reasons)) == (pixels > 0.5)
+    assert (summary.first_knn, summary.trend) == (None, None)
+
+
+def test_neighbours_in_class_are_counted_for_the_encoder_and_both_baselines():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    noise = torch.nn.functional.normalize(torch.randn(60, 5, generator=generator), dim=1)
+    seen = insight.EncodedImages(
+        keys=[str(number) for number in range(60)],
+        classes=("a", "b"),
+        labels=labels,
+        thumbnails=[],
+        pixels=noise,
+        features=torch.nn.functional.one_hot(labels, 2).float(),
+        untrained=noise,
+        embeddings=None,
+    )
+    found = insight.neighbour_agreement(seen, 7)
+    assert (found.encoder, found.neighbours, found.images) == (1.0, 7, 60)
+    assert found.untrained == found.pixels < 0.7
+    assert found.above_untrained and found.above_pixels
+    same = dataclasses.replace(seen, features=noise)
+    assert not insight.neighbour_agreement(same, 7).above_untrained
+    assert insight.neighbour_agreement(dataclasses.replace(seen, labels=None, untrained=None), 7) is None
 
 
 # Pictures

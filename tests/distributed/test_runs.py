@@ -190,7 +190,7 @@ def test_a_signal_saves_and_another_number_of_processes_goes_on(photos, alone, t
     wait_for(out, 4, process)
     process.send_signal(signal.SIGTERM)
     said = finish(process, status=75)
-    assert "stopped by SIGTERM at step" in said and "--resume" in said and "Traceback" not in said
+    assert "asked to stop (SIGTERM) at step" in said and "--resume" in said and "Traceback" not in said
     assert processes_of(out) == []
     assert 0 < last_checkpoint(out)["step"] < EPOCHS * (IMAGES // BATCH)
     finish(start(*CACO, "pretrain", "--out", str(out), "--resume", "--distributed.processes", "1"))
@@ -204,7 +204,7 @@ def test_ctrl_c_at_a_terminal_saves_once(photos, tmp_path):
     wait_for(out, 4, process)
     os.killpg(process.pid, signal.SIGINT)
     said = finish(process, status=75)
-    assert "--resume" in said and "Traceback" not in said
+    assert "stopped by Ctrl-C at step" in said and "--resume" in said and "Traceback" not in said
     assert processes_of(out) == []
 
 

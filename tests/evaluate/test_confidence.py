@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from caco.errors import CacoError
-from caco.evaluate.confidence import bootstrap_interval
+from caco.evaluate.confidence import bootstrap_interval, is_above, mean_is_above_zero
 
 
 def test_agrees_with_drawing_images_one_by_one():
@@ -46,3 +46,22 @@ def test_repeatable():
     assert bootstrap_interval(correct) == bootstrap_interval(correct)
     with pytest.raises(CacoError):
         bootstrap_interval(np.zeros(0, bool))
+
+
+def test_equal_accuracies_are_rarely_above_each_other():
+    """By chance in 2.5 of 100 cases, on images of their own; on the same images more rarely."""
+    generator = np.random.default_rng(0)
+    draws = generator.binomial(300, 0.4, size=(4000, 2)) / 300
+    assert 0.01 < np.mean([is_above(a, 300, b, 300) for a, b in draws]) < 0.03
+    assert is_above(0.5, 300, 0.4, 300) and not is_above(0.5, 300, 0.45, 300) and not is_above(0.4, 300, 0.5, 300)
+    assert not is_above(0.0, 5, 0.0, 5) and not is_above(1.0, 5, 1.0, 5)
+    # All against none: of 3 and 3 chance alone gives that once in 20 (Fisher), of 4 and 4 once in 70.
+    assert [is_above(1.0, images, 0.0, images) for images in (1, 2, 3, 4)] == [False, False, False, True]
+
+
+def test_mean_of_differences_is_rarely_above_zero_by_chance():
+    draws = torch.randn(4000, 50, generator=torch.Generator().manual_seed(0))
+    assert 0.015 < np.mean([mean_is_above_zero(row) for row in draws]) < 0.04
+    assert mean_is_above_zero(draws[0] + 1) and not mean_is_above_zero(draws[0] - 1)
+    assert not mean_is_above_zero(torch.ones(5)) and mean_is_above_zero(torch.ones(6))
+    assert not mean_is_above_zero(torch.zeros(9))

@@ -147,8 +147,12 @@ def test_killed_before_the_first_checkpoint(photos, uninterrupted, tmp_path, mom
     assert_equal_runs(uninterrupted, out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(signal.SIGTERM, "asked to stop (SIGTERM) at step "), (signal.SIGINT, "stopped by Ctrl-C at step ")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, number, told):
     out = tmp_path / "stopped"
     # No timed checkpoints: what is resumed from is what the signal saved, in the middle of an epoch.
     process = subprocess.Popen(
@@ -162,6 +166,7 @@ def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, 
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error
     assert "saved" in error and "--resume" in error and "Traceback" not in error
+    assert told in error and told in (out / "train.log").read_text()
     saved = sorted((out / "checkpoints").glob("step-*.pt"))
     assert saved
     resumed = run(

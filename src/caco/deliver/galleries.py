@@ -109,8 +109,9 @@ def neighbours(encoded: EncodedImages | Missing) -> Gallery:
     if agreement is not None:
         lead += (
             f" A green line marks the same class. Of the {agreement.neighbours} nearest neighbours of all images, "
-            f"{percent(agreement.encoder)} are of the same class; by raw pixels {percent(agreement.pixels)}, by "
-            f"chance {percent(agreement.chance)}. Those that ask are the first of their class, not chosen by hand."
+            f"{percent(agreement.encoder)} are of the same class; with an untrained encoder "
+            f"{percent(agreement.untrained)}, by raw pixels {percent(agreement.pixels)}, by chance "
+            f"{percent(agreement.chance)}. Those that ask are the first of their class, not chosen by hand."
         )
     return Gallery(title, page.section(name, title, lead, page.picture_rows(rows, names, first_asks=True)), rows)
 

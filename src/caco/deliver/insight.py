@@ -22,6 +22,7 @@ from caco.data.render import copy_to
 from caco.data.source import ImageSource
 from caco.data.threads import batched, map_in_order
 from caco.errors import CacoError, UsageError
+from caco.evaluate.confidence import mean_is_above_zero
 from caco.evaluate.features import evaluation_mode
 from caco.model import embed
 from caco.train.checkpoint import CheckpointFolder
@@ -42,6 +43,8 @@ class Trained:
     key_encoder: nn.Module | None
     slots: Tensor | None
     """float32 [K, D], unit rows."""
+    untrained: nn.Module
+    """The backbone with weights drawn at random."""
     step: int
 
 
@@ -56,9 +59,11 @@ class EncodedImages:
     thumbnails: list[Pixels]
     """The centre views, at a size to look at."""
     pixels: Tensor
-    """float32 [N, P], unit rows: small centre views as they are, less their mean. What no encoder would give."""
+    """float32 [N, P], unit rows: small centre views as they are (as `caco knn pixels`). What no encoder would give."""
     features: Tensor
     """float32 [N, F], unit rows: of the backbone."""
+    untrained: Tensor | None
+    """float32 [N, F], unit rows: of the untrained backbone; None without labels, for only they tell which is better."""
     embeddings: Tensor | None
     """float32 [N, D], unit rows: of the key encoder, which chooses the positives."""
 
@@ -71,7 +76,7 @@ def load_trained(folder: Path, config: Pretrain) -> Trained:
         raise UsageError("the backbone is a module of your own, which a report from the command line cannot build")
     if not checkpoints.paths() and finished.exists():
         backbone, card = load_backbone(finished)
-        return Trained(backbone, None, None, card.step)
+        return Trained(backbone, None, None, _untrained(config, card.stem), card.step)
     if not checkpoints.paths():
         raise UsageError("the run has written no checkpoint yet")
     contents = checkpoints.latest().content
@@ -79,8 +84,15 @@ def load_trained(folder: Path, config: Pretrain) -> Trained:
         backbone=_encoder(config, contents, "encoder.").backbone,
         key_encoder=_encoder(config, contents, "key_encoder."),
         slots=F.normalize(contents["model"]["bank.weight"].float(), dim=1),
+        untrained=_untrained(config, contents["card"]["stem"]),
         step=int(contents["step"]),
     )
+
+
+def _untrained(config: Pretrain, stem: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return create_backbone(config.backbone, config.views.size, stem)
 
 
 def _encoder(config: Pretrain, contents: dict[str, object], prefix: str) -> Encoder:
@@ -119,11 +131,12 @@ def encode_images(
     taken: list[int] = []
     broken: list[tuple[str, str]] = []
     thumbnails: list[Pixels] = []
-    pixels, features, embeddings = [], [], []
+    pixels, features, embeddings, others = [], [], [], []
     backbone, key_encoder = trained.backbone.to(device), trained.key_encoder
+    untrained = trained.untrained.to(device)
     key_network = nn.Identity() if key_encoder is None else key_encoder.to(device)
     chosen = [int(index) for index in evenly_spaced(len(source), images)]
-    with evaluation_mode(backbone), evaluation_mode(key_network):
+    with evaluation_mode(backbone), evaluation_mode(key_network), evaluation_mode(untrained):
         for indices, batch in batched(map_in_order(pictures, chosen, broken, 2 * BATCH, workers), BATCH):
             taken += indices
             centres, shown, small = zip(*batch, strict=True)
@@ -132,18 +145,20 @@ def encode_images(
             views = copy_to(device, torch.from_numpy(np.stack(centres)))
             ready = normalise(views, preparation.mean, preparation.std)
             features.append(F.normalize(backbone(ready).float(), dim=1).cpu())
+            if source.labels is not None:
+                others.append(F.normalize(untrained(ready).float(), dim=1).cpu())
             if key_encoder is not None:
                 embeddings.append(embed(key_encoder, ready).float().cpu())
     if not taken:
         raise CacoError(f"none of the {len(broken):,} images looked at can be read")
-    all_pixels = torch.cat(pixels)
     return EncodedImages(
         keys=[source.key(index) for index in taken],
         classes=source.classes,
         labels=None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken]),
         thumbnails=thumbnails,
-        pixels=F.normalize(all_pixels - all_pixels.mean(dim=0), dim=1),
+        pixels=F.normalize(torch.cat(pixels), dim=1),
         features=_finite(features),
+        untrained=_finite(others) if others else None,
         embeddings=_finite(embeddings) if embeddings else None,
     )
 
@@ -194,23 +209,37 @@ class Agreement:
     """Share (0-1) of the nearest others that are of an image's own class, over all images looked at."""
 
     encoder: float
+    untrained: float
     pixels: float
     chance: float
+    above_untrained: bool
+    """Whether the encoder's share is above that by more than the choice of the images explains; likewise:"""
+    above_pixels: bool
     neighbours: int
+    images: int
 
 
 def neighbour_agreement(encoded: EncodedImages, neighbours: int) -> Agreement | None:
     """Return how often neighbours agree in class; None without labels or with fewer than two images."""
-    if encoded.labels is None or len(encoded.labels) < 2:
+    if encoded.labels is None or encoded.untrained is None or len(encoded.labels) < 2:
         return None
     labels, number = encoded.labels, len(encoded.labels)
 
-    def share(vectors: Tensor) -> float:
-        return float((labels[nearest_others(vectors, neighbours)] == labels[:, None]).float().mean())
+    def shares(vectors: Tensor) -> Float[Tensor, " N"]:
+        return (labels[nearest_others(vectors, neighbours)] == labels[:, None]).float().mean(dim=1)
 
+    ours, untrained, pixels = (shares(v) for v in (encoded.features, encoded.untrained, encoded.pixels))
     counts = torch.bincount(labels).double()
-    chance = float((counts * (counts - 1)).sum() / (number * (number - 1)))
-    return Agreement(share(encoded.features), share(encoded.pixels), chance, min(neighbours, number - 1))
+    return Agreement(
+        encoder=float(ours.mean()),
+        untrained=float(untrained.mean()),
+        pixels=float(pixels.mean()),
+        chance=float((counts * (counts - 1)).sum() / (number * (number - 1))),
+        above_untrained=mean_is_above_zero(ours - untrained),
+        above_pixels=mean_is_above_zero(ours - pixels),
+        neighbours=min(neighbours, number - 1),
+        images=number,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import contextlib
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from caco.config import Pretrain
 from caco.data.source import ImageSource, open_source
 from caco.errors import CacoError
+from caco.evaluate.encoder import BASELINES
 
 
 def next_steps(options: Pretrain, own_backbone: bool = False, images: ImageSource | None = None) -> str:
@@ -31,8 +33,18 @@ def next_steps(options: Pretrain, own_backbone: bool = False, images: ImageSourc
         judged = ["--data", val]
     else:
         hint = "To judge it, name labelled images, a folder for each class: caco knn RUN --data FOLDER"
-        return "\n".join([embed, _line("report", run), hint])
-    return "\n".join([_line("knn", run, *judged), _line("linear", run, *judged), embed, _line("report", run)])
+        return "\n".join([f"  {embed}", f"  {_line('report', run)}", hint])
+    compared = commands_to_compare(run, judged)
+    lines = [*compared, _line("linear", run, *judged), embed, _line("report", run)]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def commands_to_compare(
+    run: str, judged: Sequence[str], others: Sequence[str] = BASELINES, *, judge: str = "knn", itself: bool = True
+) -> list[str]:
+    """Return the commands that judge a run (unless not itself) and others beside it. judged: the images, as options."""
+    own = [_line(judge, run, *judged)] if itself else []
+    return own + [_line(judge, other, "--beside", run, *judged) for other in others]
 
 
 def _is_labelled(options: Pretrain) -> bool:
@@ -43,7 +55,7 @@ def _is_labelled(options: Pretrain) -> bool:
 
 
 def _line(*arguments: str) -> str:
-    return f"  {shlex.join([program(), *arguments])}"
+    return shlex.join([program(), *arguments])
 
 
 def program() -> str:

@@ -89,6 +89,9 @@ td:first-child { padding-right: 16px; color: var(--quiet); width: 190px; }
 .options td:first-child { width: 54%; }
 td:last-child { font-variant-numeric: tabular-nums; }
 tr.changed td { color: var(--c0); font-weight: 600; } tr.changed small { font-weight: 400; color: var(--quiet); }
+.results { margin: 6px 0 26px; max-width: 760px; } .results td:first-child { width: auto; }
+.results th { text-align: right; font-weight: 400; font-size: 12.5px; color: var(--quiet); }
+.results td:not(:first-child) { text-align: right; white-space: nowrap; width: 120px; }
 pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; font-size: 13px; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; margin: 0 0 22px;
   white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; }
@@ -170,6 +173,15 @@ def table(rows: Sequence[tuple[str, str, str]]) -> str:
         marked, small = (' class="changed"', f" <small>{escape(remark)}</small>") if remark else ("", "")
         cells.append(f"<tr{marked}><td>{escape(name)}</td><td>{escape(value)}{small}</td></tr>")
     return f"<table>{''.join(cells)}</table>"
+
+
+def result_table(head: Sequence[str], rows: Sequence[Sequence[str]], first_stands_out: bool) -> str:
+    """Return names and their numbers as a table with a head."""
+    parts = ["<tr>", *(f"<th>{escape(cell)}</th>" for cell in head), "</tr>"]
+    for place, row in enumerate(rows):
+        marked = ' class="changed"' if first_stands_out and place == 0 else ""
+        parts.append(f"<tr{marked}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
+    return f'<table class="results">{"".join(parts)}</table>'
 
 
 def preformatted(text: str) -> str:

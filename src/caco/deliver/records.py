@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from caco.config import Pretrain
-from caco.deliver.charts import Series, percent
-from caco.deliver.insight import Agreement
-from caco.evaluate.health import Finding, verdict
+from caco.deliver.charts import Series
+from caco.evaluate.confidence import STANDARD_ERRORS
 
 Record = dict[str, Any]
 
@@ -43,6 +44,26 @@ def curve(records: Sequence[Record], kind: str, value: str, name: str, *, by: st
 
 
 @dataclass(frozen=True)
+class Trend:
+    """How a loss went: the means of the first and of the last third of its records."""
+
+    first: float
+    last: float
+    fell: bool
+    """By more than the scatter of the records explains (95 %)."""
+
+
+def loss_trend(losses: Sequence[float]) -> Trend | None:
+    """Return how a loss went; None for fewer than six records: a third needs two, or its scatter cannot be told."""
+    third = len(losses) // 3
+    if third < 2:
+        return None
+    first, last = np.array(losses[:third]), np.array(losses[-third:])
+    scatter = math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / third)
+    return Trend(float(first.mean()), float(last.mean()), bool(first.mean() - last.mean() > STANDARD_ERRORS * scatter))
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """The run in a few numbers, as far as it got; None: not measured (yet)."""
 
@@ -63,6 +84,11 @@ class RunSummary:
     knn: float | None
     """Top-1, percent."""
     best_knn: float | None
+    first_knn: float | None
+    """Of the first check; None with fewer than two."""
+    queries: int | None
+    """Images that the last check judged."""
+    trend: Trend | None
 
     @property
     def finished(self) -> bool:
@@ -76,7 +102,7 @@ def summarise(records: Sequence[Record], config: Pretrain) -> RunSummary:
     train, epoch, knn = last.get("train", {}), last.get("epoch", {}), last.get("knn", {})
     done = epoch["epoch"] + 1 if epoch else 0
     per_epoch = epoch["step"] // done if done else None
-    top1 = [record["top1"] for record in records if record.get("kind") == "knn"]
+    top1 = curve(records, "knn", "top1", "kNN", by="epoch").y
     return RunSummary(
         step=max(train.get("step", 0), epoch.get("step", 0)),
         steps=per_epoch * config.epochs if per_epoch and isinstance(config.epochs, int) else None,
@@ -90,63 +116,12 @@ def summarise(records: Sequence[Record], config: Pretrain) -> RunSummary:
         choices=2 * config.batch_size * per_epoch if per_epoch else None,
         knn=knn.get("top1"),
         best_knn=max(top1) if top1 else None,
+        first_knn=top1[0] if len(top1) > 1 else None,
+        queries=knn.get("queries"),
+        trend=loss_trend(curve(records, "train", "loss", "loss").y),
     )
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How the run is, in plain words."""
-
-    mood: str
-    """good, warning, bad, or unknown."""
-    headline: str
-    reasons: tuple[str, ...]
-
-
-def verdict_of(
-    summary: RunSummary,
-    config: Pretrain,
-    rank: float | None = None,
-    dimensions: int | None = None,
-    agreement: Agreement | None = None,
-) -> Judgement:
-    """Return the verdict of `caco.evaluate.health` on what was measured, and whether raw pixels would do as well.
-
-    rank, dimensions: RankMe of the embeddings. agreement: of neighbours in class, where there are labels.
-    """
-    if summary.feature_spread is None:
-        return Judgement("unknown", "No training step has been recorded yet.", ())
-    findings: tuple[Finding, ...] = verdict(
-        slots=config.bank_size,
-        used=summary.slots_used,
-        perplexity=summary.slot_perplexity,
-        choices=summary.choices,
-        spread=summary.feature_spread,
-        rank=rank,
-        dimensions=dimensions,
-    )
-    wrong = [str(finding) for finding in findings]
-    if agreement is not None and agreement.encoder <= agreement.pixels:
-        wrong.append(
-            f"nearest neighbours are of the same class in {percent(agreement.encoder)} of cases, by raw pixels in "
-            f"{percent(agreement.pixels)}; {'train longer' if not wrong else 'mend that first'}"
-        )
-    if wrong:
-        mood = "bad" if any(finding.collapsed for finding in findings) else "warning"
-        headline = "This run has failed." if mood == "bad" else "This run could do better."
-        return Judgement(mood, headline, tuple(map(_sentence, wrong)))
-    reasons = [f"the embeddings are well spread ({summary.feature_spread:.2f} of 1)"]
-    if summary.slots_used is not None:
-        reasons.append(f"{summary.slots_used:,} of {config.bank_size:,} slots were chosen in the last epoch")
-    if rank is not None and dimensions is not None:
-        reasons.append(f"the embeddings use about {rank:.0f} of {dimensions:,} dimensions (RankMe)")
-    return Judgement("good", "Healthy.", (_sentence("; ".join(reasons)),))
 
 
 def uninformed_loss(config: Pretrain) -> float:
     """Return the loss of an encoder that cannot tell the slots apart: the weights of all pairs sum to 2."""
     return 2 * math.log(config.bank_size)
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + "."

@@ -13,6 +13,7 @@ from caco.data.source import open_source
 from caco.deliver import galleries, sections
 from caco.deliver.galleries import Missing
 from caco.deliver.insight import EncodedImages, encode_images, load_trained
+from caco.deliver.judgements import read_comparisons
 from caco.deliver.page import whole_page
 from caco.deliver.pictures import gallery_picture
 from caco.deliver.records import read_records, summarise
@@ -47,9 +48,10 @@ def write_report(folder: Path, *, images: int, device: torch.device, workers: in
         encode = partial(encode_images, source, trained, preparation, images=images, device=device, workers=workers)
         encoded = _attempt(encode)
     neighbours, slots = galleries.neighbours(encoded), galleries.slots(encoded, trained)
-    name = folder.resolve().name
+    name, summary, comparisons = folder.resolve().name, summarise(records, config), read_comparisons(folder)
     body = [
-        sections.header(name, config, summarise(records, config), source, encoded),
+        sections.header(name, config, summary, source, encoded, comparisons),
+        sections.results(str(folder), config, summary, source, comparisons),
         sections.curves(records, speed, config),
         galleries.views(source, config),
         neighbours.html,

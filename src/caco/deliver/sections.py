@@ -14,8 +14,12 @@ from caco.deliver import page
 from caco.deliver.charts import Level, Series, line_chart, percent
 from caco.deliver.galleries import NEIGHBOURS, Missing
 from caco.deliver.insight import EncodedImages, neighbour_agreement
-from caco.deliver.records import Record, RunSummary, curve, uninformed_loss, verdict_of
-from caco.errors import UsageError
+from caco.deliver.judgements import HELD_OUT, Comparison
+from caco.deliver.next_steps import commands_to_compare
+from caco.deliver.records import Record, RunSummary, curve, uninformed_loss
+from caco.deliver.verdict import verdict_of
+from caco.errors import UsageError, counted
+from caco.evaluate.encoder import BASELINES
 from caco.evaluate.health import LOW_SPREAD, rank_me
 from caco.options import flatten
 from caco.recipes import find_recipe
@@ -24,6 +28,11 @@ BROKEN = 200
 """Broken images that are listed, at most."""
 
 NO_PART_OF_A_RECIPE = ("data", "val", "out", "recipe", "device", "workers", "resume", "overwrite", "download")
+
+RESULTS = (
+    "What caco knn and caco linear have found so far. Intervals are of the choice of the judged images, not of the "
+    "training's own chance."
+)
 
 CITATION = """\
 @article{wang2022caco,
@@ -36,14 +45,21 @@ CITATION = """\
 
 
 def header(
-    name: str, config: Pretrain, summary: RunSummary, source: ImageSource | Missing, encoded: EncodedImages | Missing
+    name: str,
+    config: Pretrain,
+    summary: RunSummary,
+    source: ImageSource | Missing,
+    encoded: EncodedImages | Missing,
+    comparisons: Sequence[Comparison],
 ) -> str:
     """Return name, verdict and the run's numbers."""
     rank = dimensions = None
     if isinstance(encoded, EncodedImages) and encoded.embeddings is not None:
         rank, dimensions = float(rank_me(encoded.embeddings)), encoded.embeddings.shape[1]
     agreement = neighbour_agreement(encoded, NEIGHBOURS) if isinstance(encoded, EncodedImages) else None
-    verdict = verdict_of(summary, config, rank, dimensions, agreement)
+    verdict = verdict_of(
+        summary, config, rank=rank, dimensions=dimensions, agreement=agreement, comparisons=comparisons
+    )
     facts = [
         ("Epochs", f"{summary.epoch:,}", f"of {summary.epochs}"),
         ("Steps", f"{summary.step:,}", f"{config.batch_size:,} images each"),
@@ -70,6 +86,67 @@ def header(
         f'<div class="verdict" style="--mood:var(--{verdict.mood})"><p><strong>{escape(verdict.headline)}</strong> '
         f"{escape(reasons)}</p></div>{page.tiles(facts)}</header>"
     )
+
+
+def results(
+    run: str, config: Pretrain, summary: RunSummary, source: ImageSource | Missing, comparisons: Sequence[Comparison]
+) -> str:
+    """Return what caco knn and caco linear have found, and the commands for what has not been judged yet."""
+    name, title = "results", "How good it is"
+    tables = "".join(_comparison_table(comparison, config, summary) for comparison in comparisons)
+    commands, hint = _commands_to_compare(run, config, source, comparisons)
+    lead = RESULTS if comparisons else "It has not been judged by labels yet."
+    if hint:
+        lead += f" How much of a score is owed to the training, only the same judgement of others tells{hint}"
+    shown = page.preformatted("\n".join(commands)) if commands else ""
+    return page.section(name, title, lead, tables, shown)
+
+
+def _commands_to_compare(
+    run: str, config: Pretrain, source: ImageSource | Missing, comparisons: Sequence[Comparison]
+) -> tuple[list[str], str]:
+    """Return the commands that are missing to a comparison with the baselines, and what is said before them."""
+    own = [comparison for comparison in comparisons if comparison.own]
+    if not own:
+        if isinstance(source, ImageSource) and source.labels is not None:
+            judged, wanted = ["--data", config.data, *(["--val", config.val] if config.val else [])], "--val FOLDER"
+        else:
+            judged, wanted = ["--data", config.val or "FOLDER"], "FOLDER"
+        hint = ":" if config.val else f", by labelled images that it has not seen ({wanted}: a folder for each class):"
+        start = [config.weights] if config.weights and not config.weights.startswith("timm:") else []
+        return commands_to_compare(run, judged, [*BASELINES, *start]), hint
+    missing = [comparison for comparison in own if comparison.missing]
+    commands = [
+        command
+        for comparison in missing
+        if comparison.options is not None
+        for command in commands_to_compare(
+            run, comparison.options, comparison.missing, judge=comparison.judge, itself=False
+        )
+    ]
+    if missing and not commands:
+        return [], ': in Python the same calls with "random" and "pixels" in place of the run, and beside=run.'
+    return commands, ":" if missing else ""
+
+
+def _comparison_table(comparison: Comparison, config: Pretrain, summary: RunSummary) -> str:
+    rows = []
+    for judged in comparison.judged:
+        low, high = judged.interval
+        name = judged.name
+        if judged.own and judged.step != summary.step:
+            name += f" at step {judged.step:,} (since then it has gone on)"
+        top5 = f"{judged.top5:.1f} %" if comparison.classes > 5 else "–"  # of five classes, one of five is always right
+        rows.append((name, f"{judged.top1:.1f} %", f"{low:.1f}–{high:.1f}", top5))
+    images, others = comparison.val, f"{comparison.train_images:,} of {comparison.data}"
+    if comparison.val.startswith(HELD_OUT):
+        images, others = f"{comparison.data}, {comparison.val}", f"the other {comparison.train_images:,}"
+    detail = (
+        f"{counted(comparison.val_images, 'image')} of {images}, judged by {others}; {comparison.classes:,} classes, "
+        f"at {comparison.size} px{'; the run was trained on these images' if comparison.is_of(config.data) else ''}"
+    )
+    table = page.result_table(("", "top-1", "95 % interval", "top-5"), rows, comparison.own is not None)
+    return f'<div class="row"><h3>{escape(comparison.how)}<small>{escape(detail)}</small></h3>{table}</div>'
 
 
 def curves(records: Sequence[Record], speed: Sequence[Record], config: Pretrain) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -55,5 +56,10 @@ class SignalsToChildren:
         kill = not self.can_resume or (self._last is not None and number == signal.SIGINT)
         self._last = number
         for process in self.processes:
-            if process.is_alive():
-                process.kill() if kill else process.terminate()
+            if not process.is_alive():
+                continue
+            if number == signal.SIGINT and not kill:
+                os.kill(
+                    process.pid, number
+                )  # held back there (`without_ctrl_c`): it only tells which of the two it was
+            process.kill() if kill else process.terminate()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from caco.after_training import Evaluation
+from caco.after_training import Evaluation, Judging
 from caco.backbone import adopt_backbone, create_backbone, try_size
 from caco.config import Preparation, usual_resize
 from caco.data.source import ImageSource
@@ -18,7 +18,7 @@ from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
 from caco.train.checkpoint import CheckpointFolder
-from caco.weights import BackboneCard, load_backbone
+from caco.weights import BackboneCard, load_backbone, read_weights
 
 BASELINES = ("random", "pixels")
 
@@ -33,6 +33,8 @@ class UsableEncoder:
     precision: torch.dtype
     workers: int
     batch_size: int = 256
+    card: BackboneCard | None = None
+    """What is known of the backbone; None while it is trained."""
 
     def features(self, source: ImageSource, indices: np.ndarray | None = None) -> Features:
         """Return the features of every good image of a source (or of `indices`), each exactly once.
@@ -67,20 +69,33 @@ def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.
     if not run:
         raise UsageError("name a run folder or a backbone file first, for example: caco knn runs/first --data photos/")
     if run in BASELINES and not Path(run).exists():
-        card = BackboneCard(backbone=options.backbone or "none", size=size or 224, resize=usual_resize(size or 224))
+        card = _baseline_card(options)
         if run == "pixels":
             return None, card
         if own is not None:
             return adopt_backbone(copy.deepcopy(own), card.size).eval(), card
-        if not options.backbone:
-            raise UsageError("random needs to know the model: --backbone resnet18")
+        if card.backbone in ("", "own"):
+            model = "backbone=module in Python" if card.backbone else "--backbone resnet18"
+            raise UsageError(f"random needs to know the model: {model}")
         torch.manual_seed(options.seed)
-        return create_backbone(options.backbone, card.size).eval(), card
+        return create_backbone(card.backbone, card.size, card.stem).eval(), card
     module, card = load_backbone(find_weights(Path(run)), options.backbone, size, own)
     if not size:
         return module, card
     try_size(module, size)
     return module, replace(card, size=size, resize=usual_resize(size))
+
+
+def _baseline_card(options: Evaluation) -> BackboneCard:
+    """Return how a baseline is built and sees pictures: as the run it stands beside, where options say nothing else."""
+    card = BackboneCard(backbone=options.backbone, stem="auto", size=224, resize=usual_resize(224))
+    if isinstance(options, Judging) and options.beside:
+        card = read_weights(find_weights(Path(options.beside)))[1] or card
+        if options.backbone not in ("", card.backbone):
+            card = replace(card, backbone=options.backbone, stem="auto")
+    if options.size not in (0, card.size):
+        card = replace(card, size=options.size, resize=usual_resize(options.size))
+    return replace(card, step=0)
 
 
 def find_weights(path: Path) -> Path:

@@ -110,11 +110,11 @@ def verdict(
     rank: float | None = None,
     dimensions: int | None = None,
 ) -> tuple[Finding, ...]:
-    """Return what is wrong with a run, worst first; nothing when it is healthy. Judges what it is given.
+    """Return what is wrong with a run, worst first; nothing where no fault is seen, which is not to say that it learns.
 
-    slots, used, perplexity, choices: of the bank and a window of choices (`Usage`), judged together; fewer than 100
-    choices are not judged. spread: √(1 − ‖mean embedding‖²), as the records have it. rank, dimensions: `rank_me` of
-    embeddings of that width.
+    Judges what it is given. slots, used, perplexity, choices: of the bank and a window of choices (`Usage`), judged
+    together; fewer than 100 choices are not judged. spread: √(1 − ‖mean embedding‖²), as the records have it. rank,
+    dimensions: `rank_me` of embeddings of that width.
     """
     findings = []
     if spread is not None and not spread > LOW_SPREAD:  # also when it is NaN

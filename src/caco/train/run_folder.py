@@ -2,7 +2,7 @@
 
 config.json       every setting, resolved
 environment.json  versions, devices, command (a list: one entry for each start)
-metrics.jsonl, speed.jsonl, train.log, skipped.txt, checkpoints/, export/, report.html; .lock (`train/lock.py`)
+metrics.jsonl, speed.jsonl, train.log, skipped.txt, checkpoints/, export/, results/, report.html; .lock (`train/lock.py`)
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ RESOLVED = ("epochs", "precision", "engine.layout", "engine.compile")
 WRITTEN = (
     *("environment.json", "metrics.jsonl", "speed.jsonl", "train.log", "index.npz", "skipped.txt"),
     *("checkpoints/step-*.pt", "checkpoints/best.pt", "checkpoints/.*.tmp", "export/backbone.safetensors", ".*.tmp"),
+    *("results/knn-*.json", "results/linear-*.json", "results/.*.tmp"),
     *("report.html", "gallery.png", "demo.json", "checkpoint_*.pth.tar", "events.out.tfevents.*"),
     CONDEMNED,
     "config.json",  # last: it is what makes a folder a run's
@@ -111,7 +112,7 @@ def _delete_run(folder: Path) -> None:
         for pattern in WRITTEN:
             for path in folder.glob(pattern):
                 path.unlink()
-        for path in (folder / "checkpoints", folder / "export"):
+        for path in (folder / "checkpoints", folder / "export", folder / "results"):
             if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
                 path.rmdir()
     except OSError as error:

@@ -239,16 +239,16 @@ class Trainer:
         if self.world.size > 1 and not (all_processes_are_here or self._record_is_due(step)):
             return
         late = time.monotonic() - self.last_saved >= self.config.monitor.checkpoint_minutes * 60
-        stop, late, best = self.world.vote(self.interrupt.name is not None, late, best)
+        stop, late, best = self.world.vote(self.interrupt.why is not None, late, best)
         finished = self.state.step == self.steps
         if not (stop or late or best or finished):
             return
         path = self._save(best)
         if stop and not finished:
-            name = next((name for name in self.world.gather_objects(self.interrupt.name) if name), "a signal")
-            self.journal.note(f"stopped by {name} and saved")
+            why = next(filter(None, self.world.gather_objects(self.interrupt.why)))
+            self.journal.note(f"{why} at {self._position()} and saved")
             raise Interrupted(
-                f"stopped by {name} at {self._position()} and saved to {path}; "
+                f"{why} at {self._position()} and saved to {path}; "
                 f"go on with: caco pretrain --out {self.folder} --resume"
             )
 
