@@ -1,4 +1,4 @@
-"""The demo: a whole run on built-in pictures, judged against raw pixels and an untrained encoder."""
+"""The demo: a whole run on built-in pictures, judged against pixels and an untrained encoder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def demo(options: Demo) -> dict[str, Any]:
     rows = {
         name: _judge(name, run, config)
         for name, run in (
-            ("raw pixels", "pixels"),
+            ("pixels", "pixels"),
             ("untrained encoder", "random"),
             ("pre-trained encoder", options.out),
         )
@@ -51,7 +51,7 @@ def demo(options: Demo) -> dict[str, Any]:
 
 
 def _judge(name: str, run: str, config: Pretrain) -> dict[str, float]:
-    """Return the kNN and (but for raw pixels) linear top-1 accuracy, in percent."""
+    """Return the kNN and (but for pixels) linear top-1 accuracy, in percent."""
     print(f"{name}:")
     options = {"run": run, "data": TRAIN, "val": TEST, "seed": config.seed}
     if run != config.out:

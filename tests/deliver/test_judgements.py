@@ -90,7 +90,7 @@ def test_the_report_asks_for_judgements_and_shows_them(run, photos, capsys):
     text, rows, commands = results(caco.report(run, device="cpu"))
     kept = {json.loads(path.read_text())["run"]: json.loads(path.read_text()) for path in run.glob("results/*.json")}
     assert [row[0] for row in rows][0] == "this run"
-    assert {row[0] for row in rows} == {"this run", "untrained test_resnet", "raw pixels"}
+    assert {row[0] for row in rows} == {"this run", "untrained test_resnet", "pixels"}
     low, high = kept[str(run)]["top1_interval"]
     assert rows[0][1:3] == [f"{kept[str(run)]['top1']:.1f} %", f"{low:.1f}–{high:.1f}"]
     assert "kNN, 20 neighbours, temperature 0.2, fp32, seed 0" in text

@@ -100,14 +100,14 @@ def test_a_loss_that_hardly_falls_is_told(losses, mood, headline):
     ("known", "mood", "headline"),
     [
         (agreement(), "unknown", "Better than without training, on the images it was trained on."),
-        (agreement(above_pixels=False), "warning", "Better than an untrained encoder, but no better than raw pixels."),
+        (agreement(above_pixels=False), "warning", "Better than an untrained encoder, but no better than pixels."),
         (agreement(False, True), "warning", "No better than an untrained encoder, as far as these images tell."),
     ],
 )
 def test_neighbours_in_class_against_both_baselines(known, mood, headline):
     told = said([*falling(), *epochs(2)], agreement=known)
     assert told[:2] == (mood, headline)
-    assert "in 50 % of cases, with an untrained encoder in 20 %, by raw pixels in 30 % (200 images)" in told[2]
+    assert "in 50 % of cases, with an untrained encoder in 20 %, by pixels in 30 % (200 images)" in told[2]
     assert "on the images it was trained on" in " ".join(told[1:])
 
 
@@ -119,7 +119,7 @@ def test_judgements_come_before_what_the_report_itself_has_looked_at():
     assert "Nearest neighbours: 40.0 % of 1,000 images right; random 30.0 %, pixels 32.0 %; linear classif" in reasons
     fewer = comparison(40.0, images=20, random=30.0, pixels=32.0)  # of so few, that difference is chance
     assert said(lines, comparisons=[fewer])[1].startswith("No better than an untrained encoder")
-    assert said(lines, comparisons=[comparison(40.0, random=30.0, pixels=45.0)])[1].endswith("than raw pixels.")
+    assert said(lines, comparisons=[comparison(40.0, random=30.0, pixels=45.0)])[1].endswith("than pixels.")
     both = [*judged, comparison(35.0, judge="linear", random=35.0)]  # the worst of several decides
     assert said(lines, comparisons=both)[1].startswith("No better than an untrained encoder")
 

@@ -143,14 +143,18 @@ def test_joined_lets_go_of_its_parts():
     assert torch.equal(joined(parts), whole) and not parts
 
 
-def test_raw_pixels():
+def test_pixels_are_what_an_encoder_sees():
     source = Pictures()
     pixels = pixel_features(source, PREPARATION, workers=2)
     assert pixels.vectors.shape == (22, 32 * 32 * 3)
     assert pixels.labels.tolist() == [index % 2 for index in range(23) if index != 5]
     source.images[0] = np.full((40, 50, 3), (255, 0, 51), np.uint8)
     first = pixel_features(source, PREPARATION, workers=2, indices=[0]).vectors
-    torch.testing.assert_close(first.view(32, 32, 3), torch.tensor([1.0, 0.0, 0.2]).expand(32, 32, 3))
+    seen = [
+        (level - mean) / std
+        for level, mean, std in zip((1.0, 0.0, 0.2), PREPARATION.mean, PREPARATION.std, strict=True)
+    ]
+    torch.testing.assert_close(first.view(3, 32, 32), torch.tensor(seen).view(3, 1, 1).expand(3, 32, 32))
 
 
 def test_errors_say_what_is_wrong(backbone):

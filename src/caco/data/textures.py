@@ -2,7 +2,7 @@
 
 A family is a shape (stripes, checks, dots, ...). Everything else is drawn at random for each picture: both colours,
 which of them is the ink, direction, scale, place, thickness, grain. So colour, brightness and position say nothing of
-the family, and raw pixels are of little use: an encoder has to see the shape.
+the family, and pixels alone are of little use: an encoder has to see the shape.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def neighbours(encoded: EncodedImages | Missing) -> Gallery:
         lead += (
             f" A green line marks the same class. Of the {agreement.neighbours} nearest neighbours of all images, "
             f"{percent(agreement.encoder)} are of the same class; with an untrained encoder "
-            f"{percent(agreement.untrained)}, by raw pixels {percent(agreement.pixels)}, by chance "
+            f"{percent(agreement.untrained)}, by pixels {percent(agreement.pixels)}, by chance "
             f"{percent(agreement.chance)}. Those that ask are the first of their class, not chosen by hand."
         )
     return Gallery(title, page.section(name, title, lead, page.picture_rows(rows, names, first_asks=True)), rows)

@@ -59,7 +59,7 @@ class EncodedImages:
     thumbnails: list[Pixels]
     """The centre views, at a size to look at."""
     pixels: Tensor
-    """float32 [N, P], unit rows: small centre views as they are (as `caco knn pixels`). What no encoder would give."""
+    """float32 [N, P], unit rows: small centre views, normalised (as `caco knn pixels`). What no encoder would give."""
     features: Tensor
     """float32 [N, F], unit rows: of the backbone."""
     untrained: Tensor | None
@@ -141,7 +141,7 @@ def encode_images(
             taken += indices
             centres, shown, small = zip(*batch, strict=True)
             thumbnails += shown
-            pixels.append(torch.from_numpy(np.stack(small)).flatten(1).float())
+            pixels.append(normalise(torch.from_numpy(np.stack(small)), preparation.mean, preparation.std).flatten(1))
             views = copy_to(device, torch.from_numpy(np.stack(centres)))
             ready = normalise(views, preparation.mean, preparation.std)
             features.append(F.normalize(backbone(ready).float(), dim=1).cpu())

@@ -143,7 +143,7 @@ class Comparison:
 
     @property
     def missing(self) -> list[str]:
-        """The baselines that have not been judged. (A linear classifier on raw pixels has too many weights to be one.)"""
+        """The baselines that have not been judged. (A linear classifier on pixels has too many weights to be one.)"""
         judged = {judged.baseline for judged in self.judged}
         return [name for name in (BASELINES if self.judge == "knn" else ("random",)) if name not in judged]
 
@@ -207,7 +207,7 @@ def _options(record: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _judged(record: Mapping[str, Any]) -> Judged:
     low, high = record["top1_interval"]
-    names = {"random": f"untrained {record['backbone']}", "pixels": "raw pixels"}
+    names = {"random": f"untrained {record['backbone']}", "pixels": "pixels"}
     name = "this run" if record["own"] else names.get(record["baseline"], record["run"])
     return Judged(
         name=name,

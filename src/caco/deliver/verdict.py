@@ -125,7 +125,7 @@ def _agreed(agreement: Agreement | None) -> Evidence | None:
         return None
     said = (
         f"nearest neighbours are of the same class in {percent(agreement.encoder)} of cases, with an untrained encoder in "
-        f"{percent(agreement.untrained)}, by raw pixels in {percent(agreement.pixels)} "
+        f"{percent(agreement.untrained)}, by pixels in {percent(agreement.pixels)} "
         f"({counted(agreement.images, 'image')})"
     )
     return _against_baselines(_rank(agreement.above_untrained, agreement.above_pixels), said, seen=True)
@@ -136,12 +136,12 @@ def _rank(above_untrained: bool, above_pixels: bool) -> int:
 
 
 def _against_baselines(rank: int, said: str, seen: bool) -> Evidence:
-    """rank: 0 when not better than an untrained encoder, 1 than raw pixels, 2 better than both, beyond chance."""
+    """rank: 0 when not better than an untrained encoder, 1 than pixels, 2 better than both, beyond chance."""
     if rank == 2 and seen:
         return Evidence("unknown", f"Better than without training, {SEEN}.", f"{said}; {OTHERS}")
     headline = (
         "No better than an untrained encoder, as far as these images tell.",
-        "Better than an untrained encoder, but no better than raw pixels.",
+        "Better than an untrained encoder, but no better than pixels.",
         "It has learnt.",
     )[rank]
     return Evidence("good" if rank == 2 else "warning", headline, f"{said}, {SEEN}" if seen else said)

@@ -25,7 +25,7 @@ BASELINES = ("random", "pixels")
 
 @dataclass(frozen=True)
 class UsableEncoder:
-    """A backbone (None: raw pixels), how pictures are prepared for it, and where it runs."""
+    """A backbone (None: pixels), how pictures are prepared for it, and where it runs."""
 
     backbone: nn.Module | None
     preparation: Preparation
@@ -61,7 +61,7 @@ class UsableEncoder:
 
 
 def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.Module | None, BackboneCard]:
-    """Return the backbone that `options.run` names (None: raw pixels) and its card. Raises UsageError.
+    """Return the backbone that `options.run` names (None: pixels) and its card. Raises UsageError.
 
     own: the user's own module, instead of one by name; it stays as it is.
     """

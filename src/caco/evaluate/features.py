@@ -119,13 +119,14 @@ def pixel_features(
     workers: int,
     indices: Sequence[int] | np.ndarray | None = None,
 ) -> Features:
-    """Return raw pixels as features, float32 [N, size · size · 3] in 0-1: what no encoder at all would give.
+    """Return pixels as features, float32 [N, 3 · size · size]: what no encoder at all would give.
 
-    The same images and the same centre views as `extract`, not normalised.
+    The same images and the same centre views as `extract`, normalised as for an encoder: without the mean, a cosine
+    compares above all how bright pictures are, and the baseline would be too easily beaten (docs/results.md).
     """
 
     def flatten(views: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B F"]:
-        return views.flatten(1).float() / 255
+        return normalise(views, preparation.mean, preparation.std).flatten(1)
 
     return _collect_features(source, preparation, flatten, workers, indices, batch_size=256, fetched_together=1)
 
