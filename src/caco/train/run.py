@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from caco.train.heap import keep_heap
 from caco.train.interrupt import InterruptFlag
 from caco.train.lock import RunLock
 from caco.train.prepare import Prepared, check_bank_fits, check_division, prepare
-from caco.train.run_folder import decide_start, open_run_folder, write_config, write_environment
+from caco.train.run_folder import decide_start, finished_backbone, open_run_folder, write_config, write_environment
 from caco.train.trainer import Trainer
 from caco.weights import save_backbone
 
@@ -36,6 +37,10 @@ def run_pretraining(world: World, config: Pretrain, objects: Objects = NO_OBJECT
         if world.is_main:
             lock.take(Path(config.out))
         config = world.decide_in_main(lambda: decide_start(config, restarted=world.attempt > 0))
+        if config.resume and (path := world.decide_in_main(lambda: finished_backbone(config))):
+            if world.is_main:
+                print(f"the run in {config.out} is finished: nothing is left to do", file=sys.stderr)
+            return path
         index = Path(staging) / "index.npz"
         prepared = prepare(world, config, objects, index)
         if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told

@@ -127,6 +127,19 @@ def _has_saved(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("*.pt")) or any((folder / "export").glob("*"))
 
 
+def finished_backbone(config: Pretrain) -> Path | None:
+    """Return the backbone of the run to resume, if it is finished: it is written last. None if there is work left.
+
+    Raises UsageError when the run is asked to compute something else than it has.
+    """
+    path = Path(config.out) / "export" / "backbone.safetensors"
+    if not path.exists():
+        return None
+    saved = read_config(Path(config.out))
+    check_same_mathematics(saved, _as_decided(config, saved))
+    return path
+
+
 def read_config(folder: Path) -> Pretrain:
     """Return the configuration of the run in a folder. Raises UsageError when there is none, or it is damaged."""
     path = folder / "config.json"
