@@ -436,7 +436,7 @@ def test_overwrite_deletes_nothing_when_the_new_run_cannot_begin(photos, tmp_pat
 
 
 def test_a_refused_resume_changes_nothing(photos, tmp_path, monkeypatch):
-    caco.pretrain(photos, tmp_path / "run", **TINY)
+    caco.pretrain(photos, tmp_path / "run", **TINY).unlink()  # as if it were stopped before the last file
     before = snapshot(tmp_path / "run")
     fewer = make_photos(tmp_path / "fewer", 9)
     monkeypatch.chdir(tmp_path)

@@ -39,7 +39,7 @@ def run_pretraining(world: World, config: Pretrain, objects: Objects = NO_OBJECT
         config = world.decide_in_main(lambda: decide_start(config, restarted=world.attempt > 0))
         if config.resume and (path := world.decide_in_main(lambda: finished_backbone(config))):
             if world.is_main:
-                print(f"the run in {config.out} is finished: nothing is left to do", file=sys.stderr)
+                print("the run is finished; nothing to do", file=sys.stderr)
             return path
         index = Path(staging) / "index.npz"
         prepared = prepare(world, config, objects, index)
