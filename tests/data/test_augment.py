@@ -403,7 +403,7 @@ def test_centre_view_in_other_ways_is_torchvisions(height: int, width: int, squa
     assert (np.abs(difference) > 1).mean() < 2e-4
     assert abs(difference.mean()) < 0.01
     bilinear = centre_view(image, 248, 224, "bilinear", squash).astype(int) - theirs
-    assert np.abs(bilinear).mean() > 10 * np.abs(difference).mean()
+    assert np.abs(bilinear).mean() > 1 > 3 * np.abs(difference).mean()
 
 
 def test_centre_view_refuses_a_crop_larger_than_the_image() -> None:
