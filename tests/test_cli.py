@@ -90,7 +90,7 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         flag = f"--{option}".replace("_", "-")
         (entry,) = [entry for entry in entries if entry.split(" ")[0].rstrip(",") == flag]
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default) or "none"
-        assert f" [{shown}]" in entry, entry
+        assert f" [{shown or 'none'}]" in entry, entry
         assert len(entry.rpartition(" [")[0].split()) > 4, entry  # the option, its type, and words
 
 
