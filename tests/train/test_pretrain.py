@@ -329,7 +329,7 @@ def test_a_start_behind_the_end(tmp_path):
 
 def test_a_damaged_checkpoint_is_told(tmp_path, capfd):
     options = {"backbone": "test_resnet", **SMALL, "monitor": {**SMALL["monitor"], "checkpoint_minutes": 0}}
-    caco.pretrain(ArraySource(pictures()), tmp_path / "run", **options)
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", **options).unlink()
     newest = sorted((tmp_path / "run/checkpoints").glob("step-*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     capfd.readouterr()

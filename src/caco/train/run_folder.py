@@ -47,7 +47,7 @@ def decide_start(config: Pretrain, restarted: bool = False) -> Pretrain:
     """
     folder = Path(config.out)
     if restarted and _holds_run(folder):
-        config = _as_decided(replace(config, resume=True, overwrite=False), read_config(folder))
+        config = as_decided(replace(config, resume=True, overwrite=False), read_config(folder))
     check_run_folder(config)
     if config.resume and not _has_saved(folder):
         if not restarted:
@@ -76,7 +76,7 @@ def check_run_folder(config: Pretrain) -> None:
     check_writable("--out", folder / "config.json")
 
 
-def _as_decided(config: Pretrain, saved: Pretrain) -> Pretrain:
+def as_decided(config: Pretrain, saved: Pretrain) -> Pretrain:
     """Return the configuration with what the saved one has decided in place of each "auto": it is not decided again."""
     asked, decided = flatten(config), flatten(saved)
     return override(config, {name: decided[name] for name in RESOLVED if asked[name] == "auto"})
@@ -125,19 +125,6 @@ def _holds_run(folder: Path) -> bool:
 def _has_saved(folder: Path) -> bool:
     """Return whether a run has anything to go on from, or to lose: a checkpoint, readable or not, or its result."""
     return any((folder / "checkpoints").glob("*.pt")) or any((folder / "export").glob("*"))
-
-
-def finished_backbone(config: Pretrain) -> Path | None:
-    """Return the backbone of the run to resume, if it is finished: it is written last. None if there is work left.
-
-    Raises UsageError when the run is asked to compute something else than it has.
-    """
-    path = Path(config.out) / "export" / "backbone.safetensors"
-    if not path.exists():
-        return None
-    saved = read_config(Path(config.out))
-    check_same_mathematics(saved, _as_decided(config, saved))
-    return path
 
 
 def read_config(folder: Path) -> Pretrain:
