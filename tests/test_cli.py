@@ -90,7 +90,7 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         flag = f"--{option}".replace("_", "-")
         (entry,) = [entry for entry in entries if entry.split(" ")[0].rstrip(",") == flag]
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default) or "none"
-        assert f" [{shown}]" in entry, entry
+        assert f" [{shown or 'none'}]" in entry, entry
         assert len(entry.rpartition(" [")[0].split()) > 4, entry  # the option, its type, and words
 
 
@@ -154,7 +154,9 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         ("linear --neighbours 3", "unknown option --neighbours"),
         ("export --format timm", "for example: caco export runs/first --out"),
         ("knn x --weights y --data z", "name one encoder, not two"),
-        ("knn --weights timm:resnet18 --data z", "only caco pretrain downloads"),
+        ("export --weights timm:resnet18 --out z.pth", "timm has it already"),
+        ("knn x --data z --mean 0.5", "--mean 0.5: must be three numbers, one for each channel"),
+        ("linear x --data z --std 0.5 0 0.5", "--std 0.0: must be above 0"),
         ("embed --weights x", "--data is missing"),
         ("knn x --batch-size -3", "must be at least 1"),
         ("linear x --epochs 0", "must be at least 1"),

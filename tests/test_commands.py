@@ -241,13 +241,17 @@ def test_another_size_than_trained_at(run, val, tmp_path):
 
 
 def test_a_size_that_the_encoder_does_not_take(val, tmp_path, capsys):
-    """The positions of this transformer are those of one size."""
-    file = tmp_path / "vit.safetensors"
-    save_backbone(file, create_backbone("test_vit_relpos", 32), BackboneCard("test_vit_relpos", size=32, resize=32))
-    words = ["embed", str(file), "--data", str(val), "--out", str(tmp_path / "f.npz")]
-    assert main([*words, "--size", "48"]) == 2
-    assert "the backbone does not take pictures of 48 x 48 pixels" in capsys.readouterr().err
-    assert main([*words, "--size", "32"]) == 0
+    """Not a multiple of its patches. The positions of the other are those of one size, for which it is built anew."""
+    for name, size in (("test_vit", 40), ("test_vit_relpos", 48)):
+        file = tmp_path / f"{name}.safetensors"
+        save_backbone(file, create_backbone(name, 32), BackboneCard(name, size=32, resize=32))
+        words = ["embed", str(file), "--data", str(val), "--out", str(tmp_path / "f.npz")]
+        refused = name == "test_vit"
+        assert main([*words, "--size", str(size)]) == (2 if refused else 0)
+        said = capsys.readouterr().err
+        assert said.endswith("; leave --size out: it takes its own, 32 px\n") is refused
+        assert ("--size 40: the backbone does not take pictures of 40 x 40 pixels" in said) is refused
+        assert main([*words, "--size", "32"]) == 0
 
 
 def test_unlabelled_and_broken_images_are_embedded_as_far_as_they_go(run, tmp_path, capsys):
@@ -440,7 +444,7 @@ def test_overwrite_deletes_nothing_when_the_new_run_cannot_begin(photos, tmp_pat
 
 
 def test_a_refused_resume_changes_nothing(photos, tmp_path, monkeypatch):
-    caco.pretrain(photos, tmp_path / "run", **TINY)
+    caco.pretrain(photos, tmp_path / "run", **TINY).unlink()  # as if it were stopped before the last file
     before = snapshot(tmp_path / "run")
     fewer = make_photos(tmp_path / "fewer", 9)
     renamed = tmp_path / "renamed"

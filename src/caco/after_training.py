@@ -20,17 +20,21 @@ class Evaluation:
     """Options shared by all commands that use a finished encoder."""
 
     run: str = field(default="", metadata={"positional": "RUN|FILE"})
-    """A run folder, a backbone or checkpoint file, random (untrained --backbone), or pixels (no encoder)."""
+    """A run folder, a backbone or checkpoint file, timm:NAME, random (untrained --backbone), or pixels (no encoder)."""
     weights: str = ""
-    """The same by the name that pretrain has for it: a file (caco, published CaCo, timm, torchvision)."""
+    """The same by the name that pretrain has for it: a file, or timm:NAME to download from timm's hub."""
     data: str = ""
     """Images: a folder, Parquet or tar files (globs allowed), a torchvision set by name, or textures."""
     out: str = ""
     """File for the result."""
     backbone: str = ""
-    """timm name, for a FILE that does not say it, or for random."""
+    """timm name, for a FILE that does not say it, or for random; NAME.TAG also says how pictures are prepared."""
     size: int = 0
     """Side of the centre crop in pixels; 0: as the encoder was trained (random, pixels: 224)."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel (of pixels in 0-1), three numbers; without it the encoder's own, ImageNet's if unknown."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, in the same way."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, ..."""
     precision: Precision = "auto"

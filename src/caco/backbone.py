@@ -117,6 +117,7 @@ def _named(name: str, size: int) -> nn.Module:
     """Return a model as its library makes it. Raises UsageError for an unknown name, with the nearest ones."""
     timm = timm_and_ours()
     if timm.is_model(name):
+        timm_configuration(name)  # of a tag that does not exist, the names of those that do
         return _first_accepted(
             name,
             [
@@ -133,24 +134,62 @@ def _named(name: str, size: int) -> nn.Module:
     return found
 
 
+def timm_configuration(name: str) -> dict[str, Any]:
+    """Return what timm knows of a model's weights (`pretrained_cfg`); empty if nothing, or for a name that is not timm's.
+
+    Raises UsageError for weights of a tag ("resnet50.a9_in1k") that timm does not know of a model that it does.
+    """
+    timm = timm_and_ours()
+    try:
+        known = timm.models.get_pretrained_cfg(name) if timm.is_model(name) else None
+        return {} if known is None else dict(known.to_dict())
+    except RuntimeError:
+        model = name.partition(".")[0]
+        tags = ", ".join(timm.list_models(f"{model}.*", pretrained=True)) or "none"
+        raise UsageError(f"--backbone: timm has no weights called {name!r}; of {model}: {tags}") from None
+
+
 def torchvision_model(name: str) -> nn.Module | None:
     """Return torchvision's classification model of that name without its classes; None if there is none."""
     from torchvision import models
 
     if name not in models.list_models(module=models):
         return None
-    model: nn.Module = models.get_model(name, weights=None, **({"aux_logits": False} if name == "googlenet" else {}))
+    model: nn.Module = models.get_model(name, weights=None, **_torchvision_options(name))
+    place, number, instead = _torchvision_classes(model)
+    if number is None:
+        setattr(model, place, instead)
+    else:
+        getattr(model, place)[number] = instead
+    return model
+
+
+def torchvision_code(name: str) -> str:
+    """Return the code that makes torchvision's model of that name, without its classes, as `model`."""
+    from torchvision import models
+
+    options = _torchvision_options(name)
+    place, number, instead = _torchvision_classes(models.get_model(name, weights=None, **options))
+    given = "".join(f", {option}={value}" for option, value in options.items())
+    where = place if number is None else f"{place}[{number}]"
+    return f'model = torchvision.models.get_model("{name}"{given}); model.{where} = torch.nn.{instead}'
+
+
+def _torchvision_options(name: str) -> dict[str, Any]:
+    return {"aux_logits": False} if name == "googlenet" else {}
+
+
+def _torchvision_classes(model: nn.Module) -> tuple[str, int | None, nn.Module]:
+    """Return where torchvision's model has its classes (attribute, and number within it), and what to put there."""
     place = next(place for place in ("fc", "classifier", "heads", "head") if hasattr(model, place))
     head = getattr(model, place)
     layers = list(head) if isinstance(head, nn.Sequential) else []
     linear = [number for number, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
     if linear:
-        head[linear[-1]] = nn.Identity()
-    elif layers:  # classes by convolution (SqueezeNet): what comes before is a map
-        setattr(model, place, nn.AdaptiveAvgPool2d(1))
-    else:
-        setattr(model, place, nn.Identity())
-    return model
+        return place, linear[-1], nn.Identity()
+    if layers:  # classes by convolution (SqueezeNet): what comes before is a map
+        return place, None, nn.AdaptiveAvgPool2d(1)
+    return place, None, nn.Identity()
 
 
 def stem_of(backbone: nn.Module) -> str:
@@ -171,6 +210,21 @@ def stem_in(name: str, tensors: Mapping[str, Tensor]) -> str:
     with torch.device("meta"):  # shapes only
         model = _named(name, 224)
     return "small" if _has_plain_stem(model) and first_kernel(model.state_dict()) != 3 else "standard"
+
+
+def size_in(name: str, tensors: Mapping[str, Tensor]) -> int:
+    """Return the side of the pictures, in pixels, that a model of that name has with these weights.
+
+    224, unless its tables of positions are another size's and fit the one that timm's configuration names. Raises
+    UsageError for an unknown name.
+    """
+    tables = {key: tensor.shape for key, tensor in tensors.items() if "pos" in key}
+    known = timm_configuration(name) if tables else {}
+    for side in (224, int(known["input_size"][-1])) if known else ():
+        wanted = _named(name, side).state_dict()
+        if all(wanted[key].shape == shape for key, shape in tables.items() if key in wanted):
+            return side
+    return 224
 
 
 def first_kernel(tensors: Mapping[str, Tensor]) -> int:

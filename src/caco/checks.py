@@ -72,6 +72,7 @@ _ABOVE_ZERO = (
     "bank.slot_temperature",
     "bank.warm_start_temperature",
     "views.std",
+    "std",
     "views.area",
     "views.small_area",
     "views.blur_sigma",
@@ -134,12 +135,20 @@ def check_judged(options: E) -> E:
         raise UsageError(
             f"name a run folder or a backbone file first, for example: caco {command} runs/first {example}"
         )
-    if run.startswith("timm:"):
-        raise UsageError(f"--weights {run}: only caco pretrain downloads; name a file")
+    if run.startswith("timm:") and not isinstance(options, Evaluation):
+        raise UsageError(f"{run}: timm has it already; caco export takes a run folder or a file")
     check_numbers(options)
+    if isinstance(options, Evaluation):
+        _check_normalisation(options)
     if isinstance(options, Evaluation) and not options.data:
         raise UsageError(NO_DATA)
     return replace(options, run=run, weights="")
+
+
+def _check_normalisation(options: Evaluation) -> None:
+    for name, numbers in (("mean", options.mean), ("std", options.std)):
+        if numbers and len(numbers) != 3:
+            raise UsageError(f"--{name} {' '.join(map(str, numbers))}: must be three numbers, one for each channel")
 
 
 def check_numbers(config: Any) -> None:

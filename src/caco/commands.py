@@ -78,7 +78,7 @@ def export(options: Export) -> Path:
     how = export_encoder(Path(options.run), options.format, path)
     if options.format != "reference":  # which says itself how many epochs are done
         say_unfinished(options.run)
-    print(f"{path} is written; load it with {how}")
+    print(f"{path} is written; load it with\n  {how}")
     return path
 
 

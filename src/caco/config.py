@@ -11,6 +11,7 @@ from typing import Literal, Union
 
 Auto = Literal["auto"]
 Precision = Literal["auto", "fp32", "bf16"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,6 +27,9 @@ class Preparation:
     """What the image's shorter side has before, in pixels."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Interpolation = "bilinear"
+    squash: bool = False
+    """Both sides become `resize` pixels, whatever the image's shape."""
 
 
 def usual_resize(size: int) -> int:

@@ -27,7 +27,7 @@ from caco.evaluate.knn import Voting, held_out_split, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, LinearResult, check_choice, linear_probe
 from caco.evaluate.reference_probe import ProbeSettings, train_reference_probe
 from caco.files import check_writable, replace_file, replace_json
-from caco.given import open_encoder, open_images, say_broken
+from caco.given import open_encoder, open_images, prepared_as, say_broken
 from caco.objects import NO_OBJECTS, Objects
 
 
@@ -200,7 +200,7 @@ def _described(
         "val": options.val or f"{HELD_OUT}{options.held_out:g}",
         "train_images": train_images,
         "val_images": val_images,
-        "size": encoder.preparation.size,
+        **prepared_as(encoder),
         "broken": [f"{key}: {reason}" for key, reason in broken],
     }
 

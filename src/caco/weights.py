@@ -25,10 +25,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from caco.backbone import adopt_backbone, create_backbone, is_model, stem_in, timm_and_ours
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Preparation, usual_resize
+from caco.backbone import adopt_backbone, create_backbone, is_model, size_in, stem_in, timm_and_ours
+from caco.config import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preparation, usual_resize
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import replace_file
+from caco.foreign import fitted, misfits, named_preparation
 from caco.options import from_dictionary
 from caco.reference.pickled import HARMLESS
 
@@ -37,10 +38,13 @@ CARD_FORMAT = "caco-backbone-1"
 # Where other systems put the encoder inside their files; the first prefix that some key has is stripped.
 PREFIXES = (
     "encoder.backbone.",
+    "teacher_backbone.",
+    "student_backbone.",
     "module.encoder_q.",
     "module.base_encoder.",
     "module.backbone.",
     "module._orig_mod.",
+    "module.encoder.",
     "encoder_q.",
     "base_encoder.",
     "_orig_mod.",
@@ -50,7 +54,6 @@ PREFIXES = (
 )
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
 ANSWER_SECONDS = 10.0
-HEADS = ("fc.", "head.", "head_dist.", "classifier.", "projection_head.", "prototypes.")
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,18 @@ class BackboneCard:
     std: tuple[float, float, float] = IMAGENET_STD
     step: int = 0
     """Training steps taken."""
+    interpolation: Interpolation = "bilinear"
+    squash: bool = False
+    """Evaluation: both sides become `resize` pixels, instead of the shorter one."""
+
+    @classmethod
+    def of(cls, backbone: str, stem: str, preparation: Preparation) -> BackboneCard:
+        """Return the card of a model whose pictures are prepared so."""
+        return cls(backbone, stem, **dataclasses.asdict(preparation))
 
     def preparation(self) -> Preparation:
         """Return how an image is prepared for this backbone."""
-        return Preparation(self.size, self.resize, self.mean, self.std)
+        return Preparation(self.size, self.resize, self.mean, self.std, self.interpolation, self.squash)
 
 
 def save_backbone(path: Path, backbone: nn.Module, card: BackboneCard) -> None:
@@ -86,9 +97,10 @@ def load_backbone(
 ) -> tuple[nn.Module, BackboneCard]:
     """Return the backbone in a file, in eval mode, and its card.
 
-    A file of ours says what it holds; for any other, `backbone` names the timm model (and `size` its views, 224 px if
-    not said). own: the user's own module, instead of one by name; the weights go into a copy of it. Raises UsageError
-    when the file cannot be read or does not fit.
+    A file of ours says what it holds; for any other, `backbone` names the timm model (and `size` the pictures; if not
+    said, 224 px or what its table of positions was made for). A name with timm's tag ("vit_small_patch16_224.dino") says
+    how pictures are prepared, too. own: the user's own module, instead of one by name; the weights go into a copy of it.
+    Raises UsageError when the file cannot be read or does not fit.
     """
     tensors, card = read_weights(path)
     if own is not None:
@@ -100,8 +112,7 @@ def load_backbone(
     if card is None:
         if not backbone:
             raise UsageError(f"{path} does not say which model it holds; name it with --backbone")
-        stem, side = stem_in(backbone, tensors), size or 224
-        card = BackboneCard(backbone=backbone, stem=stem, size=side, resize=usual_resize(side))
+        card = _named_card(backbone, tensors, size)
     if backbone and backbone != card.backbone:
         raise UsageError(f"{path} holds a {card.backbone}, not a {backbone}")
     if card.backbone == "own":
@@ -115,6 +126,28 @@ def load_backbone(
     return module.eval(), card
 
 
+def _named_card(backbone: str, tensors: Mapping[str, Tensor], size: int) -> BackboneCard:
+    """Return the card of a file that says nothing. Pictures are prepared for it as ImageNet's, or as timm's tag says."""
+    stem = stem_in(backbone, tensors)
+    tagged = named_preparation(backbone, size) if "." in backbone else None
+    side = size or size_in(backbone, tensors)
+    return BackboneCard.of(backbone, stem, tagged or Preparation(side, usual_resize(side)))
+
+
+def download_backbone(name: str, size: int = 0) -> tuple[nn.Module, BackboneCard]:
+    """Return the model with the named weights of timm's hub, in eval mode, and its card, by timm's configuration.
+
+    size: side of the pictures instead of the model's own, in pixels. Raises as `download_weights` does.
+    """
+    tensors, preparation = download_weights(name), named_preparation(name, size)
+    assert preparation is not None  # it has weights
+    card = BackboneCard.of(name, "standard", preparation)
+    module = create_backbone(name, card.size, card.stem)
+    load_into(module, tensors, f"timm:{name} at {card.size} px")
+    module.pretrained_cfg = _for_timm(card)  # type: ignore[assignment]
+    return module.eval(), card
+
+
 def _for_timm(card: BackboneCard) -> dict[str, Any]:
     """Return what `timm.data.resolve_model_data_config` asks a model for: how a picture is prepared for it."""
     return {
@@ -122,31 +155,24 @@ def _for_timm(card: BackboneCard) -> dict[str, Any]:
         "input_size": (3, card.size, card.size),
         "mean": card.mean,
         "std": card.std,
-        "interpolation": "bilinear",
+        "interpolation": card.interpolation,
         # timm resizes to floor(size / crop_pct); half a pixel more keeps that from falling one short.
         "crop_pct": card.size / (card.resize + 0.5),
-        "crop_mode": "center",
+        "crop_mode": "squash" if card.squash else "center",
     }
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy weights into a module. The weights of a head in `tensors` are left out; anything else must fit exactly.
+    """Copy weights into a module. The weights of a head in `tensors` are left out; anything else must fit.
 
-    Raises UsageError that names the first keys that are missing, left over or of another shape.
+    Tables of positions are resized as timm does, other systems' names translated (`foreign.fitted`). Raises UsageError
+    that names the first keys that are missing, left over or of another shape.
     """
-    wanted = module.state_dict()
-    missing = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
-    extra = [key for key in tensors if key not in wanted and not key.startswith(HEADS)]
-    shapes = [
-        f"{key} {tuple(tensors[key].shape)} for {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in tensors and tensors[key].shape != wanted[key].shape
-    ]
-    for what, keys in (("lacks", missing), ("has unknown", extra), ("has another shape:", shapes)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise UsageError(f"{origin} does not fit the backbone: it {what} {', '.join(keys[:3])}{more}")
-    module.load_state_dict({key: tensors[key] for key in wanted if key in tensors}, strict=False)
+    tensors = fitted(module, tensors)
+    for what, keys in misfits(module, tensors):
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise UsageError(f"{origin} does not fit the backbone: it {what} {', '.join(keys[:3])}{more}")
+    module.load_state_dict({key: tensors[key] for key in module.state_dict() if key in tensors}, strict=False)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], BackboneCard | None]:
@@ -179,6 +205,8 @@ def known_card(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bac
 def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the backbone's part of a state dict under plain names."""
     for prefix in PREFIXES:
+        if prefix == "module.encoder." and f"{prefix}conv1.weight" not in tensors:
+            continue  # not SimSiam's: part of a transformer
         if any(key.startswith(prefix) for key in tensors):
             return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     return dict(tensors)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from caco.data.arrays import ArraySource
 from caco.data.datasets import own_source
@@ -47,6 +47,21 @@ def test_pil_images_of_any_mode_are_those_of_files(picture: Callable[[], Image.I
     picture().save(file, "PNG")
     loaded = own_source(Items(lambda index: (picture(), 0))).load(0)
     np.testing.assert_array_equal(loaded, decode_rgb(file.getvalue(), "file").pixels)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pil_images_are_upright_and_none_is_turned_twice(orientation: int) -> None:
+    """As opened, converted, or turned upright already by the Dataset: the pixels of the file."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", quality=95, exif=exif)
+    expected = decode_rgb(file.getvalue(), "file").pixels
+    assert (expected.shape[0] == 20) == (orientation >= 5)
+    for finished in (lambda image: image, lambda image: image.convert("RGB"), ImageOps.exif_transpose):
+        loaded = own_source(Items(lambda index, finished=finished: (finished(Image.open(file)), 0))).load(0)
+        np.testing.assert_array_equal(loaded, expected)
 
 
 def damaged_png() -> bytes:

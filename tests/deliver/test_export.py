@@ -5,6 +5,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from PIL import Image
 from torchvision import models
 
@@ -245,25 +246,61 @@ def test_models_that_only_torchvision_has():
         assert module(torch.zeros(2, 3, 64, 64)).shape == (2, features) and module.num_features == features
 
 
-def test_the_command_says_how_to_load_it(run, tmp_path, capsys):
-    out = tmp_path / "backbone.safetensors"
-    assert main(["export", str(run), "--format", "timm", "--out", str(out)]) == 0
-    assert f'{out} is written; load it with timm.create_model("resnet18", num_classes=0)' in capsys.readouterr().out
-    assert safetensors.torch.load_file(out)["conv1.weight"].shape == (64, 3, 7, 7)
+def loaded_as_told(said: str) -> torch.nn.Module:
+    """Run the line that the command prints, with nothing but the libraries it names."""
+    code = said.partition("load it with\n")[2]
+    names = {"timm": timm, "torchvision": torchvision, "torch": torch, "safetensors": safetensors}
+    exec(code.strip(), names)
+    return names["model"].eval()
 
 
-def test_a_model_of_our_own_is_loaded_by_us(tmp_path, capsys):
-    """timm has no such name; the line that is printed works."""
-    module = create_backbone("resnet10_narrow", 32)
-    save_backbone(tmp_path / "a.safetensors", module, BackboneCard("resnet10_narrow", size=32, resize=32))
-    caco.export(tmp_path / "a.safetensors", out=tmp_path / "b.safetensors")
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize(
+    ("format", "name", "size", "stem"),
+    [
+        ("timm", "resnet18", 64, "standard"),
+        ("timm", "resnet18", 32, "small"),
+        ("timm", "test_vit", 160, "standard"),
+        ("timm", "test_vit", 64, "standard"),
+        ("torchvision", "resnet18", 64, "standard"),
+        ("torchvision", "mobilenet_v3_small", 64, "standard"),
+        ("torchvision", "squeezenet1_1", 64, "standard"),
+    ],
+)
+def test_the_line_that_is_printed_loads_the_file(tmp_path, capsys, format, name, size, stem, ending):
+    """With the library alone, all of it, and to the same features."""
+    torch.manual_seed(0)
+    module = create_backbone(name, size, stem).eval()
+    save_backbone(tmp_path / "run.safetensors", module, BackboneCard(name, stem, size=size, resize=size))
+    out = tmp_path / f"it's one.{ending}"
+    assert main(["export", str(tmp_path / "run.safetensors"), "--format", format, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "timm.create_model" not in said
-    call = said.partition("load it with ")[2].partition(": timm has no")[0]
-    again = eval(call, {"caco": caco})
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in module.state_dict().items())
-    with pytest.raises(UsageError, match="timm has no resnet10_narrow; write it as .safetensors"):
-        caco.export(tmp_path / "a.safetensors", out=tmp_path / "b.pth")
+    assert said.startswith(f"{out} is written; load it with\n  model = {format}.")
+    again, images = loaded_as_told(said), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images).flatten(1), module(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "words"),
+    [
+        ("resnet10_narrow", "timm", "timm has no model called 'resnet10_narrow'; it is caco's own"),
+        ("resnet10_narrow", "torchvision", "torchvision has no model called 'resnet10_narrow'; it is caco's own"),
+        ("mobilenet_v2", "timm", "timm has no model called 'mobilenet_v2'; use --format torchvision"),
+        ("test_resnet", "torchvision", "torchvision has no model called 'test_resnet'; use --format timm"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_what_the_library_does_not_know_is_refused(tmp_path, capsys, name, format, words, ending):
+    file, out = tmp_path / "a.safetensors", tmp_path / f"b.{ending}"
+    module = create_backbone(name, 32)
+    save_backbone(file, module, BackboneCard(name, size=32, resize=32))
+    assert main(["export", str(file), "--format", format, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert words in said and not out.exists()
+    if "caco's own" in said:  # what it advises works
+        again = eval(said.partition("own: ")[2].partition(" loads it")[0], {"caco": caco})
+        assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in module.state_dict().items())
 
 
 def test_an_own_module_is_not_an_arch(tmp_path, capsys):

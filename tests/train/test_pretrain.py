@@ -166,7 +166,9 @@ def test_after_an_outage_of_the_disk_a_run_goes_on(tmp_path):
     for number, pixels in enumerate(pictures(20)):
         Image.fromarray(pixels[: 12 + number % 3]).save(folder / f"{number:02}.png")
     options = {**SMALL, "monitor": {**SMALL["monitor"], "checkpoint_minutes": 0}}
-    finished = caco.pretrain(folder, run, backbone="test_resnet", **options).read_bytes()
+    path = caco.pretrain(folder, run, backbone="test_resnet", **options)
+    finished = path.read_bytes()
+    path.unlink()
     newest = sorted((run / "checkpoints").glob("step-*.pt"))[-1]
     newest.unlink()
     # As a start leaves it that met the outage: more than the share of 0.1.
@@ -214,7 +216,7 @@ def test_the_listing_is_kept_with_the_run_and_used_by_a_resume(tmp_path):
         path = folder / f"class-{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    caco.pretrain(folder, tmp_path / "run", backbone="test_resnet", **SMALL)
+    caco.pretrain(folder, tmp_path / "run", backbone="test_resnet", **SMALL).unlink()
     index = tmp_path / "run/index.npz"
     before = index.stat().st_mtime_ns
     caco.pretrain(folder, tmp_path / "run", resume=True)
@@ -327,7 +329,7 @@ def test_a_start_behind_the_end(tmp_path):
 
 def test_a_damaged_checkpoint_is_told(tmp_path, capfd):
     options = {"backbone": "test_resnet", **SMALL, "monitor": {**SMALL["monitor"], "checkpoint_minutes": 0}}
-    caco.pretrain(ArraySource(pictures()), tmp_path / "run", **options)
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", **options).unlink()
     newest = sorted((tmp_path / "run/checkpoints").glob("step-*.pt"))[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
     capfd.readouterr()

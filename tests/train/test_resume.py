@@ -211,11 +211,34 @@ def test_resume_of_a_finished_run_changes_nothing(photos, uninterrupted):
     assert (uninterrupted / "export/backbone.safetensors").read_bytes() == before
 
 
+def test_a_finished_run_needs_its_images_no_more(photos, uninterrupted, tmp_path):
+    """Nothing is left to do: it says so and where the backbone is, opens no image, and writes nothing."""
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(uninterrupted, moved)
+    configuration = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**configuration, "data": str(tmp_path / "gone"), "out": str(moved)}))
+    before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file() and path.name != ".lock"}
+    resume = [sys.executable, "-m", "caco", "pretrain", "--out", str(moved), "--resume"]
+    for more in ([], ["--distributed.processes", "2"]):
+        done = run([*resume, *more])
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("the run is finished; nothing to do\n") == 1
+        assert f"The backbone is {moved / 'export/backbone.safetensors'}." in done.stdout
+    after = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+    refused = run([*resume, "--lr", "9"])
+    assert refused.returncode == 2 and "--resume cannot change --lr 9.0" in refused.stderr
+
+
 def test_resume_refuses_other_images(photos, uninterrupted, tmp_path):
     import shutil
 
-    fewer = tmp_path / "fewer"
+    fewer, unfinished = tmp_path / "fewer", tmp_path / "run"
     shutil.copytree(photos, fewer)
     (fewer / "dark" / "000.jpg").unlink()
-    done = run(command(fewer, uninterrupted, "--resume"))
+    shutil.copytree(uninterrupted, unfinished)
+    (unfinished / "export" / "backbone.safetensors").unlink()
+    done = run(command(fewer, unfinished, "--resume"))
     assert done.returncode == 2 and "the same images" in done.stderr and "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from caco.config import Augmentation
+from caco.config import Augmentation, Interpolation
 from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import copy_to, render_with_torch
 
@@ -79,8 +79,14 @@ def render_with_numba(
         fill_views(np.ascontiguousarray(image)[None], table[one], mean, std, views[one])
 
 
-def centre_view(image: UInt8[np.ndarray, "H W 3"], resize: int, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Return the fixed view of evaluation: the shorter side resized to `resize` pixels, then its middle.
+def centre_view(
+    image: UInt8[np.ndarray, "H W 3"],
+    resize: int,
+    size: int,
+    interpolation: Interpolation = "bilinear",
+    squash: bool = False,
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Return the fixed view of evaluation: the shorter side (squash: both) resized to `resize` pixels, then its middle.
 
     The pixels of torchvision's Resize and CenterCrop on a Pillow image, of which only the crop is computed (twice as
     fast from 500 x 375). Pillow may then take rows before columns, which rounds some pixels to the neighbouring value.
@@ -91,10 +97,13 @@ def centre_view(image: UInt8[np.ndarray, "H W 3"], resize: int, size: int) -> UI
     height, width = image.shape[:2]
     shorter = min(height, width)
     resized_height, resized_width = int(resize * height / shorter), int(resize * width / shorter)
+    if squash:
+        resized_height = resized_width = resize
     top, left = round((resized_height - size) / 2), round((resized_width - size) / 2)
     down, right = height / resized_height, width / resized_width
     box = (left * right, top * down, (left + size) * right, (top + size) * down)
-    view = Image.fromarray(np.ascontiguousarray(image)).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    resampling = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
+    view = Image.fromarray(np.ascontiguousarray(image)).resize((size, size), resampling, box=box)
     return np.asarray(view)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from caco.data.arrays import ArraySource, remedy
-from caco.data.decode import BrokenImage, Pixels, explained, pixels_of
+from caco.data.decode import BrokenImage, Pixels, explained, upright_pixels
 from caco.data.encoded import Labels, labels_by_number
 from caco.data.source import ImageSource, open_source
 from caco.errors import UsageError
@@ -50,7 +50,8 @@ class DatasetSource:
     """An `ImageSource` of a map-style Dataset (`__len__`, `__getitem__`); keys are "image 17".
 
     An item is a picture, or a tuple that begins with one: a PIL image, or an array uint8 [H, W, 3] or [H, W]. PIL images
-    of any mode become RGB as those in files do, but are not turned upright: they may have been already. Labels are the
+    of any mode become RGB as those in files do, and upright: `ImageOps.exif_transpose` takes away what says that they
+    are not, so none is turned twice. Labels are the
     Dataset's `targets` or `labels`, whole numbers from 0 on, and their names its `classes`, as in torchvision; a
     Dataset without is unlabelled. It is read from many threads.
     """
@@ -87,7 +88,7 @@ class DatasetSource:
         picture = item[0] if isinstance(item, (tuple, list)) and item else item
         if isinstance(picture, Image.Image):
             with explained(key):  # it may be decoded only here
-                picture = pixels_of(picture)
+                picture = upright_pixels(picture)
         shape: tuple[int, ...] = picture.shape if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 else ()
         if len(shape) not in (2, 3) or shape[2:] not in ((), (3,)):
             what = (

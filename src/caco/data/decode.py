@@ -83,15 +83,20 @@ def decode_rgb(data: bytes, key: str, shrink: Shrink | None = None) -> Decoded:
             with explained(key):
                 if factor > 1 and image.draft(None, (image.width // factor, image.height // factor)) is None:
                     factor = 1  # the format knows but one size
-                pixels = pixels_of(image)
+                pixels = _stored_pixels(image)
         # Looked up after loading: Pillow turns a TIFF upright by itself, and a PNG may keep EXIF at its end.
         return Decoded(_upright(pixels, _orientation(image)), height, width, factor)
     finally:
         image.close()
 
 
-def pixels_of(image: Image.Image) -> Pixels:
-    """Return the pixels of an opened image as `decode_rgb` does, but as stored: not turned upright. Raises what Pillow does."""
+def upright_pixels(image: Image.Image) -> Pixels:
+    """Return the pixels of an opened image as `decode_rgb` does, writable. Raises what Pillow does."""
+    pixels = _stored_pixels(image)
+    return _upright(pixels, _orientation(image))
+
+
+def _stored_pixels(image: Image.Image) -> Pixels:
     image.load()
     return np.array(_rgb(image))
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from caco.backbone import torchvision_model
+from caco.backbone import torchvision_code, torchvision_model
 from caco.errors import CacoError, UsageError
 from caco.evaluate.encoder import find_weights
 from caco.files import check_writable, replacing
@@ -32,7 +32,7 @@ def check_export_path(path: str, kind: str) -> Path:
 
 
 def export(run: Path, kind: str, out: Path) -> str:
-    """Write a run's or file's encoder to `out` as "timm", "torchvision" or "reference"; return how to load it, in words.
+    """Write a run's or file's encoder to `out` as "timm", "torchvision" or "reference"; return how to load it: code to paste.
 
     timm, torchvision: a state dict of the backbone, by that library's names. reference: the published checkpoint, with
     both encoders and the bank, which needs a checkpoint of a run. Raises UsageError when there is nothing of that kind.
@@ -47,25 +47,19 @@ def export(run: Path, kind: str, out: Path) -> str:
     weights = find_weights(run)
     _check_is_known(weights)
     module, card = load_backbone(weights)
-    is_timms = _is_timms(card.backbone)
+    _check_is_theirs(card, kind, weights)
     if kind == "torchvision":
         _check_torchvision(module, card)
-    elif not is_timms and out.suffix != ".safetensors":
-        raise UsageError(
-            f"--out {out}: timm has no {card.backbone}; write it as .safetensors, which says what it holds, or use "
-            "--format torchvision if that has it"
-        )
+        model = torchvision_code(card.backbone)
+    else:
+        model = _timm_code(module, card)
     if out.suffix == ".safetensors":
         save_backbone(out, module, card)
     else:
         with replacing(out) as file:
             torch.save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
-    if kind == "torchvision":
-        return f'torchvision.models.get_model("{card.backbone}") and load_state_dict(…, strict=False): all but its fc'
-    if not is_timms:
-        return f'caco.load_backbone("{out}"): timm has no {card.backbone}'
-    stem = " after replacing its stem (conv1: 3x3, stride 1; no maxpool)" if card.stem == "small" else ""
-    return f'timm.create_model("{card.backbone}", num_classes=0) and load_state_dict(…){stem}'
+    read = "safetensors.torch.load_file(" if out.suffix == ".safetensors" else "torch.load("
+    return f"{model}; model.load_state_dict({read}{str(out)!r}))"
 
 
 def latest_snapshot(run: Path) -> Snapshot:
@@ -108,11 +102,40 @@ def _check_is_known(weights: Path) -> None:
         )
 
 
+def _check_is_theirs(card: BackboneCard, kind: str, weights: Path) -> None:
+    """Raise UsageError when timm or torchvision, as `kind` says, has no model of that name; say who has."""
+    name = card.backbone
+    known = {"timm": _is_timms(name), "torchvision": torchvision_model(name) is not None}
+    if known[kind]:
+        return
+    others = [f"use --format {other}" for other in known if known[other]]
+    ours = f"it is caco's own: caco.load_backbone({str(weights)!r}) loads it as it is"
+    raise UsageError(f"{kind} has no model called {name!r}; {others[0] if others else ours}")
+
+
+def _is_timms(name: str) -> bool:
+    """Return whether timm by itself has a model of that name; we register some of our own with it."""
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm.")
+
+
+def _timm_code(module: nn.Module, card: BackboneCard) -> str:
+    """Return the code that makes timm's model for a module's weights."""
+    if card.stem == "small":
+        channels = module.state_dict()["conv1.weight"].shape[0]
+        return (
+            f'model = timm.create_model("{card.backbone}", num_classes=0); '
+            f"model.conv1 = torch.nn.Conv2d(3, {channels}, 3, padding=1, bias=False); model.maxpool = torch.nn.Identity()"
+        )
+    usual = timm.create_model(card.backbone, num_classes=0)  # transformers have tables for one size
+    fits = {k: v.shape for k, v in usual.state_dict().items()} == {k: v.shape for k, v in module.state_dict().items()}
+    size = "" if fits else f", img_size={card.size}"
+    return f'model = timm.create_model("{card.backbone}", num_classes=0{size})'
+
+
 def _check_torchvision(module: nn.Module, card: BackboneCard) -> None:
-    """Raise UsageError when torchvision has no model of that name, names and shapes."""
+    """Raise UsageError when torchvision's model of that name has other names and shapes."""
     theirs = torchvision_model(card.backbone)
-    if theirs is None:
-        raise UsageError(f"torchvision has no model called {card.backbone!r}; use --format timm")
+    assert theirs is not None  # checked before
     wanted, have = ({k: v.shape for k, v in _all_but_counters(m).items()} for m in (theirs, module))
     if wanted != have:
         different = sorted(name for name in {*wanted, *have} if wanted.get(name) != have.get(name))
@@ -120,11 +143,6 @@ def _check_torchvision(module: nn.Module, card: BackboneCard) -> None:
         raise UsageError(
             f"this {card.backbone} is not torchvision's (not the same: {different[0]}{others}); use --format timm"
         )
-
-
-def _is_timms(name: str) -> bool:
-    """Return whether timm by itself has a model of that name; we register some of our own with it."""
-    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("timm.")
 
 
 def _is_torchvision_resnet(snapshot: Snapshot) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +19,9 @@ from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
+from caco.foreign import preparation_of
 from caco.train.checkpoint import CheckpointFolder
-from caco.weights import BackboneCard, load_backbone, read_weights
+from caco.weights import BackboneCard, download_backbone, load_backbone, load_into, read_weights
 
 BASELINES = ("random", "pixels")
 
@@ -65,6 +68,13 @@ def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.
 
     own: the user's own module, instead of one by name; it stays as it is.
     """
+    module, card = _found_encoder(options, own)
+    given = {name: numbers for name, numbers in (("mean", options.mean), ("std", options.std)) if numbers}
+    return module, replace(card, **given)  # type: ignore[arg-type]
+
+
+def _found_encoder(options: Evaluation, own: nn.Module | None) -> tuple[nn.Module | None, BackboneCard]:
+    """Return the backbone (None: pixels) and its card, with pictures normalised as the encoder itself has it."""
     run, size = options.run, options.size
     if not run:
         raise UsageError("name a run folder or a backbone file first, for example: caco knn runs/first --data photos/")
@@ -73,17 +83,48 @@ def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.
         if run == "pixels":
             return None, card
         if own is not None:
+            card = _card_of_module(own, size) or card
             return adopt_backbone(copy.deepcopy(own), card.size).eval(), card
         if card.backbone in ("", "own"):
             model = "backbone=module in Python" if card.backbone else "--backbone resnet18"
             raise UsageError(f"random needs to know the model: {model}")
         torch.manual_seed(options.seed)
         return create_backbone(card.backbone, card.size, card.stem).eval(), card
+    if run.startswith("timm:"):
+        if own is not None or options.backbone:
+            raise UsageError(f"{run} names the model, too: leave --backbone out")
+        return download_backbone(run.removeprefix("timm:"), size)
     module, card = load_backbone(find_weights(Path(run)), options.backbone, size, own)
-    if not size:
+    if size in (0, card.size):
         return module, card
-    try_size(module, size)
-    return module, replace(card, size=size, resize=usual_resize(size))
+    resized = _at_size(module, card, size, can_be_built=own is None)
+    return resized, replace(card, size=size, resize=usual_resize(size))
+
+
+def _at_size(module: nn.Module, card: BackboneCard, size: int, can_be_built: bool) -> nn.Module:
+    """Return the encoder for pictures of another size: as it is, or built for them with its tables of positions resized.
+
+    Raises UsageError when it takes its own size only.
+    """
+    try:
+        try_size(module, size)
+        return module
+    except UsageError as error:
+        if can_be_built:
+            with contextlib.suppress(UsageError):
+                other = create_backbone(card.backbone, size, card.stem)
+                load_into(other, module.state_dict(), card.backbone)
+                return other.eval()
+        raise UsageError(f"--size {size}: {error}; leave --size out: it takes its own, {card.size} px") from error
+
+
+def _card_of_module(module: nn.Module, size: int) -> BackboneCard | None:
+    """Return the card of a module of timm's, by the configuration that stands in it; None for any other module."""
+    known: Any = getattr(module, "pretrained_cfg", None)
+    known = known.to_dict() if hasattr(known, "to_dict") else known
+    if not isinstance(known, dict) or not known:
+        return None
+    return BackboneCard.of("own", "standard", preparation_of(known, size))
 
 
 def _baseline_card(options: Evaluation) -> BackboneCard:

@@ -147,7 +147,8 @@ def _collect_features(
     chosen = range(len(source)) if indices is None else [int(index) for index in indices]
 
     def view(index: int) -> np.ndarray:
-        return centre_view(source.load(index), preparation.resize, preparation.size)
+        image, how = source.load(index), preparation
+        return centre_view(image, how.resize, how.size, how.interpolation, how.squash)
 
     taken: list[int] = []
     broken: list[tuple[str, str]] = []

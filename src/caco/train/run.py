@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from caco.config import Pretrain
 from caco.distributed.world import World
+from caco.errors import UsageError
 from caco.objects import NO_OBJECTS, Objects
-from caco.train.checkpoint import remove_leftovers
+from caco.train.checkpoint import CheckpointFolder, remove_leftovers
 from caco.train.engine import search_kernels
 from caco.train.heap import keep_heap
 from caco.train.interrupt import InterruptFlag
 from caco.train.lock import RunLock
 from caco.train.prepare import Prepared, check_bank_fits, check_division, prepare
-from caco.train.run_folder import decide_start, open_run_folder, write_config, write_environment
+from caco.train.run_folder import (
+    as_decided,
+    check_same_mathematics,
+    decide_start,
+    open_run_folder,
+    read_config,
+    write_config,
+    write_environment,
+)
 from caco.train.trainer import Trainer
-from caco.weights import save_backbone
+from caco.weights import load_torch, read_weights, save_backbone
 
 
 def run_pretraining(world: World, config: Pretrain, objects: Objects = NO_OBJECTS) -> Path:
@@ -36,11 +46,35 @@ def run_pretraining(world: World, config: Pretrain, objects: Objects = NO_OBJECT
         if world.is_main:
             lock.take(Path(config.out))
         config = world.decide_in_main(lambda: decide_start(config, restarted=world.attempt > 0))
+        if config.resume and (path := world.decide_in_main(lambda: finished_backbone(config))):
+            if world.is_main:
+                print("the run is finished; nothing to do", file=sys.stderr)
+            return path
         index = Path(staging) / "index.npz"
         prepared = prepare(world, config, objects, index)
         if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
             open_folder(prepared.config, index, lock)
         return train(world, prepared)
+
+
+def finished_backbone(config: Pretrain) -> Path | None:
+    """Return the backbone of the run to resume if that is finished; None while there is work left.
+
+    It is written last. One that is damaged, or of a later step than the last checkpoint (one that was deleted, to go back),
+    does not count. Raises UsageError when the run is asked to compute something else than it has.
+    """
+    folder = Path(config.out)
+    path = folder / "export" / "backbone.safetensors"
+    checkpoints = CheckpointFolder(folder / "checkpoints", keep=1).paths()
+    try:
+        card = read_weights(path)[1]
+        if card is None or (checkpoints and load_torch(checkpoints[-1]).get("step") != card.step):
+            return None
+    except UsageError:  # not there yet, or damaged
+        return None
+    saved = read_config(folder)
+    check_same_mathematics(saved, as_decided(config, saved))
+    return path
 
 
 def open_folder(config: Pretrain, index: Path, lock: RunLock) -> None:

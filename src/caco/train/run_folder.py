@@ -53,7 +53,7 @@ def decide_start(config: Pretrain, restarted: bool = False) -> Pretrain:
     folder = Path(config.out)
     condemned = config.overwrite and (folder / CONDEMNED).exists()
     if restarted and _holds_run(folder) and not condemned:
-        config = _as_decided(replace(config, resume=True, overwrite=False), read_config(folder))
+        config = as_decided(replace(config, resume=True, overwrite=False), read_config(folder))
     check_run_folder(config)
     if config.resume and not _has_saved(folder):
         if not restarted:
@@ -84,7 +84,7 @@ def check_run_folder(config: Pretrain) -> None:
     check_writable("--out", folder / "config.json")
 
 
-def _as_decided(config: Pretrain, saved: Pretrain) -> Pretrain:
+def as_decided(config: Pretrain, saved: Pretrain) -> Pretrain:
     """Return the configuration with what the saved one has decided in place of each "auto": it is not decided again."""
     asked, decided = flatten(config), flatten(saved)
     return override(config, {name: decided[name] for name in RESOLVED if asked[name] == "auto"})

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from caco.backbone import SMALL_VIEW, first_kernel
-from caco.config import Pretrain
+from caco.config import Preparation, Pretrain
 from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.encoder import find_weights
+from caco.foreign import named_preparation
 from caco.optim import LARS
 from caco.reference.checkpoint import Snapshot, read_snapshot
 from caco.train.checkpoint import CheckpointFolder
 from caco.train.state import TrainingState
-from caco.weights import download_weights, load_into, read_weights
+from caco.weights import BackboneCard, download_weights, load_into, read_weights
 
 
 def start_file(weights: str) -> Path:
@@ -55,6 +56,8 @@ def start_from(
     was taken over is not warm-started. Raises UsageError for a file that cannot be read.
     """
     state.step = config.start_epoch * steps_per_epoch
+    if world.is_main and config.weights:
+        say_other_normalisation(config)
     if not config.weights or config.weights.startswith("timm:"):
         return
     snapshot = read_snapshot(start_file(config.weights))
@@ -68,6 +71,22 @@ def start_from(
     if world.is_main:
         left = "" if "bank" in taken else f"; not the bank ({tuple(snapshot.bank.shape)} slots x width there)"
         print(f"--weights {config.weights}: took over {', '.join(taken)}{left}", file=sys.stderr)
+
+
+def say_other_normalisation(config: Pretrain) -> None:
+    """Say so when --weights were trained on pictures normalised in another way than the run's, as far as it is known."""
+    if config.weights.startswith("timm:"):
+        known: Preparation | BackboneCard | None = named_preparation(config.weights.removeprefix("timm:"))
+    else:
+        known = read_weights(start_file(config.weights))[1]
+    if known is None or (known.mean, known.std) == (config.views.mean, config.views.std):
+        return
+    mean, std = (" ".join(map(str, values)) for values in (known.mean, known.std))
+    print(
+        f"--weights {config.weights} were trained on pictures of another mean and std than this run's; it starts better with "
+        f"theirs: --views.mean {mean} --views.std {std}",
+        file=sys.stderr,
+    )
 
 
 @torch.no_grad()
