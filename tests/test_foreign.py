@@ -106,7 +106,7 @@ def test_a_result_says_how_pictures_were_prepared(judge, known, vit, photos):
     assert prepared == own
     result = judge(vit[1], backbone="test_vit", mean=[0.1, 0.2, 0.3], **options)
     assert (result["mean"], result["std"]) == ([0.1, 0.2, 0.3], list(IMAGENET_STD))
-    assert "mean" not in caco.knn("pixels", data=photos, size=16)
+    assert caco.knn("pixels", data=photos, size=16)["mean"] == list(IMAGENET_MEAN)
 
 
 def test_a_file_of_unknown_origin_is_told_of(vit, photos, capsys):

@@ -195,7 +195,7 @@ def test_the_real_commands_parse_their_own_defaults():
     for kind in (Pretrain, Knn):
         line = []
         for name, value in flatten(kind()).items():
-            if name == "run" or value == "":
+            if name == "run" or value in ("", ()):
                 continue
             flag = f"--{name}".replace("_", "-")
             if isinstance(value, bool):

@@ -16,7 +16,7 @@ import torch
 from caco.after_training import Knn, Linear
 from caco.data.labels import Relabelled, Subset, say_shared, where_labels_come_from
 from caco.data.source import ImageSource
-from caco.deliver.judgements import HELD_OUT, check_beside, circumstances, keep
+from caco.deliver.judgements import HELD_OUT, check_beside, circumstances, how_to_repeat, keep
 from caco.distributed.launch import launch
 from caco.distributed.world import World
 from caco.errors import UsageError, counted
@@ -72,7 +72,8 @@ def _knn(world: World, options: Knn, objects: Objects) -> dict[str, Any] | None:
     report = {**counts, **rows[0], "temperature": options.temperature, "all": rows}
     for row in rows:
         print(f"kNN ({row['neighbours']} neighbours) {_accuracy_line(row, len(train.classes))}, {_counts_line(report)}")
-    return _deliver(report | circumstances(options, encoder, train, val, objects), options)
+    report |= circumstances(options, encoder, train)
+    return _deliver(report, options, how_to_repeat(options, train, val, objects))
 
 
 def linear(options: Linear, objects: Objects = NO_OBJECTS) -> dict[str, Any] | None:
@@ -115,7 +116,8 @@ def _linear(world: World, options: Linear, objects: Objects) -> dict[str, Any] |
         head = {"weight": result.weight.contiguous(), "bias": result.bias.contiguous()}
         replace_file(Path(options.head), safetensors.torch.save(head, {"classes": json.dumps(train.classes)}))
         print(f"the classifier is written to {options.head}")
-    return _deliver(report | circumstances(options, encoder, train, val, objects), options)
+    report |= circumstances(options, encoder, train)
+    return _deliver(report, options, how_to_repeat(options, train, val, objects))
 
 
 def _prepare(world: World, options: Knn | Linear, objects: Objects) -> tuple[UsableEncoder, ImageSource, ImageSource]:
@@ -231,9 +233,10 @@ def _check_result_path(path: str) -> None:
         check_writable("--out", Path(path))
 
 
-def _deliver(report: dict[str, Any], options: Knn | Linear) -> dict[str, Any]:
+def _deliver(report: dict[str, Any], options: Knn | Linear, repeat: dict[str, Any]) -> dict[str, Any]:
+    """Write the result where --out says, keep it with its run, and return it. repeat: what only a kept one has."""
     if options.out:
         replace_json(Path(options.out), report)
         print(f"the result is written to {options.out}")
-    keep(report, options)
+    keep({**report, **repeat}, options)
     return report

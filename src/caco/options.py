@@ -115,7 +115,7 @@ def words(values: Any, before: Any = None) -> Iterator[tuple[str, ...]]:
     """
     same = {} if before is None else flatten(before)
     for name, value in flatten(values).items():
-        if value == "" or (name in same and same[name] == value):
+        if value in ("", ()) or (name in same and same[name] == value):
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):

@@ -47,10 +47,8 @@ def check_beside(options: Judging) -> None:
         read_config(Path(options.beside))
 
 
-def circumstances(
-    options: Knn | Linear, encoder: UsableEncoder, train: ImageSource, val: ImageSource, objects: Objects
-) -> dict[str, Any]:
-    """Return what a result does not say itself: the judge and its settings, which encoder it judged, by which labels."""
+def circumstances(options: Knn | Linear, encoder: UsableEncoder, train: ImageSource) -> dict[str, Any]:
+    """Return what accuracies do not say themselves: the judge and its settings, and which encoder it judged."""
     assert encoder.card is not None
     judge = type(options).__name__.lower()
     settings = {name: getattr(options, name) for name in SETTINGS[judge]}
@@ -63,6 +61,12 @@ def circumstances(
         "precision": str(encoder.precision).removeprefix("torch."),
         "seed": options.seed,
         "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+    }
+
+
+def how_to_repeat(options: Knn | Linear, train: ImageSource, val: ImageSource, objects: Objects) -> dict[str, Any]:
+    """Return what a kept result has besides: by which labels, and how another encoder is judged in the same way."""
+    return {
         "labels": [_fingerprint(train), _fingerprint(val)],
         "options": _typed(options) if objects == NO_OBJECTS else None,
     }
