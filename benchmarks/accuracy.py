@@ -3,12 +3,13 @@
     pip install lightly
     python benchmarks/accuracy.py --data cifar10-train.parquet --val cifar10-test.parquet --epochs 10 [--out FILE.json]
     python benchmarks/accuracy.py ... --backbone resnet18 --epochs 200                                    (a GPU)
+    python benchmarks/accuracy.py --recipe small-photos --size 64 --data photos/train --val photos/val --epochs 60
 
 All methods: the same backbone from the same start, the same two views of each image in the same order (caco's loader, the
 views of the recipe), the same batch, judged by `caco.knn` (20 neighbours). All but caco have lightly's heads, losses and momentum
 updates, and the settings of lightly's CIFAR-10 benchmark: SGD of 0.06 per 128 images, cosine to 0, weight decay 5e-4;
 SimCLR at temperature 0.5; MoCo symmetric, at temperature 0.1, with a memory bank of 4,096 keys; BYOL. caco trains by its
-recipe, every option as `caco pretrain --recipe cifar` has it. A step of caco, MoCo and BYOL has two query and two key passes,
+recipe, every option as `caco pretrain --recipe NAME` has it. A step of caco, MoCo and BYOL has two query and two key passes,
 one of SimCLR two query passes. The seconds are those of training, without the judging.
 """
 
@@ -116,8 +117,8 @@ OTHERS: dict[str, Callable[[nn.Module, int], Method]] = {"SimCLR": simclr, "MoCo
 
 def configuration(options: argparse.Namespace) -> Pretrain:
     """Return caco's recipe at the size asked for; its views, batch and backbone are those of all methods."""
-    recipe = find_recipe("cifar")
-    stem = "small" if options.backbone.startswith("resnet") and not options.backbone.endswith("narrow") else "standard"
+    recipe = find_recipe(options.recipe)
+    stem = "standard" if options.backbone == "resnet10_narrow" else recipe.encoder.stem
     return replace(
         recipe,
         **{
@@ -128,6 +129,7 @@ def configuration(options: argparse.Namespace) -> Pretrain:
             "precision": "fp32",
         },
         **{"backbone": options.backbone, "epochs": options.epochs, "batch_size": options.batch or recipe.batch_size},
+        views=replace(recipe.views, size=options.size or recipe.views.size),
         encoder=replace(recipe.encoder, stem=stem),
         monitor=replace(recipe.monitor, knn_epochs=0),
     )
@@ -212,8 +214,12 @@ def contestant(name: str, config: Pretrain) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--data", required=True, help="labelled 32 px pictures, as --data of caco takes them")
-    parser.add_argument("--val", required=True, help="labelled 32 px pictures to judge with")
+    parser.add_argument("--data", required=True, help="labelled pictures, as --data of caco takes them")
+    parser.add_argument("--val", required=True, help="labelled pictures to judge with")
+    parser.add_argument(
+        "--recipe", default="cifar", help="caco's; views, batch and size are for all (default: %(default)s)"
+    )
+    parser.add_argument("--size", type=int, help="side of the views in pixels (default: the recipe's)")
     parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--batch", type=int, help="default: the recipe's")
     parser.add_argument("--backbone", default="resnet10_narrow", help="default: %(default)s")
