@@ -68,7 +68,7 @@ def render_with_numba(
     out: Float[Tensor, "B 3 S S"],
 ) -> None:
     """Fill `out` with one view of each image, all on the CPU: on the calling thread, without the GIL."""
-    from caco.data.kernel import fill_views
+    from caco.data.kernel.views import fill_views
 
     table, views = parameters.table(), out.permute(0, 2, 3, 1).numpy()
     if isinstance(images, Tensor):
