@@ -169,7 +169,9 @@ def test_a_change_of_a_stage_reaches_the_views(tmp_path):
 
 
 def test_the_kernel_knows_all_sources_that_it_is_compiled_from():
-    program = "import sys, caco.data.kernel.views; print(*(name for name in sys.modules if name.split('.')[0] == 'caco'))"
+    program = (
+        "import sys, caco.data.kernel.views; print(*(name for name in sys.modules if name.split('.')[0] == 'caco'))"
+    )
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     # No stage takes anything from these: the entry itself, packages, and what `parameters` uses in Python.

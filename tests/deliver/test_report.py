@@ -490,6 +490,6 @@ def test_gallery_picture_marks_agreement_and_keeps_its_size():
     green = np.abs(colours - (46, 158, 107)).sum(axis=1) < 12
     assert green.sum() >= 3 * 2 * 3 * 40  # 3 rows of 2 lines, 3 pixels high
     with pytest.raises(ValueError, match="at least one row"):
-        gallery_picture("title", [])
+        gallery_picture("title", [], most_bytes=100)
     with pytest.raises(ValueError, match="does not fit"):
         gallery_picture("title", rows, most_bytes=100)

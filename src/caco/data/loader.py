@@ -50,7 +50,7 @@ class TrainingViews:
         maker: ViewMaker,
         workers: int,
         device: torch.device,
-        layout: torch.memory_format = torch.channels_last,
+        layout: torch.memory_format,
     ) -> None:
         """maker: of views on the device. layout: in which they are handed on."""
         self.source, self.order, self.maker, self.device, self.layout = source, order, maker, device, layout

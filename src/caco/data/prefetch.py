@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BATCHES_AHEAD = 2
+
 
 class Batch(NamedTuple):
     """One step's input."""
@@ -30,17 +32,17 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def prefetch(
-    batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream | None = None, depth: int = 2
-) -> Iterator[Batch]:
-    """Yield what `batches` yields, computed in a background thread up to `depth` ahead; errors come through.
+def prefetch(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream | None) -> Iterator[Batch]:
+    """Yield what `batches` yields, computed in a background thread, BATCHES_AHEAD of them; errors come through.
 
     On a GPU everything that `batches` does there is queued on `stream`, beside the caller's, which is made to wait (on the
     GPU, not here) for each batch that it gets.
     """
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(device))  # for what `batches` reads, such as a resident set
-    ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(
+        maxsize=BATCHES_AHEAD
+    )
     stopped = threading.Event()
 
     def put(item: tuple[Batch, torch.cuda.Event | None] | BaseException | None) -> None:

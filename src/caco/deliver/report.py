@@ -23,6 +23,7 @@ from caco.train.run_folder import read_config
 T = TypeVar("T")
 
 GALLERY_ROWS = 12
+LARGEST_GALLERY = 300_000  # bytes
 
 
 def write_report(folder: Path, *, images: int, device: torch.device, workers: int) -> Path:
@@ -64,7 +65,9 @@ def write_report(folder: Path, *, images: int, device: torch.device, workers: in
     replace_file(path, whole_page(f"{name} · CaCo", body).encode(errors="backslashreplace"))  # names need not be UTF-8
     gallery = slots if slots.rows else neighbours
     if gallery.rows:
-        replace_file(folder / "gallery.png", gallery_picture(gallery.title, gallery.rows[:GALLERY_ROWS]))
+        replace_file(
+            folder / "gallery.png", gallery_picture(gallery.title, gallery.rows[:GALLERY_ROWS], LARGEST_GALLERY)
+        )
     return path
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from caco.backbone import evaluation_mode
 from caco.config import Preparation
 from caco.data.augment import centre_view, normalise
 from caco.data.render import copy_to
@@ -167,18 +167,6 @@ def _collect_features(
         raise CacoError(f"the encoder gives features that are not finite for images of {source.name}")
     labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken])
     return Features(vectors, labels, [source.key(index) for index in taken], broken)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode and afterwards every part of it back into its own."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from caco.backbone import evaluation_mode
 from caco.config import Augmentation
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
@@ -24,7 +25,7 @@ from caco.data.source import ImageSource
 from caco.data.threads import map_in_order
 from caco.errors import CacoError, UsageError
 from caco.evaluate.encoder import UsableEncoder
-from caco.evaluate.features import backbone_features, evaluation_mode, labels_of
+from caco.evaluate.features import backbone_features, labels_of
 from caco.evaluate.linear import INITIAL_STD, LinearResult, check_labels, judge_head
 from caco.optim import LayerWiseSGD, set_lr
 

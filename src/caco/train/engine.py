@@ -114,14 +114,12 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
     return choices[min(range(len(choices)), key=handicapped)]
 
 
-def measure(
-    backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int, rounds: int = 5
-) -> list[float]:
-    """Return the seconds of a forward and backward pass for each choice: the least of some rounds that take turns.
+def measure(backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int) -> list[float]:
+    """Return the seconds of a forward and backward pass for each choice: the least of five rounds that take turns.
 
     The least, since other programs only ever make it longer."""
     best = [float("inf")] * len(choices)
-    for turn in range(rounds + 1):
+    for turn in range(6):
         for number, trial in enumerate(choices):
             taken = seconds(backbone, trial, device, size, batch, rounds=1)
             if turn:  # the first makes kernels and buffers

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 from numba import njit, types
@@ -26,7 +26,7 @@ def hash_sources(modules: Sequence[ModuleType]) -> str:
     return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 
-def compile_renderer(sources: str) -> Callable[..., None]:
+def compile_renderer(sources: str) -> Any:
     """Compile the kernel, or load what an earlier process compiled from the same sources.
 
     By itself numba would go on loading it after a change of a stage: it looks at this file only. But what a function has
