@@ -5,10 +5,11 @@ import shlex
 import pytest
 
 from caco.checks import check
-from caco.config import Augmentation, Pretrain
+from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten, override, parse
 from caco.recipes import RECIPES, find_recipe, listing, whole
+from caco.views import Augmentation
 
 # From the published README's command lines (and its table for the third row), by our names.
 ALL_ROWS = {

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from caco.backbone import adopt_backbone, create_backbone, is_model, stem_in, timm_and_ours
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Preparation, usual_resize
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import replace_file
 from caco.options import from_dictionary
 from caco.reference.pickled import HARMLESS
+from caco.views import IMAGENET_MEAN, IMAGENET_STD, Preparation, usual_resize
 
 CARD_FORMAT = "caco-backbone-1"
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from renderers import RENDERERS, render_by
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Views
+from caco.config import Views
 from caco.data.augment import Renderer, draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.decode import BrokenImage, decode_rgb
@@ -22,6 +22,7 @@ from caco.data.loader import TrainingViews
 from caco.data.parameters import NEVER_SHRUNK, largest_shrink
 from caco.data.resident import decode_whole_set
 from caco.data.source import open_source
+from caco.views import IMAGENET_MEAN, IMAGENET_STD
 
 PLAIN = (0.0,) * 3, (1.0,) * 3
 CPU = torch.device("cpu")

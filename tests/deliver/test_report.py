@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import caco
-from caco.config import BankOptions, Preparation, Pretrain
+from caco.config import BankOptions, Pretrain
 from caco.data.augment import draw_parameters, render_views
 from caco.data.source import open_source
 from caco.deliver import charts, insight, records
@@ -23,6 +23,7 @@ from caco.deliver.insight import choose_queries, nearest_others, plane, purity, 
 from caco.deliver.pictures import Row, data_uri, gallery_picture
 from caco.errors import UsageError
 from caco.train.run_folder import read_config
+from caco.views import Preparation
 
 SECTIONS = ["curves", "views", "neighbours", "slots", "map", "configuration", "environment", "cite"]
 NASTY = "<b>&'x.jpg"

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from caco.config import Augmentation
 from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import copy_to, render_with_torch
+from caco.views import Augmentation
 
 __all__ = ["ViewParameters", "centre_view", "draw_parameters", "normalise", "render_views"]
 

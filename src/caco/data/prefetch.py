@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 BATCHES_AHEAD = 2
+"""How many batches wait for the training step, at most."""
 
 
 class Batch(NamedTuple):

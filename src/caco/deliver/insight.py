@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.backbone import Encoder, create_backbone, create_encoder, evaluation_mode
-from caco.config import Preparation, Pretrain
+from caco.config import Pretrain
 from caco.data.augment import centre_view, normalise
 from caco.data.decode import Pixels
 from caco.data.render import copy_to
@@ -24,6 +24,7 @@ from caco.data.threads import batched, map_in_order
 from caco.errors import CacoError, UsageError
 from caco.model import embed
 from caco.train.checkpoint import CheckpointFolder
+from caco.views import Preparation
 from caco.weights import load_backbone
 
 THUMBNAIL = 112

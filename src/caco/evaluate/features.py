@@ -11,7 +11,6 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from caco.backbone import evaluation_mode
-from caco.config import Preparation
 from caco.data.augment import centre_view, normalise
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
@@ -19,6 +18,7 @@ from caco.data.threads import batched, map_in_order
 from caco.distributed.world import World
 from caco.errors import CacoError
 from caco.precision import autocast
+from caco.views import Preparation
 
 BATCHES_ON_DEVICE = 32  # features are fetched from the device this many batches at a time
 

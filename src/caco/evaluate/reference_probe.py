@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from caco.backbone import evaluation_mode
-from caco.config import Augmentation
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
 from caco.data.order import epoch_order
@@ -28,6 +27,7 @@ from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import backbone_features, labels_of
 from caco.evaluate.linear import INITIAL_STD, LinearResult, check_labels, judge_head
 from caco.optim import LayerWiseSGD, set_lr
+from caco.views import Augmentation
 
 FORWARD_BATCH = 256  # images that go through the backbone at a time in each process, whatever the head's batch size
 
