@@ -125,7 +125,7 @@ class Others:
     """How much the machine did besides: `with Others() as others: ...`, then `others.cores`.
 
     The cores that other programs kept busy meanwhile, on average; None where /proc does not tell. A time taken while
-    others worked is no measure of anything: two threads that wait for each other suffer far more than in proportion.
+    others worked measures nothing: two threads that wait for each other suffer far more than in proportion.
     """
 
     cores: float | None = None

@@ -307,7 +307,7 @@ def test_embedding_takes_no_val():
         ),
         (np.zeros((4, 1, 8, 8), np.uint8), "images[:, 0] takes away the axis"),
         ([], "no files given"),
-        (["nowhere.png"], "nowhere.png is no file"),
+        (["nowhere.png"], "nowhere.png is not a file"),
         (torch.zeros(4, 3, 8, 8), "data is a Tensor; use .numpy(), uint8 [N, H, W, 3]: images.transpose(0, 2, 3, 1)"),
         ([torch.zeros(3, 8, 8)], "leave out the Dataset's own transform"),
         (None, "--data is missing"),

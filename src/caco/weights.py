@@ -169,7 +169,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], BackboneCard | None]:
 
 
 def known_card(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BackboneCard | None:
-    """Return the card of a file that names its model as the published ones do ("arch"); None if that is no known name."""
+    """Return the card of a file that names its model as the published ones do ("arch"); None if that name is not known."""
     arch = content.get("arch")
     if not isinstance(arch, str) or not is_model(arch):
         return None

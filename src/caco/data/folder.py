@@ -205,10 +205,10 @@ def list_source(path: Path, name: str) -> FileSource:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # -sig: Windows begins such files with a mark
     except UnicodeDecodeError as problem:
-        raise UsageError(f"{name} is no text file (UTF-8): a list of images has one path a line") from problem
+        raise UsageError(f"{name} is not a text file (UTF-8): a list of images has one path a line") from problem
     names = [line.strip() for line in lines if line.strip()]
     root = os.path.realpath(path.parent)
     if not any(os.path.isfile(os.path.join(root, image)) for image in names[:10]):
         first = f"none of its first paths is a file, such as {os.path.join(root, names[0])}" if names else "it is empty"
-        raise UsageError(f"{name} is no list of images: {first}")
+        raise UsageError(f"{name} is not a list of images: {first}")
     return FileSource(name, root, names)

@@ -75,7 +75,7 @@ def open_source(
     download: allow torchvision to download a set that is not there.
     index_cache: a file (`.npz`) that keeps the listing of a folder or of shards; when it is stale: `index.read_index`.
     root: the folder of torchvision sets and of unpacked Parquet files; else $CACO_DATA, else ~/.cache/caco/data.
-    Raises UsageError for what is not there, is of no known kind, or holds no images.
+    Raises UsageError for what does not exist, is of an unknown kind, or holds no images.
     """
     if isinstance(data, np.ndarray):
         return ArraySource(data)
@@ -84,7 +84,11 @@ def open_source(
     root = root or Path(os.path.expanduser(os.environ.get("CACO_DATA") or "~/.cache/caco/data"))
     if not isinstance(data, (str, Path)):
         return _files_source([Path(path) for path in data], f"{len(data)} files", index_cache, root)
-    name = os.fspath(data)
+    return _named_source(os.fspath(data), split, download, index_cache, root)
+
+
+def _named_source(name: str, split: str, download: bool, index_cache: Path | None, root: Path) -> ImageSource:
+    """Return the images that one path, pattern or name of a set stands for."""
     if not name.strip():
         raise UsageError("no images named: give a folder, Parquet or tar files, a torchvision set, or textures")
     path = Path(os.path.expanduser(name))  # of a user who is not there, it leaves the name as it is
@@ -135,7 +139,7 @@ def _files_source(paths: Sequence[Path], name: str, index_cache: Path | None, ro
     """Return the source of files of one kind."""
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None or not paths:
-        raise UsageError(f"{name}: {missing} is no file" if missing else f"{name}: no files given")
+        raise UsageError(f"{name}: {missing} is not a file" if missing else f"{name}: no files given")
     kinds = {"image" if ending(path.name) in ENDINGS else ending(path.name) for path in paths}
     if len(kinds) > 1:
         raise UsageError(f"{name}: files of several kinds ({', '.join(sorted(kinds))}); give files of one kind")
@@ -150,7 +154,7 @@ def _files_source(paths: Sequence[Path], name: str, index_cache: Path | None, ro
         return list_source(paths[0], name)
     packed = kind in ("gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar")
     advice = "unpack it first" if packed else "images come in a folder, or as .parquet, .tar or a .txt list of paths"
-    raise UsageError(f"{name}: a .{kind} file is of no use here; {advice}")
+    raise UsageError(f"{name}: cannot read images from a .{kind} file; {advice}")
 
 
 def _textures(split: str, count: str) -> ImageSource:

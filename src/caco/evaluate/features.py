@@ -92,7 +92,7 @@ def gather_features(
     """Return make(indices) (None: of all `count` images), the work shared among all processes of `world`.
 
     Each process makes a contiguous part, so that every image counts once and the order is the source's, whatever their
-    number. All processes get the whole. A part without a good image is no error while another has one: raises NoneReadable
+    number. All processes get the whole. A part may be without a good image while another has one: raises NoneReadable
     in all processes when none has.
     """
     chosen = np.arange(count) if indices is None else indices

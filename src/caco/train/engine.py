@@ -73,11 +73,7 @@ def choose_engine(
             )
             times = measure(backbone, choices, device, config.views.size, tried)
             chosen = fastest(choices, times)
-            work = times[choices.index(chosen)] * trials
-            why = "measured, images/s: " + ", ".join(
-                f"{trial.precision} {trial.layout} {tried / taken:,.0f}"
-                for trial, taken in zip(choices, times, strict=True)
-            )
+            work, why = times[choices.index(chosen)] * trials, _speeds(choices, times, tried)
         compiled = config.engine.compile == "on"
         if config.engine.compile == "auto" and work > _long_run(device) and can_compile(device):
             say(f"a very long run, {_roughly(work)}: torch.compile is tried, which takes some minutes")
@@ -157,6 +153,14 @@ def seconds(
     except torch.OutOfMemoryError:
         return float("inf")
     return best
+
+
+def _speeds(choices: Sequence[Trial], times: Sequence[float], images: int) -> str:
+    """Return how many images a second each choice takes, in words."""
+    rates = zip(choices, times, strict=True)
+    return "measured, images/s: " + ", ".join(
+        f"{it.precision} {it.layout} {images / taken:,.0f}" for it, taken in rates
+    )
 
 
 def layout_of(config: Pretrain) -> torch.memory_format:

@@ -58,7 +58,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         """Say something on the console (above a progress bar) and in train.log."""
-        with contextlib.suppress(OSError):  # a console that is gone (`| head`) is no reason to stop
+        with contextlib.suppress(OSError):  # a console that is gone (`| head`) must not stop the run
             Bar.write(text, file=sys.stderr)
         self.note(text)
 
@@ -215,7 +215,7 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was measured (what came between was no training)."""
+        """Forget what was measured (the time between was not spent training)."""
         self.began, self.waited, self.images = time.monotonic(), 0.0, 0
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:

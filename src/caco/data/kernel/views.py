@@ -21,6 +21,17 @@ STAGES = (p, common, resize, colours, blur)
 """All modules whose code and constants are compiled into the kernel."""
 
 
+SIGNATURE = types.void(
+    types.Array(types.uint8, 3, "C", readonly=True),
+    types.float32[:, ::1],
+    types.float32[::1],
+    types.float32[::1],
+    types.float32[::1],
+    types.float32[:, :, ::1],
+)
+"""The arguments of `render_rows`: images, table, scale, offset, scratch, views; all contiguous."""
+
+
 def hash_sources(modules: Sequence[ModuleType]) -> str:
     """Return a hash of the modules' source code."""
     return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
@@ -33,18 +44,7 @@ def compile_renderer(sources: str) -> Any:
     in its closure is part of the key under which numba keeps it: that is all the hash of the sources is for.
     """
 
-    @njit(
-        types.void(
-            types.Array(types.uint8, 3, "C", readonly=True),
-            types.float32[:, ::1],
-            types.float32[::1],
-            types.float32[::1],
-            types.float32[::1],
-            types.float32[:, :, ::1],
-        ),
-        cache=True,
-        **OPTIONS,
-    )
+    @njit(SIGNATURE, cache=True, **OPTIONS)
     @no_type_check
     def render_rows(images, table, scale, offset, scratch, views):
         """Render one view of each image: bytes [B, H, 3 W] and parameters [B, COLUMNS] to float32 [B, S, 3 S]."""
