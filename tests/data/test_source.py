@@ -743,12 +743,6 @@ class TestArrays:
         assert np.array_equal(grey.load(0), pixels[0, :, :, :1].repeat(3, axis=2))
         assert grey.labels is None
 
-    def test_passed_to_open_source(self) -> None:
-        pixels = np.zeros((3, 9, 8, 3), np.uint8)
-        source = ArraySource(pixels)
-        assert open_source(source) is source
-        assert len(open_source(pixels)) == 3
-
     @pytest.mark.parametrize(
         ("images", "given", "message"),
         [

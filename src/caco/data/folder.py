@@ -138,7 +138,7 @@ def folder_source(root: Path, name: str, index_cache: Path | None = None) -> Fil
     left_out = ""
     if index is None:
         listing = list_folder(folder)
-        _check(listing, name)
+        _check_contents(listing, name)
         if listing.containers:
             check_one_part_of_files(name, listing.containers)
             return [Path(folder, container) for container in listing.containers]
@@ -150,7 +150,7 @@ def folder_source(root: Path, name: str, index_cache: Path | None = None) -> Fil
     return FileSource(name, folder, index.names, labels, classes, left_out)
 
 
-def _check(listing: Listing, name: str) -> None:
+def _check_contents(listing: Listing, name: str) -> None:
     """Raise UsageError if a folder holds nothing to look at, or two things."""
     images, containers = len(listing.images), len(listing.containers)
     if images and containers:
