@@ -12,9 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from caco.data.decode import Pixels
 
-"""Bytes that the gallery's PNG may have: it is meant for a README."""
 COLUMNS = 2
-"""Rows of pictures that stand side by side in it."""
+"""Rows of pictures that stand side by side in a gallery's PNG."""
 
 _INK, _QUIET, _PAPER, _YES = "#1f2328", "#6b7280", "#ffffff", "#2e9e6b"
 

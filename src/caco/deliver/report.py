@@ -23,7 +23,8 @@ from caco.train.run_folder import read_config
 T = TypeVar("T")
 
 GALLERY_ROWS = 12
-LARGEST_GALLERY = 300_000  # bytes
+LARGEST_GALLERY = 300_000
+"""Bytes that the gallery's PNG may have: it is meant for a README."""
 
 
 def write_report(folder: Path, *, images: int, device: torch.device, workers: int) -> Path:

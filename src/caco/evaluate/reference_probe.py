@@ -120,11 +120,11 @@ def _judged(
         head.bias.detach(),
         features.vectors,
         labels_of(features),
-        settings.learning_rate,
-        (),
-        settings.epochs,
-        settings.batch_size,
-        encoder.world.device,
+        learning_rate=settings.learning_rate,
+        trials=(),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        device=encoder.world.device,
     )
     return result, features.broken
 
