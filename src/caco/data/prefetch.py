@@ -28,6 +28,10 @@ class Batch(NamedTuple):
     """One float32 [B, 3, S, S] for each view, normalised, on the device, in the layout of the run (`--engine.layout`)."""
 
 
+_Item = tuple[Batch, torch.cuda.Event | None] | BaseException | None
+"""A batch and, on a GPU, the event after which it is made; an error; None: there are no more."""
+
+
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
     """Return a stream for `prefetch`, None where there are none. One for all epochs: each stream keeps memory of its own."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -41,12 +45,10 @@ def prefetch(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.
     """
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(device))  # for what `batches` reads, such as a resident set
-    ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(
-        maxsize=BATCHES_AHEAD
-    )
+    ready: queue.Queue[_Item] = queue.Queue(maxsize=BATCHES_AHEAD)
     stopped = threading.Event()
 
-    def put(item: tuple[Batch, torch.cuda.Event | None] | BaseException | None) -> None:
+    def put(item: _Item) -> None:
         while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.1)
