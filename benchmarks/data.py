@@ -14,7 +14,7 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -25,23 +25,19 @@ import torch
 import torchvision
 from measure import arguments, save
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps
-from torchvision import transforms
-from torchvision.transforms import v2
+from PIL import Image
+from view_makers import Pictures, Run, caco_on_gpu, caco_views, kornia_views, one_by_one, pillow_view, tensor_view
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Views
+from caco.config import Views
 from caco.data import decode
-from caco.data.augment import Renderer, draw_parameters, render_views, render_with_numba, render_with_torch
-from caco.data.compiled import DeviceViews
+from caco.data.augment import draw_parameters, render_views, render_with_numba, render_with_torch
 from caco.data.decode import decode_rgb
 from caco.data.folder import folder_source
 from caco.data.parameters import largest_shrink
+from caco.views import IMAGENET_MEAN, IMAGENET_STD
 
 torch.set_num_threads(1)
 PILLOW = "torchvision on Pillow"
-Run = Callable[[int], object]
-Augmentations = tuple[Augmentation, ...]
-Pictures = Sequence[NDArray[np.uint8]]
 
 
 def photos(count: int, height: int, width: int) -> list[NDArray[np.uint8]]:
@@ -138,107 +134,7 @@ def measure_decoding(count: int, rounds: int) -> dict[str, object]:
     return {**result, "by_threads": threads}
 
 
-# --- contestants: views of decoded pictures ---------------------------------------------------------------------------
-
-
-def caco_views(renderer: Renderer, images: Pictures, augmentations: Augmentations) -> Run:
-    small = len({image.shape for image in images}) == 1 and images[0].shape[0] <= 64
-    batch = torch.from_numpy(np.stack(images)) if small else list(images)
-    heights, widths = np.array([image.shape[:2] for image in images]).T
-    indices = np.arange(len(images))
-
-    def run(epoch: int) -> None:
-        for view, augmentation in enumerate(augmentations):
-            parameters = draw_parameters(augmentation, heights, widths, seed=0, epoch=epoch, indices=indices, view=view)
-            out = torch.empty(len(images), 3, augmentation.size, augmentation.size, memory_format=torch.channels_last)
-            renderer(batch, parameters, IMAGENET_MEAN, IMAGENET_STD, out)
-
-    return run
-
-
-def caco_on_gpu(images: Pictures, augmentations: Augmentations) -> Run:
-    batch = torch.from_numpy(np.stack(images)).cuda()
-    height, width = images[0].shape[:2]
-    renders = [DeviceViews(augmentation, IMAGENET_MEAN, IMAGENET_STD, compiled=True) for augmentation in augmentations]
-
-    def run(epoch: int) -> None:
-        for view, (augmentation, render) in enumerate(zip(augmentations, renders, strict=True)):
-            indices = np.arange(len(images))
-            render(batch, draw_parameters(augmentation, height, width, seed=0, epoch=epoch, indices=indices, view=view))
-
-    return run
-
-
-def pillow_view(augmentation: Augmentation) -> transforms.Compose:
-    def blur(image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(float(np.random.uniform(*augmentation.blur_sigma))))
-
-    colours = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(augmentation.size, scale=augmentation.area),
-            transforms.RandomApply([transforms.ColorJitter(*colours)], augmentation.jitter_probability),
-            transforms.RandomGrayscale(augmentation.gray_probability),
-            transforms.RandomApply([blur], augmentation.blur_probability),
-            transforms.RandomApply([lambda image: ImageOps.solarize(image, 128)], augmentation.solarize_probability),
-            transforms.RandomHorizontalFlip(augmentation.flip_probability),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-
-
-def tensor_view(augmentation: Augmentation) -> v2.Compose:
-    colours = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(augmentation.size, scale=augmentation.area, antialias=True),
-            v2.RandomApply([v2.ColorJitter(*colours)], augmentation.jitter_probability),
-            v2.RandomGrayscale(augmentation.gray_probability),
-            v2.RandomApply([v2.GaussianBlur(13, augmentation.blur_sigma)], augmentation.blur_probability),
-            v2.RandomSolarize(128, augmentation.solarize_probability),
-            v2.RandomHorizontalFlip(augmentation.flip_probability),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-
-
-def one_by_one(
-    build: Callable[[Augmentation], Callable[..., torch.Tensor]], pictures: list[object], augmentations: Augmentations
-) -> Run:
-    pipelines = [build(augmentation) for augmentation in augmentations]
-
-    def run(epoch: int) -> None:
-        for view in pipelines:
-            torch.stack([view(picture) for picture in pictures])
-
-    return run
-
-
-def kornia_views(images: Pictures, augmentations: Augmentations, device: str) -> Run:
-    from kornia import augmentation as k
-
-    def pipeline(augmentation: Augmentation) -> torch.nn.Module:
-        colours = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
-        return k.AugmentationSequential(
-            k.RandomResizedCrop((augmentation.size, augmentation.size), scale=augmentation.area),
-            k.ColorJitter(*colours, p=augmentation.jitter_probability),
-            k.RandomGrayscale(p=augmentation.gray_probability),
-            k.RandomGaussianBlur((13, 13), augmentation.blur_sigma, p=augmentation.blur_probability),
-            k.RandomSolarize(0.0, 0.0, p=augmentation.solarize_probability),
-            k.RandomHorizontalFlip(p=augmentation.flip_probability),
-            k.Normalize(torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)),
-        )
-
-    pipelines = [pipeline(augmentation) for augmentation in augmentations]
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
-
-    def run(epoch: int) -> None:
-        for view in pipelines:
-            view(batch.float() / 255)
-
-    return run
+# --- views of decoded pictures: the contestants are in view_makers.py ---------------------------------------------------
 
 
 def measure_views(
@@ -329,7 +225,7 @@ def main() -> None:
     pictures = (1024, 512, 256) if options.device == "cuda" else (256, 128, 32)
     start = time.perf_counter()
     if find_spec("numba"):
-        import caco.data.kernel  # noqa: F401  (compiles, or loads what was compiled before)
+        import caco.data.kernel.views  # noqa: F401  (compiles, or loads what was compiled before)
     result: dict[str, object] = {"kernel_ready_seconds": time.perf_counter() - start}
     if "decode" in parts:
         result["decode"] = measure_decoding(4 if quick else 16, rounds)

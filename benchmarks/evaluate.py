@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.backbone import create_backbone
-from caco.config import Preparation
 from caco.data.arrays import ArraySource
 from caco.data.source import ImageSource, open_source
 from caco.device import choose_device
@@ -35,6 +34,7 @@ from caco.evaluate.features import extract
 from caco.evaluate.knn import Voting, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, train_heads
 from caco.precision import PRECISIONS
+from caco.views import Preparation
 
 NEIGHBOURS, CLASSES = 20, 100
 

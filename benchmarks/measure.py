@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from linux import FamilyMemory, busy_seconds, processor
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """Named in the description of the machine if it has them: they decide how fast bf16 is."""
-SAMPLING_SECONDS = 0.05
-CHILDREN_SECONDS = 1.0
-"""The kernel walks all pages of a child to tell its part of shared ones: not often, or it would disturb."""
 
 
 def arguments(
@@ -49,7 +46,7 @@ def arguments(
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return what a reader must know of the machine to judge a time, and how busy it is now."""
-    information = _processor()
+    information = processor()
     flags = set(information.get("flags", information.get("Features", "")).split())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     described: dict[str, Any] = {
@@ -128,18 +125,18 @@ class Others:
     """How much the machine did besides: `with Others() as others: ...`, then `others.cores`.
 
     The cores that other programs kept busy meanwhile, on average; None where /proc does not tell. A time taken while
-    others worked is no measure of anything: two threads that wait for each other suffer far more than in proportion.
+    others worked measures nothing: two threads that wait for each other suffer far more than in proportion.
     """
 
     cores: float | None = None
 
     def __enter__(self) -> Others:
-        self._began = time.perf_counter(), self._own(), _busy()
+        self._began = time.perf_counter(), self._own(), busy_seconds()
         return self
 
     def __exit__(self, *error: object) -> None:
         wall, own, busy = self._began
-        now = _busy()
+        now = busy_seconds()
         if busy is not None and now is not None:
             others = now - busy - (self._own() - own)
             self.cores = round(max(0.0, others / (time.perf_counter() - wall)), 2)
@@ -208,7 +205,7 @@ def save(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
 
 def _spawn(
     function: Callable[..., Any], values: tuple[Any, ...], environment: Mapping[str, str]
-) -> tuple[bool, Any, _FamilyMemory]:
+) -> tuple[bool, Any, FamilyMemory]:
     """Return whether it went well, the result or else the traceback, and the memory; the process has ended."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -216,7 +213,7 @@ def _spawn(
     with _variables(environment):
         process.start()
     sender.close()
-    memory = _FamilyMemory(process.pid or 0)
+    memory = FamilyMemory(process.pid or 0)
     with memory:
         try:
             good, result = receiver.recv()
@@ -249,75 +246,3 @@ def _variables(environment: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-class _FamilyMemory:
-    """Watches the resident memory of a process and its descendants from a thread."""
-
-    def __init__(self, process: int) -> None:
-        self.process = process
-        self.main: int | None = None
-        self.family: int | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        children, last = 0, 0.0
-        while not self._done.wait(SAMPLING_SECONDS):
-            if time.monotonic() - last > CHILDREN_SECONDS:
-                children, last = sum(map(_share, _descendants(self.process)[1:])), time.monotonic()
-            memory = _bytes(self.process, "status", "VmRSS")
-            if memory:
-                self.main = max(self.main or 0, memory)
-                self.family = max(self.family or 0, memory + children)
-
-
-def _descendants(process: int) -> list[int]:
-    """Return a process and all below it."""
-    children: dict[str, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        children.setdefault(_fields(folder / "status").get("PPid", ""), []).append(int(folder.name))
-    found = [process]
-    for parent in found:
-        found += children.get(str(parent), [])
-    return found
-
-
-def _share(process: int) -> int:
-    """Return the memory of a process, shared pages divided among those that share them."""
-    return _bytes(process, "smaps_rollup", "Pss") or _bytes(process, "status", "VmRSS")
-
-
-def _bytes(process: int, file: str, name: str) -> int:
-    """Return an amount that /proc gives in kB; 0 where it does not."""
-    words = _fields(Path(f"/proc/{process}/{file}")).get(name, "").split()
-    return int(words[0]) * 1024 if words else 0
-
-
-def _fields(path: Path) -> dict[str, str]:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:  # ended, or not Linux
-        return {}
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def _busy() -> float | None:
-    """Return the seconds that all cores together have worked since the start of the machine."""
-    try:
-        user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
-    except (OSError, ValueError):
-        return None
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def _processor() -> dict[str, str]:
-    """Return what Linux says of the last processor."""
-    return _fields(Path("/proc/cpuinfo"))

@@ -30,71 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from namespaces import ADDRESSES, Machines
 from PIL import Image
 
-ADDRESSES = "10.77.0.1", "10.77.0.2"
 PORT = 29700
 
 # Without it torchrun (seen with torch 2.14's c10d rendezvous) tells a machine that comes anew nothing of the meeting
 # point of the next attempt, and both wait until they time out.
 STORE_OF_ITS_OWN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-
-
-class Machines:
-    """Two network namespaces, each with one network card, a cable between them."""
-
-    def __init__(self) -> None:
-        self.names = [f"caco{number}-{os.getpid()}" for number in range(2)]
-        self.cards = [f"caco{number}" for number in range(2)]
-
-    def __enter__(self) -> Machines:
-        try:
-            for name in self.names:
-                ip("netns", "add", name)
-            ends = [("name", card, "netns", name) for card, name in zip(self.cards, self.names, strict=True)]
-            ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
-            for name, card, address in zip(self.names, self.cards, ADDRESSES, strict=True):
-                ip("-n", name, "address", "add", f"{address}/24", "dev", card)
-                ip("-n", name, "link", "set", card, "up")
-                ip("-n", name, "link", "set", "lo", "up")
-        except BaseException:
-            self.remove()
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """End what still runs on the machines, and remove them."""
-        for number, name in enumerate(self.names):
-            self.kill(number)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-    def kill(self, number: int) -> None:
-        """SIGKILL to every process of a machine."""
-        found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True, check=False)
-        for pid in found.stdout.split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-
-    def cable(self, state: str) -> None:
-        """Pull the cable out ("down") or put it back ("up")."""
-        ip("-n", self.names[1], "link", "set", self.cards[1], state)
-
-    def start(self, number: int, log: Path, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
-        """Start Python with these arguments on a machine; all it says goes into the log."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-        with log.open("ab") as file:
-            words = [*(f"{name}={value}" for name, value in variables.items()), "python", *arguments]
-            file.write(f"machine {number}$ {' '.join(words)}\n".encode())
-            file.flush()
-            command = ["ip", "netns", "exec", self.names[number], sys.executable, *arguments]
-            return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
 def make_photos(folder: Path, count: int = 64) -> None:

@@ -13,16 +13,15 @@ from jaxtyping import install_import_hook
 
 import caco
 
-COMPILED = ("caco.data", "caco.data.kernel")
-"""Functions that numba compiles cannot be wrapped, which jaxtyping's release for Python 3.10 does in spite of no_type_check.
-Naming a package names all its modules, so that of this one is left out, too."""
+COMPILED = "caco.data.kernel"
+"""Functions that numba compiles cannot be wrapped, which jaxtyping's release for Python 3.10 does in spite of no_type_check."""
 
 
 def checked_modules() -> list[str]:
-    """Return the modules whose annotations are enforced: all but COMPILED."""
+    """Return the modules whose annotations are enforced: all but COMPILED and packages, whose names would name all below."""
     root = Path(caco.__file__).parent
     names = [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in root.rglob("*.py")]
-    return [name for name in (name.removesuffix(".__init__") for name in names) if name not in ("caco", *COMPILED)]
+    return [name for name in names if not name.startswith(COMPILED) and not name.endswith(".__init__")]
 
 
 if find_spec("beartype"):

@@ -12,7 +12,9 @@ from PIL import Image
 from torch import nn
 
 import caco
+from caco.config import Demo
 from caco.data.arrays import ArraySource
+from caco.demo import demo
 from caco.errors import UsageError
 
 TINY = {
@@ -75,6 +77,14 @@ def test_wrong_options_are_usage_errors(options, words, tmp_path):
     with pytest.raises(UsageError) as caught:
         caco.pretrain("textures:64", tmp_path / "run", **options)
     assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_checked_before_anything_is_done(tmp_path):
+    with pytest.raises(UsageError, match="--batch-size 1: batch norm needs at least 2 images"):
+        caco.pretrain("textures:64", tmp_path / "run", batch_size=1)
+    with pytest.raises(UsageError, match="--out is missing"):
+        demo(Demo(out=""))
     assert not (tmp_path / "run").exists()
 
 
@@ -307,7 +317,7 @@ def test_embedding_takes_no_val():
         ),
         (np.zeros((4, 1, 8, 8), np.uint8), "images[:, 0] takes away the axis"),
         ([], "no files given"),
-        (["nowhere.png"], "nowhere.png is no file"),
+        (["nowhere.png"], "nowhere.png is not a file"),
         (torch.zeros(4, 3, 8, 8), "data is a Tensor; use .numpy(), uint8 [N, H, W, 3]: images.transpose(0, 2, 3, 1)"),
         ([torch.zeros(3, 8, 8)], "leave out the Dataset's own transform"),
         (None, "--data is missing"),

@@ -101,7 +101,7 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         ("pretrain --bank.sise 5", "Did you mean --bank"),
         ("pretrain --batch 5", "--batch-size"),
         ("pretrain --epochs many", "'many' is neither a number nor auto"),
-        ("pretrain --precision fp16", "'fp16' is none of auto, fp32, bf16. Did you mean "),
+        ("pretrain --precision fp16", "'fp16' is not one of auto, fp32, bf16. Did you mean "),
         ("pretrain --recipe cifr", "Did you mean cifar"),
         ("pretrain photos", "what is 'photos' for?"),
         ("pretrain", "--data is missing"),

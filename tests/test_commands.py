@@ -65,7 +65,7 @@ def run(photos, tmp_path_factory):
 
 
 def strict(path):
-    """Read JSON as other languages do: NaN and Infinity are no JSON."""
+    """Read JSON as other languages do: NaN and Infinity are not JSON."""
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in {path}"))
 
 

@@ -6,8 +6,9 @@ import typing
 import pytest
 
 from caco.after_training import Embed, Evaluation, Knn, Linear, Report
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Demo, Pretrain, Views
+from caco.config import Demo, Pretrain, Views
 from caco.options import _field_help
+from caco.views import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
 COMMANDS = (Pretrain, Knn, Linear, Embed, Report, Demo)
 

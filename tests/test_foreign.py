@@ -15,9 +15,9 @@ from torch import nn
 import caco
 from caco.backbone import create_backbone
 from caco.cli import main
-from caco.config import IMAGENET_MEAN, IMAGENET_STD
 from caco.errors import UsageError
 from caco.foreign import named_preparation
+from caco.views import IMAGENET_MEAN, IMAGENET_STD
 from caco.weights import BackboneCard, load_backbone, read_weights, save_backbone
 
 VIT = "test_vit.r160_in1k"  # timm's: 160 px of 168, bicubic, mean and std 0.5

@@ -80,7 +80,7 @@ def test_start_sees_what_is_given_and_loses_to_it():
             ["--quick"],
             ["unknown option --quick", "--quick-look"],
         ),  # no abbreviations: they break when options are added
-        (["--kind", "slwo"], ["'slwo' is none of fast, slow", "Did you mean slow"]),
+        (["--kind", "slwo"], ["'slwo' is not one of fast, slow", "Did you mean slow"]),
         (["--steps", "many"], ["--steps", "'many' is neither a number nor auto"]),
         (["--steps", "1.5"], ["--steps", "'1.5'"]),
         (["--inner.size", "big"], ["--inner.size", "'big'"]),
@@ -141,8 +141,8 @@ def test_from_dictionary_refuses_unknown_settings(content):
     [
         ({"rate": "8"}, "wrong setting in the configuration of Outer: rate='8': must be float."),
         ({"inner": {"size": None}}, "wrong setting in the configuration of Inner: size=None: must be int."),
-        ({"inner": 5}, "5 is no group of settings in the configuration of Inner"),
-        ([1], "[1] is no group of settings in the configuration of Outer"),
+        ({"inner": 5}, "5 is not a group of settings in the configuration of Inner"),
+        ([1], "[1] is not a group of settings in the configuration of Outer"),
     ],
 )
 def test_from_dictionary_refuses_what_is_of_another_type(content, words):

@@ -6,11 +6,12 @@ import pytest
 
 from caco.checks import check
 from caco.cli import pretrain_start
-from caco.config import Augmentation, Pretrain
+from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten, override, parse
 from caco.recipes import RECIPES, find_recipe, listing, whole
 from caco.train.run_folder import write_config
+from caco.views import Augmentation
 
 # From the published README's command lines (and its table for the third row), by our names.
 ALL_ROWS = {

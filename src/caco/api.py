@@ -17,7 +17,7 @@ from torch import nn
 
 from caco import commands, judge
 from caco.after_training import Embed, Export, Knn, Linear, Report
-from caco.checks import check_judged
+from caco.checks import check, check_judged
 from caco.cli import pretrain_start
 from caco.config import Pretrain
 from caco.data.datasets import own_source
@@ -76,7 +76,9 @@ def pretrain(
         given["backbone"] = backbone
     given = checked(Pretrain, given)
     start = pretrain_start(given)
-    return commands.pretrain(override(start, given), objects)
+    config = override(start, given)
+    check(config)
+    return commands.pretrain(config, objects)
 
 
 @_in_python

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -250,19 +251,26 @@ def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
     return module
 
 
-def try_size(module: nn.Module, size: int) -> Any:
-    """Return what a module makes of two black pictures, in eval mode. Raises UsageError when it does not take the size."""
-    was_training = module.training
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode and afterwards every part of it back into its own."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
-            output = module(torch.zeros(2, 3, size, size))
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def try_size(module: nn.Module, size: int) -> Any:
+    """Return what a module makes of two black pictures, in eval mode. Raises UsageError when it does not take the size."""
+    try:
+        with evaluation_mode(module), torch.no_grad():
+            return module(torch.zeros(2, 3, size, size))
     except Exception as error:  # any code may stand there
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"the backbone does not take pictures of {size} x {size} pixels: {reason}") from error
-    finally:
-        module.train(was_training)
-    return output
 
 
 def _first_accepted(name: str, choices: list[dict[str, Any]]) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from caco.after_training import Embed, Export, Report
-from caco.checks import check
 from caco.config import Pretrain
 from caco.data.folder import say_left_out
 from caco.data.labels import where_labels_come_from
@@ -26,8 +25,10 @@ from caco.train.run import run_pretraining
 
 
 def pretrain(options: Pretrain, objects: Objects = NO_OBJECTS) -> Path | None:
-    """Pre-train, say what to do next, and return the path of the finished backbone (None but in the main process)."""
-    check(options)
+    """Pre-train as configured (`checks.check` has seen it), and say what to do next.
+
+    Returns the path of the finished backbone, None but in the main process.
+    """
     if objects.val is None and options.val and not _may_be_labelled(options):
         raise UsageError(
             f"--val {options.val} has no labels (class folders, or a label column), and the kNN check needs them: "

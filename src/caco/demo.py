@@ -9,6 +9,7 @@ from typing import Any
 
 from caco import commands, judge
 from caco.after_training import Knn, Linear, Report
+from caco.checks import check
 from caco.config import Demo, Pretrain
 from caco.deliver.next_steps import program
 from caco.errors import UsageError
@@ -29,6 +30,7 @@ def demo(options: Demo) -> dict[str, Any]:
     config = replace(
         find_recipe("demo"), data=TRAIN, val=TEST, out=options.out, seed=options.seed, overwrite=options.overwrite
     )
+    check(config)
     print(
         "Ten families of textures, drawn by a generator in random colours, sizes and directions; no labels are trained on."
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.backbone import timm_configuration
-from caco.config import Preparation
+from caco.views import Preparation
 
 # What comes with an encoder in a file and is no part of it: classifiers, projectors, what masked training needs.
 HEADS = ("fc.", "head.", "head_dist.", "classifier.", "projection_head.", "prototypes.", "decoder_", "mask")

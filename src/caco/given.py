@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from caco.after_training import Evaluation
-from caco.config import Preparation, usual_resize
 from caco.data.source import ImageSource, open_source
 from caco.distributed.world import World
 from caco.evaluate.encoder import BASELINES, UsableEncoder, find_weights, load_encoder
 from caco.foreign import named_preparation
 from caco.precision import choose_precision
+from caco.views import Preparation, usual_resize
 
 
 def open_encoder(world: World, options: Evaluation, module: nn.Module | None) -> UsableEncoder:

@@ -79,7 +79,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 class _CooperativeAdversarial(torch.autograd.Function):
-    """0, with the paper's gradient for the slots: of no loss, so it is written out."""
+    """0, with the paper's gradient for the slots: no loss has it, so it is written out."""
 
     @staticmethod
     def forward(

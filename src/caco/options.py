@@ -131,7 +131,7 @@ def from_dictionary(kind: type[T], values: Any) -> T:
     """
     where = f"in the configuration of {kind.__name__}"
     if not isinstance(values, dict):
-        raise UsageError(f"{values!r:.60} is no group of settings {where}")
+        raise UsageError(f"{values!r:.60} is not a group of settings {where}")
     hints = typing.get_type_hints(kind)
     unknown = set(values) - set(hints)
     if unknown:
@@ -227,7 +227,9 @@ class _StoreTuple(argparse.Action):
 def _choice(choices: tuple[str, ...]) -> Callable[[str], str]:
     def convert(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}.{did_you_mean(text, choices)}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not one of {', '.join(choices)}.{did_you_mean(text, choices)}"
+            )
         return text
 
     return convert

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from caco.backbone import adopt_backbone, create_backbone, is_model, size_in, stem_in, timm_and_ours
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preparation, usual_resize
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import replace_file
 from caco.foreign import fitted, misfits, named_preparation
 from caco.options import from_dictionary
 from caco.reference.pickled import HARMLESS
+from caco.views import IMAGENET_MEAN, IMAGENET_STD, Interpolation, Preparation, usual_resize
 
 CARD_FORMAT = "caco-backbone-1"
 
@@ -195,7 +195,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], BackboneCard | None]:
 
 
 def known_card(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BackboneCard | None:
-    """Return the card of a file that names its model as the published ones do ("arch"); None if that is no known name."""
+    """Return the card of a file that names its model as the published ones do ("arch"); None if that name is not known."""
     arch = content.get("arch")
     if not isinstance(arch, str) or not is_model(arch):
         return None

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from caco.config import Augmentation
 from caco.data.augment import Images, Renderer, ViewParameters, render_with_numba, render_with_torch
+from caco.views import Augmentation
 
 RENDERERS = (render_with_torch, render_with_numba)
 

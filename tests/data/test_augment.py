@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Views
+from caco.config import Views
 from caco.data import augment
 from caco.data.augment import (
     Renderer,
@@ -29,6 +29,7 @@ from caco.data.augment import (
     render_with_torch,
 )
 from caco.data.parameters import BRIGHTNESS, CONTRAST, HUE, ORDERS, SATURATION, ViewParameters
+from caco.views import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
 FIRST, SECOND = Views(size=32).augmentations()
 PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

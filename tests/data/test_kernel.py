@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +16,14 @@ import torch
 from numpy.typing import NDArray
 from renderers import RENDERERS, render_by
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Views
+import caco
+from caco.config import Views
 from caco.data.augment import draw_parameters, render_with_numba
+from caco.views import IMAGENET_MEAN, IMAGENET_STD
 
 pytest.importorskip("numba")
+from caco.data.kernel import views as kernel
+
 STATISTICS = IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -114,8 +120,6 @@ def test_any_memory_layout() -> None:
 
 def test_rubbish_in_scratch_memory_does_not_reach_a_view() -> None:
     """Zero times what lay in memory before would be NaN where that was infinite."""
-    from caco.data import kernel
-
     augmentation = Views(size=32).augmentations()[0]
     parameters = draw_parameters(augmentation, 9, 7, seed=0, epoch=0, indices=np.arange(50), view=0)
     images = [noise(9, 7, seed) for seed in range(50)]
@@ -124,8 +128,7 @@ def test_rubbish_in_scratch_memory_does_not_reach_a_view() -> None:
     assert torch.equal(render_by(render_with_numba, images, parameters, augmentation, *STATISTICS), clean)
 
 
-def test_a_process_that_compiles_makes_the_views_of_one_that_need_not(tmp_path):
-    program = """
+PROGRAM = """
 import hashlib, numpy, torch
 from caco.config import Views
 from caco.data.augment import draw_parameters, render_views
@@ -136,12 +139,42 @@ for size in (8, 24, 37):
     views = render_views(images, drawn, augmentation, (0.5,) * 3, (0.2,) * 3)
     print(hashlib.sha256(views.contiguous().numpy().tobytes()).hexdigest())
 """
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    first, second = (
-        subprocess.run(
-            [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
-        ).stdout
-        for _ in range(2)
-    )
-    assert first == second and len(first.split()) == 3
+
+
+def views_of_a_new_process(cache: Path, **environment: str) -> list[str]:
+    """Return a hash for each of three sizes, as a process makes the views that finds what earlier ones have compiled."""
+    variables = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **environment}
+    command = [sys.executable, "-c", PROGRAM]
+    printed = subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout.split()
+    assert len(printed) == 3
+    return printed
+
+
+def test_a_process_that_compiles_makes_the_views_of_one_that_need_not(tmp_path):
+    first = views_of_a_new_process(tmp_path)
     assert list(tmp_path.rglob("*.nbi"))
+    assert views_of_a_new_process(tmp_path) == first
+
+
+def test_a_change_of_a_stage_reaches_the_views(tmp_path):
+    """numba itself would load what it compiled before, as long as the file that calls the stage is the same."""
+    copied = tmp_path / "src" / "caco"
+    shutil.copytree(Path(caco.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    before = views_of_a_new_process(tmp_path / "cache", PYTHONPATH=str(copied.parent))
+    blur = copied / "data" / "kernel" / "blur.py"
+    text = blur.read_text("utf-8")
+    assert "math.exp(-0.5" in text
+    blur.write_text(text.replace("math.exp(-0.5", "math.exp(-0.6"), "utf-8")
+    after = views_of_a_new_process(tmp_path / "cache", PYTHONPATH=str(copied.parent))
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_the_kernel_knows_all_sources_that_it_is_compiled_from():
+    program = (
+        "import sys, caco.data.kernel.views; print(*(name for name in sys.modules if name.split('.')[0] == 'caco'))"
+    )
+    command = [sys.executable, "-c", program]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    # No stage takes anything from these: the entry itself, packages, and what `parameters` uses in Python.
+    others = {"caco", "caco.data", "caco.data.kernel", "caco.data.kernel.views", "caco.views"}
+    assert {module.__name__ for module in kernel.STAGES} == set(loaded) - others

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from renderers import RENDERERS, render_by
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Views
+from caco.config import Views
+from caco.data.arrays import ArraySource
 from caco.data.augment import Renderer, draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.decode import BrokenImage, decode_rgb
@@ -22,6 +23,7 @@ from caco.data.loader import TrainingViews
 from caco.data.parameters import NEVER_SHRUNK, largest_shrink
 from caco.data.resident import decode_whole_set
 from caco.data.source import open_source
+from caco.views import IMAGENET_MEAN, IMAGENET_STD
 
 PLAIN = (0.0,) * 3, (1.0,) * 3
 CPU = torch.device("cpu")
@@ -196,7 +198,7 @@ def test_what_was_decoded_and_from_what(photos: Path) -> None:
     assert load("a.png") == ((300, 400, 3), 300, 400, 1)
     assert load("b.jpg") == ((23, 30, 3), 90, 120, 4)  # the one after it
     assert len(broken) == 1
-    array = open_source(np.zeros((2, 500, 400, 3), np.uint8))
+    array = ArraySource(np.zeros((2, 500, 400, 3), np.uint8))
     assert load_decoded(array, 1, lambda height, width: 8)[1:] == (500, 400, 1)
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from caco.data.textures import FAMILIES, texture_source
 from caco.errors import UsageError
@@ -31,9 +30,8 @@ def test_every_family_is_equally_common() -> None:
 
 
 def test_same_arguments_give_same_pictures() -> None:
-    first, again = texture_source(50, seed=3), texture_source(50, seed=3)
+    first, again = texture_source(50), texture_source(50)
     assert (first.images == again.images).all()
-    assert (first.images != texture_source(50, seed=4).images).any(axis=(1, 2, 3)).all()
 
 
 def test_a_picture_does_not_depend_on_how_many_are_drawn() -> None:
@@ -45,21 +43,6 @@ def test_splits_share_no_picture() -> None:
     train, test = texture_source(1500, "train"), texture_source(500, "test")
     pictures = np.concatenate([train.images, test.images]).reshape(2000, -1)
     assert len(np.unique(pictures, axis=0)) == 2000
-
-
-@pytest.mark.parametrize("size", [8, 33, 64])
-def test_draws_any_size(size: int) -> None:
-    assert texture_source(10, size=size).images.shape == (10, size, size, 3)
-
-
-def test_a_larger_picture_shows_the_same_shapes() -> None:
-    small, large = texture_source(40, size=32), texture_source(40, size=128)
-    likeness = []
-    for index in range(40):
-        shrunk = Image.fromarray(large.load(index)).resize((32, 32), Image.Resampling.BOX)
-        grey = [np.asarray(image) @ [0.299, 0.587, 0.114] for image in (shrunk, small.load(index))]
-        likeness.append(np.corrcoef(grey[0].ravel(), grey[1].ravel())[0, 1])
-    assert np.median(likeness) > 0.9
 
 
 def test_every_picture_has_two_visible_colours() -> None:
@@ -90,9 +73,6 @@ def test_shape_gives_the_family_away() -> None:
     assert (guesses == test.labels).mean() > 0.3
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"split": "tset"}, {"count": -1}, {"seed": -1}, {"size": 4}], ids=lambda given: next(iter(given))
-)
-def test_impossible_arguments_are_told(arguments: dict) -> None:
-    with pytest.raises(UsageError, match="textures"):
-        texture_source(**{"count": 10, **arguments})
+def test_an_unknown_split_is_told() -> None:
+    with pytest.raises(UsageError, match="no split is called 'tset'"):
+        texture_source(10, "tset")

@@ -208,7 +208,7 @@ def test_a_checkpoint_of_the_run_is_a_start_too(run, photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--format", "tim", "--out", "a.pth"], "'tim' is none of timm, torchvision, reference. Did you mean timm"),
+        (["--format", "tim", "--out", "a.pth"], "'tim' is not one of timm, torchvision, reference. Did you mean timm"),
         (["--format", "timm"], "--out is missing"),
         (["--format", "timm", "--out", "a.onnx"], "is written as .safetensors"),
         (["--format", "reference", "--out", "a.safetensors"], "is a torch file"),

@@ -18,12 +18,12 @@ from torch import nn
 import caco
 from caco.after_training import Knn
 from caco.cli import main
-from caco.config import Preparation
 from caco.data.arrays import ArraySource
 from caco.deliver.judgements import read_comparisons
 from caco.errors import UsageError
 from caco.evaluate.encoder import load_encoder
 from caco.train.run_folder import WRITTEN
+from caco.views import Preparation
 
 TINY = {
     "backbone": "test_resnet",

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import caco
-from caco.config import Preparation, Pretrain
+from caco.config import Pretrain
 from caco.data.augment import draw_parameters, render_views
 from caco.data.source import open_source
 from caco.deliver import charts, insight, records
@@ -24,6 +24,7 @@ from caco.deliver.insight import choose_queries, nearest_others, plane, purity, 
 from caco.deliver.pictures import Row, data_uri, gallery_picture
 from caco.errors import UsageError
 from caco.train.run_folder import read_config
+from caco.views import Preparation
 
 SECTIONS = ["results", "curves", "views", "neighbours", "slots", "map", "configuration", "environment", "cite"]
 NASTY = "<b>&'x.jpg"
@@ -500,6 +501,6 @@ def test_gallery_picture_marks_agreement_and_keeps_its_size():
     green = np.abs(colours - (46, 158, 107)).sum(axis=1) < 12
     assert green.sum() >= 3 * 2 * 3 * 40  # 3 rows of 2 lines, 3 pixels high
     with pytest.raises(ValueError, match="at least one row"):
-        gallery_picture("title", [])
+        gallery_picture("title", [], most_bytes=100)
     with pytest.raises(ValueError, match="does not fit"):
         gallery_picture("title", rows, most_bytes=100)

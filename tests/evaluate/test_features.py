@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Preparation
+from caco.backbone import evaluation_mode
 from caco.data.decode import BrokenImage
 from caco.errors import CacoError
 from caco.evaluate import features
-from caco.evaluate.features import backbone_features, evaluation_mode, extract, joined, pixel_features
+from caco.evaluate.features import backbone_features, extract, joined, pixel_features
+from caco.views import IMAGENET_MEAN, IMAGENET_STD, Preparation
 
 PREPARATION = Preparation(size=32, resize=36)
 OPTIONS = {"preparation": PREPARATION, "device": "cpu", "workers": 2}

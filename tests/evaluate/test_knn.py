@@ -107,7 +107,7 @@ def test_largest_equals_a_stable_sort_with_many_ties(levels, width):
 
 
 def test_top5_counts_only_classes_with_votes():
-    # Two neighbours vote, for classes 6 and 7: the other classes are no guesses.
+    # Two neighbours vote, for classes 6 and 7: the other classes are not guesses.
     reference = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0]])
     labels = torch.tensor([6, 7, 0])
     queries = torch.tensor([[1.0, 0.0]]).repeat(3, 1)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from caco.config import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Preparation
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
 from caco.data.order import epoch_order
@@ -19,6 +18,7 @@ from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import extract
 from caco.evaluate.reference_probe import ProbeSettings, train_reference_probe
 from caco.optim import LayerWiseSGD
+from caco.views import IMAGENET_MEAN, IMAGENET_STD, Augmentation, Preparation
 
 PREPARATION = Preparation(size=16, resize=20)
 

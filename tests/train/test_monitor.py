@@ -81,7 +81,7 @@ def test_without_labels_there_is_no_check():
     assert monitor(unlabelled) is None
     assert monitor(unlabelled, unlabelled) is None
     assert monitor(source(LABELS), knn_epochs=0) is None
-    assert monitor(source(LABELS), unlabelled).query_indices is not None  # val is of no use: held out as without it
+    assert monitor(source(LABELS), unlabelled).query_indices is not None  # val has no labels: held out as without it
 
 
 def test_classes_of_one_image_each_have_none_to_hold_out(capsys):

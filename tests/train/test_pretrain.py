@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 import caco
+from caco.data.arrays import ArraySource
 from caco.data.order import epoch_order
-from caco.data.source import ArraySource
 from caco.errors import CacoError, UsageError
 
 SMALL = {

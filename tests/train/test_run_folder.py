@@ -96,14 +96,16 @@ HOLDER = "import sys, time; from pathlib import Path; from caco.train.lock impor
 lock.take(Path(sys.argv[1])); print('taken', flush=True); time.sleep(60)"
 
 
-def test_one_run_at_a_time(run):
+def test_one_run_at_a_time(run, monkeypatch):
     """Another process holds the folder; killed, it has let go."""
+    monkeypatch.setattr("caco.train.lock.PATIENCE", 0.2)
     other = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "taken\n"
         with RunLock() as lock, pytest.raises(UsageError, match=rf"in use by another run \(process {other.pid} on "):
-            lock.take(run, patience=0.2)
+            lock.take(run)
         other.kill()
+        monkeypatch.undo()  # one that is killed may take a moment to be gone
         open_run(config(run, resume=True))
     finally:
         other.kill()

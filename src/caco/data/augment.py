@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from caco.config import Augmentation, Interpolation
 from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import copy_to, render_with_torch
+from caco.views import Augmentation, Interpolation
 
 __all__ = ["ViewParameters", "centre_view", "draw_parameters", "normalise", "render_views"]
 
@@ -68,7 +68,7 @@ def render_with_numba(
     out: Float[Tensor, "B 3 S S"],
 ) -> None:
     """Fill `out` with one view of each image, all on the CPU: on the calling thread, without the GIL."""
-    from caco.data.kernel import fill_views
+    from caco.data.kernel.views import fill_views
 
     table, views = parameters.table(), out.permute(0, 2, 3, 1).numpy()
     if isinstance(images, Tensor):

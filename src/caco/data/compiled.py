@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from caco.config import Augmentation
 from caco.data.parameters import ViewParameters
 from caco.data.render import Stages, make_views, to_device
+from caco.views import Augmentation
 
 
 class DeviceViews:

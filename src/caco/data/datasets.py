@@ -63,7 +63,7 @@ class DatasetSource:
         if len(dataset) == 0:
             raise UsageError(f"{self.name} holds no images")
         self.labels, self.classes = self._labels()
-        with contextlib.suppress(BrokenImage):  # one of them is no reason to refuse all
+        with contextlib.suppress(BrokenImage):  # one broken image does not make the set unusable
             self.load(0)
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class DatasetSource:
     def load(self, index: int) -> Pixels:
         """Return an image, uint8 [H, W, 3], not to be written to.
 
-        Raises BrokenImage when the Dataset cannot read it, UsageError for what is no picture.
+        Raises BrokenImage when the Dataset cannot read it, UsageError for what is not a picture.
         """
         key = self.key(index)
         try:

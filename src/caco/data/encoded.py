@@ -16,7 +16,7 @@ Labels = NDArray[np.int64] | None
 class EncodedSource(ABC):
     """An `ImageSource` of encoded images."""
 
-    def __init__(self, name: str, labels: Labels = None, classes: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, labels: Labels, classes: tuple[str, ...]) -> None:
         self.name = name
         self.labels = labels
         self.classes = classes

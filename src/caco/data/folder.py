@@ -138,7 +138,7 @@ def folder_source(root: Path, name: str, index_cache: Path | None = None) -> Fil
     left_out = ""
     if index is None:
         listing = list_folder(folder)
-        _check(listing, name)
+        _check_contents(listing, name)
         if listing.containers:
             check_one_part_of_files(name, listing.containers)
             return [Path(folder, container) for container in listing.containers]
@@ -150,7 +150,7 @@ def folder_source(root: Path, name: str, index_cache: Path | None = None) -> Fil
     return FileSource(name, folder, index.names, labels, classes, left_out)
 
 
-def _check(listing: Listing, name: str) -> None:
+def _check_contents(listing: Listing, name: str) -> None:
     """Raise UsageError if a folder holds nothing to look at, or two things."""
     images, containers = len(listing.images), len(listing.containers)
     if images and containers:
@@ -205,10 +205,10 @@ def list_source(path: Path, name: str) -> FileSource:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # -sig: Windows begins such files with a mark
     except UnicodeDecodeError as problem:
-        raise UsageError(f"{name} is no text file (UTF-8): a list of images has one path a line") from problem
+        raise UsageError(f"{name} is not a text file (UTF-8): a list of images has one path a line") from problem
     names = [line.strip() for line in lines if line.strip()]
     root = os.path.realpath(path.parent)
     if not any(os.path.isfile(os.path.join(root, image)) for image in names[:10]):
         first = f"none of its first paths is a file, such as {os.path.join(root, names[0])}" if names else "it is empty"
-        raise UsageError(f"{name} is no list of images: {first}")
+        raise UsageError(f"{name} is not a list of images: {first}")
     return FileSource(name, root, names)

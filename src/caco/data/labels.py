@@ -1,4 +1,4 @@
-"""One numbering of the classes for two sources, and which images of a labelled set are asked about."""
+"""Labelled sources side by side: where their labels come from, one numbering of their classes, a part of one."""
 
 from __future__ import annotations
 

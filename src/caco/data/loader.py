@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from caco.config import Augmentation
 from caco.data.broken import BrokenImages
 from caco.data.makers import FromDevice, FromMemory, FromSource, RandomViews, ViewMaker
 from caco.data.order import StepOrder
@@ -25,6 +24,7 @@ from caco.data.prefetch import Batch, prefetch, side_stream
 from caco.data.resident import decode_whole_set
 from caco.data.source import ImageSource
 from caco.errors import UsageError, counted
+from caco.views import Augmentation
 
 
 def check_batch_size(source: ImageSource, batch_size: int, world_size: int) -> None:
@@ -50,7 +50,7 @@ class TrainingViews:
         maker: ViewMaker,
         workers: int,
         device: torch.device,
-        layout: torch.memory_format = torch.channels_last,
+        layout: torch.memory_format,
     ) -> None:
         """maker: of views on the device. layout: in which they are handed on."""
         self.source, self.order, self.maker, self.device, self.layout = source, order, maker, device, layout

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from caco.config import Augmentation
 from caco.data.augment import Images, draw_parameters, render_views
 from caco.data.broken import BrokenImages
 from caco.data.compiled import DeviceViews
@@ -24,6 +23,7 @@ from caco.data.load import load_decoded, load_or_next
 from caco.data.parameters import ViewParameters, largest_shrink
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
+from caco.views import Augmentation
 
 DECODED_CHUNK, HELD_CHUNK = 16, 64
 """Images of which one thread makes all views at a time: of those that it decodes, and of those that are held decoded."""

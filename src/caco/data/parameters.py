@@ -14,13 +14,12 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from caco.config import Augmentation
+from caco.views import Augmentation
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))), dtype=np.int8)
 
-# Columns of ViewParameters.table(); the four of ORDER are consecutive. The compiled kernel holds these numbers, and is
-# compiled anew only when its own file changes: change that, too.
+# Columns of ViewParameters.table(); the four of ORDER are consecutive.
 TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER = 0, 1, 2, 3, 4, 5
 BRIGHTNESS_FACTOR, CONTRAST_FACTOR, SATURATION_FACTOR, HUE_SHIFT, GRAY, SIGMA, SOLARIZE = 9, 10, 11, 12, 13, 14, 15
 COLUMNS = 16

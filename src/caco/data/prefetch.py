@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BATCHES_AHEAD = 2
+"""How many batches wait for the training step, at most."""
+
 
 class Batch(NamedTuple):
     """One step's input."""
@@ -25,25 +28,27 @@ class Batch(NamedTuple):
     """One float32 [B, 3, S, S] for each view, normalised, on the device, in the layout of the run (`--engine.layout`)."""
 
 
+_Item = tuple[Batch, torch.cuda.Event | None] | BaseException | None
+"""A batch and, on a GPU, the event after which it is made; an error; None: there are no more."""
+
+
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
     """Return a stream for `prefetch`, None where there are none. One for all epochs: each stream keeps memory of its own."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def prefetch(
-    batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream | None = None, depth: int = 2
-) -> Iterator[Batch]:
-    """Yield what `batches` yields, computed in a background thread up to `depth` ahead; errors come through.
+def prefetch(batches: Iterator[Batch], device: torch.device, stream: torch.cuda.Stream | None) -> Iterator[Batch]:
+    """Yield what `batches` yields, computed in a background thread, BATCHES_AHEAD of them; errors come through.
 
     On a GPU everything that `batches` does there is queued on `stream`, beside the caller's, which is made to wait (on the
     GPU, not here) for each batch that it gets.
     """
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(device))  # for what `batches` reads, such as a resident set
-    ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException | None] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[_Item] = queue.Queue(maxsize=BATCHES_AHEAD)
     stopped = threading.Event()
 
-    def put(item: tuple[Batch, torch.cuda.Event | None] | BaseException | None) -> None:
+    def put(item: _Item) -> None:
         while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.1)

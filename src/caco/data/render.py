@@ -17,9 +17,9 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from caco.config import Augmentation
 from caco.data import parameters as p
 from caco.data.parameters import ViewParameters
+from caco.views import Augmentation
 
 # ITU-R 601-2 luma, which Pillow uses to make grey images.
 LUMA = (0.299, 0.587, 0.114)

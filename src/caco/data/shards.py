@@ -152,7 +152,7 @@ def _plain_members(content: mmap.mmap | bytes) -> list[_Member] | None:
             if header[257:263] == b"ustar\0" and header[345] != 0:
                 name = header[345:500].partition(b"\0")[0] + b"/" + name
             members.append(_Member(name.decode("utf-8", "surrogateescape"), first, size))
-        elif kind == b"x":  # finer times and the like are of no matter here; names and sizes are
+        elif kind == b"x":  # finer times and the like do not matter here; names and sizes do
             records = content[first : first + size]
             if any(word in records for word in (b" path=", b" size=", b"GNU.sparse", b"charset")):
                 return None

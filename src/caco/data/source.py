@@ -14,7 +14,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from caco.data.arrays import ArraySource
 from caco.data.decode import ENDINGS, Pixels
 from caco.data.folder import FileSource, ending, folder_source, list_source, relative_names
 from caco.data.parquet import parquet_source
@@ -53,11 +52,8 @@ class ImageSource(Protocol):
         """Return an image, uint8 [H, W, 3], RGB, upright; not to be written to. Raises BrokenImage(key, reason)."""
 
 
-Data = str | Path | Sequence[str | Path] | NDArray[np.uint8] | ImageSource
-
-
 def open_source(
-    data: Data,
+    data: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
     download: bool = False,
@@ -69,22 +65,22 @@ def open_source(
     data: a folder of images (labels: its sub-folders, if all images are in one of at least two); an image; a `.txt`
         list of images, one a line; Parquet files in Hugging Face's image layout or WebDataset tar shards: a file, a
         folder of them, or a pattern (`*`, `**`, `{000..010}`, `{a,b}`); the name of a torchvision set, if need be with
-        its part after a colon (`stl10:unlabeled`); `textures` or `textures:COUNT`; a sequence of paths of one kind; an
-        array uint8 [N, H, W, 3]; an ImageSource. A path that exists goes before a name.
+        its part after a colon (`stl10:unlabeled`); `textures` or `textures:COUNT`; a sequence of paths of one kind. A path
+        that exists goes before a name. (What a Python caller has as an object: `datasets.own_source`.)
     split: "train", "val" or "test": the part of a named set. Folders and files are taken as they are.
     download: allow torchvision to download a set that is not there.
     index_cache: a file (`.npz`) that keeps the listing of a folder or of shards; when it is stale: `index.read_index`.
     root: the folder of torchvision sets and of unpacked Parquet files; else $CACO_DATA, else ~/.cache/caco/data.
-    Raises UsageError for what is not there, is of no known kind, or holds no images.
+    Raises UsageError for what does not exist, is of an unknown kind, or holds no images.
     """
-    if isinstance(data, np.ndarray):
-        return ArraySource(data)
-    if isinstance(data, ImageSource):
-        return data
     root = root or Path(os.path.expanduser(os.environ.get("CACO_DATA") or "~/.cache/caco/data"))
     if not isinstance(data, (str, Path)):
         return _files_source([Path(path) for path in data], f"{len(data)} files", index_cache, root)
-    name = os.fspath(data)
+    return _named_source(os.fspath(data), split, download, index_cache, root)
+
+
+def _named_source(name: str, split: str, download: bool, index_cache: Path | None, root: Path) -> ImageSource:
+    """Return the images that one path, pattern or name of a set stands for."""
     if not name.strip():
         raise UsageError("no images named: give a folder, Parquet or tar files, a torchvision set, or textures")
     path = Path(os.path.expanduser(name))  # of a user who is not there, it leaves the name as it is
@@ -135,7 +131,7 @@ def _files_source(paths: Sequence[Path], name: str, index_cache: Path | None, ro
     """Return the source of files of one kind."""
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None or not paths:
-        raise UsageError(f"{name}: {missing} is no file" if missing else f"{name}: no files given")
+        raise UsageError(f"{name}: {missing} is not a file" if missing else f"{name}: no files given")
     kinds = {"image" if ending(path.name) in ENDINGS else ending(path.name) for path in paths}
     if len(kinds) > 1:
         raise UsageError(f"{name}: files of several kinds ({', '.join(sorted(kinds))}); give files of one kind")
@@ -150,7 +146,7 @@ def _files_source(paths: Sequence[Path], name: str, index_cache: Path | None, ro
         return list_source(paths[0], name)
     packed = kind in ("gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar")
     advice = "unpack it first" if packed else "images come in a folder, or as .parquet, .tar or a .txt list of paths"
-    raise UsageError(f"{name}: a .{kind} file is of no use here; {advice}")
+    raise UsageError(f"{name}: cannot read images from a .{kind} file; {advice}")
 
 
 def _textures(split: str, count: str) -> ImageSource:

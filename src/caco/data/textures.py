@@ -18,12 +18,13 @@ from caco.errors import UsageError, did_you_mean
 
 Floats = NDArray[np.floating[Any]]
 SPLITS = ("train", "test")
+SIZE, SEED = 32, 0
 _CHUNK = 1000  # pictures drawn at a time: small enough to stay in the processor's cache, large enough for numpy
 _COLOURS = 6  # drawn for each picture, which gets the darkest and the brightest of them: no shape drowns
 
 
 class TextureSource:
-    """An `ImageSource` of drawn textures; all pictures are in memory, `images: uint8 [N, size, size, 3]`."""
+    """An `ImageSource` of drawn textures; all pictures are in memory, `images: uint8 [N, SIZE, SIZE, 3]`."""
 
     def __init__(self, name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
         self.name = name
@@ -39,32 +40,30 @@ class TextureSource:
         return f"{self.classes[self.labels[index]]}/{index:06d}"
 
     def load(self, index: int) -> Pixels:
-        """Return picture `index`, uint8 [size, size, 3], RGB; not to be written to."""
+        """Return picture `index`, uint8 [SIZE, SIZE, 3], RGB; not to be written to."""
         picture: Pixels = self.images[index]
         return picture
 
 
-def texture_source(count: int, split: str = "train", size: int = 32, seed: int = 0) -> TextureSource:
-    """Return `count` pictures of size × size pixels; picture i is of family i modulo 10.
+def texture_source(count: int, split: str = "train") -> TextureSource:
+    """Return `count` pictures of SIZE × SIZE pixels; picture i is of family i modulo 10.
 
-    A picture depends on (seed, split, index, size) alone, not on count; "train" and "test" share none.
-    Raises UsageError for an unknown split, a negative count or seed, or a side below 8 pixels.
+    A picture depends on (split, index) alone, not on count; "train" and "test" share none.
+    Raises UsageError for an unknown split.
     """
     if split not in SPLITS:
         near = did_you_mean(split, SPLITS)
         raise UsageError(f"textures: no split is called {split!r}; there are train and test.{near}")
-    if count < 0 or seed < 0 or size < 8:
-        raise UsageError(f"textures: need count >= 0, seed >= 0 and size >= 8, not {count}, {seed} and {size}")
     labels = np.arange(count, dtype=np.int64) % len(FAMILIES)
-    images = np.empty((count, size, size, 3), np.uint8)
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     # Two streams, filled picture by picture: a longer source begins with the pictures of a shorter one.
-    shapes, grain = (np.random.default_rng([seed, SPLITS.index(split), stream]) for stream in range(2))
+    shapes, grain = (np.random.default_rng([SEED, SPLITS.index(split), stream]) for stream in range(2))
     for first in range(0, count, _CHUNK):
         part = slice(first, min(first + _CHUNK, count))
         number = part.stop - part.start
         draws = shapes.random((number, _Draw.WIDTH), dtype=np.float32)
-        noise = grain.standard_normal((number, size, size, 1), dtype=np.float32)
-        images[part] = _paint(_ink(labels[part], draws, size), draws, noise)
+        noise = grain.standard_normal((number, SIZE, SIZE, 1), dtype=np.float32)
+        images[part] = _paint(_ink(labels[part], draws), draws, noise)
     return TextureSource(f"textures ({split})", images, labels)
 
 
@@ -85,10 +84,9 @@ def _between(draw: Floats, least: float, most: float) -> Floats:
 class _Sheet:
     """The pixels of pictures of one family: rotated coordinates, in pixels, about each picture's own origin."""
 
-    def __init__(self, draws: Floats, size: int) -> None:
+    def __init__(self, draws: Floats) -> None:
         self.draws = draws
-        self.size = size
-        centred = np.arange(size, dtype=np.float32) - (size - 1) / 2
+        centred = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
         angle = _between(draws[:, _Draw.ANGLE], 0, 2 * np.pi)
         cosine, sine = np.cos(angle), np.sin(angle)
         self.across = cosine * centred + sine * centred[:, None]
@@ -100,7 +98,7 @@ class _Sheet:
 
     def period(self, least: float, most: float) -> Floats:
         """Return a length in pixels, [N, 1, 1], from its bounds as shares of the picture's side."""
-        return self.draw(_Draw.PERIOD, least * self.size, most * self.size)
+        return self.draw(_Draw.PERIOD, least * SIZE, most * SIZE)
 
     def lattice(self, period: Floats) -> tuple[Floats, Floats]:
         """Return both coordinates in periods, from a random origin."""
@@ -111,7 +109,7 @@ class _Sheet:
 
     def polar(self, spread: float) -> tuple[Floats, Floats]:
         """Return distance in pixels and angle in turns about a centre at most `spread` sides from the middle."""
-        reach = spread * self.size
+        reach = spread * SIZE
         x = self.across + self.draw(_Draw.ACROSS, -reach, reach)
         y = self.along + self.draw(_Draw.ALONG, -reach, reach)
         return np.hypot(x, y), np.arctan2(y, x) / np.float32(2 * np.pi)
@@ -231,12 +229,12 @@ FAMILIES: dict[str, Callable[[_Sheet], Floats]] = {
 }
 
 
-def _ink(labels: NDArray[np.int64], draws: Floats, size: int) -> Floats:
+def _ink(labels: NDArray[np.int64], draws: Floats) -> Floats:
     """Return the share of ink in each pixel, 0-1, [N, S, S]; edges are one pixel soft."""
-    ink = np.empty((len(labels), size, size), np.float32)
+    ink = np.empty((len(labels), SIZE, SIZE), np.float32)
     for label, family in enumerate(FAMILIES.values()):
         chosen = labels == label
-        ink[chosen] = np.clip(family(_Sheet(draws[chosen], size)) + 0.5, 0, 1)
+        ink[chosen] = np.clip(family(_Sheet(draws[chosen])) + 0.5, 0, 1)
     return ink
 
 

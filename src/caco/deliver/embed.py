@@ -54,7 +54,7 @@ def write_features(path: Path, features: Features, classes: tuple[str, ...]) -> 
 
 
 def _readable(name: str) -> str:
-    """Return a file's name as UTF-8 has it; in one that is none, a mark stands for what cannot be shown."""
+    """Return a file's name as UTF-8; where it is not UTF-8, a mark stands for what cannot be shown."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from caco.config import Augmentation, Pretrain
+from caco.config import Pretrain
 from caco.data.augment import ViewParameters, draw_parameters, render_views
 from caco.data.decode import BrokenImage, Pixels
 from caco.data.source import ImageSource
 from caco.deliver.insight import evenly_spaced
+from caco.views import Augmentation
 
 
 @dataclass(frozen=True, eq=False)

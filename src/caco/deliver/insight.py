@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from caco.backbone import Encoder, create_backbone, create_encoder
-from caco.config import Preparation, Pretrain
+from caco.backbone import Encoder, create_backbone, create_encoder, evaluation_mode
+from caco.config import Pretrain
 from caco.data.augment import centre_view, normalise
 from caco.data.decode import Pixels
 from caco.data.render import copy_to
@@ -23,9 +23,9 @@ from caco.data.source import ImageSource
 from caco.data.threads import batched, map_in_order
 from caco.errors import CacoError, UsageError
 from caco.evaluate.confidence import mean_is_above_zero
-from caco.evaluate.features import evaluation_mode
 from caco.model import embed
 from caco.train.checkpoint import CheckpointFolder
+from caco.views import Preparation
 from caco.weights import load_backbone
 
 THUMBNAIL = 112

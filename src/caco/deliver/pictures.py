@@ -12,10 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from caco.data.decode import Pixels
 
-LARGEST_GALLERY = 300_000
-"""Bytes that the gallery's PNG may have: it is meant for a README."""
 COLUMNS = 2
-"""Rows of pictures that stand side by side in it."""
+"""Rows of pictures that stand side by side in a gallery's PNG."""
 
 _INK, _QUIET, _PAPER, _YES = "#1f2328", "#6b7280", "#ffffff", "#2e9e6b"
 
@@ -44,7 +42,7 @@ def shrunk(pixels: Pixels, longest: int) -> Pixels:
     return np.asarray(image)
 
 
-def gallery_picture(title: str, rows: Sequence[Row], most_bytes: int = LARGEST_GALLERY) -> bytes:
+def gallery_picture(title: str, rows: Sequence[Row], most_bytes: int) -> bytes:
     """Return rows of pictures under a title as one PNG of at most `most_bytes` (smaller pictures where it must be).
 
     Raises ValueError when there are no rows, or even pictures of 24 pixels make too large a file.

@@ -24,6 +24,8 @@ from caco.train.run_folder import read_config
 T = TypeVar("T")
 
 GALLERY_ROWS = 12
+LARGEST_GALLERY = 300_000
+"""Bytes that the gallery's PNG may have: it is meant for a README."""
 
 
 def write_report(folder: Path, *, images: int, device: torch.device, workers: int) -> Path:
@@ -66,7 +68,9 @@ def write_report(folder: Path, *, images: int, device: torch.device, workers: in
     replace_file(path, whole_page(f"{name} · CaCo", body).encode(errors="backslashreplace"))  # names need not be UTF-8
     gallery = slots if slots.rows else neighbours
     if gallery.rows:
-        replace_file(folder / "gallery.png", gallery_picture(gallery.title, gallery.rows[:GALLERY_ROWS]))
+        replace_file(
+            folder / "gallery.png", gallery_picture(gallery.title, gallery.rows[:GALLERY_ROWS], LARGEST_GALLERY)
+        )
     return path
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from caco.backbone import evaluation_mode
 from caco.distributed.world import World
-from caco.evaluate.features import evaluation_mode
 
 
 def data_parallel(network: nn.Module, world: World, ignored: Sequence[Tensor] = ()) -> nn.Module:

@@ -26,7 +26,7 @@ class Membership:
 
 
 def find_membership(environment: Mapping[str, str]) -> Membership | None:
-    """Return this process's membership if torchrun or SLURM (or our launcher) has started it as one of several, else None."""
+    """Return this process's membership if torchrun or SLURM has started it as one of several, else None."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Membership(
             rank=int(environment["RANK"]),

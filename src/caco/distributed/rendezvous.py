@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from caco.device import choose_device, exact_products
-from caco.distributed.heartbeat import LOST_AFTER, Heartbeat, say
+from caco.distributed.heartbeat import Heartbeat, say
 from caco.distributed.membership import Membership
 from caco.distributed.network import interface_towards, own_address_towards
 from caco.distributed.world import World, own_cores
@@ -32,12 +32,7 @@ def join(
 
     on_lost, hint: as `Heartbeat` takes them. Raises UsageError when the others cannot be reached in time.
     """
-    if device_name in ("auto", "cuda") and torch.cuda.is_available():
-        device = torch.device("cuda", membership.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        exact_products(device)
-    else:
-        device = choose_device("cpu" if device_name == "auto" else device_name)
+    device = _own_device(membership, device_name)
     attempt = sum(int(os.environ.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     if membership.size == 1:
         return World(device, attempt=attempt), None
@@ -65,21 +60,34 @@ def join(
             f"process {membership.rank} of {membership.size} did not meet the others at {membership.address}:{membership.port} "
             f"({str(error).splitlines()[0][:120]})"
         ) from error
-    world = World(device, membership.rank, membership.size)
+    return _know_the_others(World(device, membership.rank, membership.size), attempt), heartbeat
+
+
+def _own_device(membership: Membership, name: str) -> torch.device:
+    """Return the device that a process computes on: on GPUs each its own, as long as there are enough."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        device = torch.device("cuda", membership.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        exact_products(device)
+        return device
+    return choose_device("cpu" if name == "auto" else name)
+
+
+def _know_the_others(world: World, attempt: int) -> World:
+    """Return the world with what only the others can tell: the attempt of the run, and who shares this machine."""
     # A machine that has come anew counts from 0, the others do not.
     attempts, machines, cores = zip(*world.gather_objects((attempt, socket.gethostname(), own_cores())), strict=True)
     here = [other for other in range(world.size) if machines[other] == machines[world.rank]]
-    world = replace(
+    return replace(
         world,
         attempt=max(attempts),
         local_rank=here.index(world.rank),
         local_size=len(here),
         sharing_cores=sum(cores[other] == cores[world.rank] for other in here),
     )
-    return world, heartbeat
 
 
-def leave(heartbeat: Heartbeat | None, patience: float = LOST_AFTER) -> None:
+def leave(heartbeat: Heartbeat | None, patience: float) -> None:
     """Leave the process group, if there is one. patience: longest wait for the others to leave, too, in seconds."""
     if heartbeat is not None:
         heartbeat.stop(patience)

@@ -14,13 +14,13 @@ from torch import nn
 
 from caco.after_training import Evaluation, Judging
 from caco.backbone import adopt_backbone, create_backbone, try_size
-from caco.config import Preparation, usual_resize
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
 from caco.foreign import preparation_of
 from caco.train.checkpoint import CheckpointFolder
+from caco.views import Preparation, usual_resize
 from caco.weights import BackboneCard, download_backbone, load_backbone, load_into, read_weights
 
 BASELINES = ("random", "pixels")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from caco.config import Preparation
+from caco.backbone import evaluation_mode
 from caco.data.augment import centre_view, normalise
 from caco.data.render import copy_to
 from caco.data.source import ImageSource
@@ -19,6 +18,7 @@ from caco.data.threads import batched, map_in_order
 from caco.distributed.world import World
 from caco.errors import CacoError
 from caco.precision import autocast
+from caco.views import Preparation
 
 BATCHES_ON_DEVICE = 32  # features are fetched from the device this many batches at a time
 
@@ -92,7 +92,7 @@ def gather_features(
     """Return make(indices) (None: of all `count` images), the work shared among all processes of `world`.
 
     Each process makes a contiguous part, so that every image counts once and the order is the source's, whatever their
-    number. All processes get the whole. A part without a good image is no error while another has one: raises NoneReadable
+    number. All processes get the whole. A part may be without a good image while another has one: raises NoneReadable
     in all processes when none has.
     """
     chosen = np.arange(count) if indices is None else indices
@@ -169,18 +169,6 @@ def _collect_features(
         raise CacoError(f"the encoder gives features that are not finite for images of {source.name}")
     labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken])
     return Features(vectors, labels, [source.key(index) for index in taken], broken)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode and afterwards every part of it back into its own."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ class KnnResult:
     top1: float
     """Share (0-1) of queries whose class got the most votes."""
     top5: float
-    """Share (0-1) of queries whose class is among the five with the most votes; a class without a vote is no guess."""
+    """Share (0-1) of queries whose class is among the five with the most votes; a class without a vote is not a guess."""
     correct: Bool[Tensor, " M"]
     """Which queries `top1` counts, on the CPU."""
     note: str = ""

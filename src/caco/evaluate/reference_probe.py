@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from caco.config import Augmentation
+from caco.backbone import evaluation_mode
 from caco.data.augment import draw_parameters, render_views
 from caco.data.decode import BrokenImage
 from caco.data.order import epoch_order
@@ -24,9 +24,10 @@ from caco.data.source import ImageSource
 from caco.data.threads import map_in_order
 from caco.errors import CacoError, UsageError
 from caco.evaluate.encoder import UsableEncoder
-from caco.evaluate.features import backbone_features, evaluation_mode, labels_of
+from caco.evaluate.features import backbone_features, labels_of
 from caco.evaluate.linear import INITIAL_STD, LinearResult, check_labels, judge_head
 from caco.optim import LayerWiseSGD, set_lr
+from caco.views import Augmentation
 
 FORWARD_BATCH = 256  # images that go through the backbone at a time in each process, whatever the head's batch size
 
@@ -119,11 +120,11 @@ def _judged(
         head.bias.detach(),
         features.vectors,
         labels_of(features),
-        settings.learning_rate,
-        (),
-        settings.epochs,
-        settings.batch_size,
-        encoder.world.device,
+        learning_rate=settings.learning_rate,
+        trials=(),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        device=encoder.world.device,
     )
     return result, features.broken
 

@@ -72,5 +72,15 @@ def evaluate_classifier(path: Path, config: Linear) -> tuple[float, float]:
     val = Relabelled(open_source(config.val, split="val"), classes)
     features = encoder.features(val)
     say_broken(val, features.broken)
-    result = judge_head(weight, bias, features.vectors, labels_of(features), 0.0, (), config.epochs, 0, world.device)
+    result = judge_head(
+        weight,
+        bias,
+        features.vectors,
+        labels_of(features),
+        learning_rate=0.0,
+        trials=(),
+        epochs=config.epochs,
+        batch_size=0,
+        device=world.device,
+    )
     return 100 * result.top1, 100 * result.top5

@@ -21,7 +21,7 @@ class PickledDtype:
         self.code, self.order = str(code), "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Take the byte order from numpy's state (version, order, ...); all else is of no use for a number."""
+        """Take the byte order from numpy's state (version, order, ...); the rest does not matter for a number."""
         self.order = ">" if state[1] == ">" else "<"
 
 

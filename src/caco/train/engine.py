@@ -73,11 +73,7 @@ def choose_engine(
             )
             times = measure(backbone, choices, device, config.views.size, tried)
             chosen = fastest(choices, times)
-            work = times[choices.index(chosen)] * trials
-            why = "measured, images/s: " + ", ".join(
-                f"{trial.precision} {trial.layout} {tried / taken:,.0f}"
-                for trial, taken in zip(choices, times, strict=True)
-            )
+            work, why = times[choices.index(chosen)] * trials, _speeds(choices, times, tried)
         compiled = config.engine.compile == "on"
         if config.engine.compile == "auto" and work > _long_run(device) and can_compile(device):
             say(f"a very long run, {_roughly(work)}: torch.compile is tried, which takes some minutes")
@@ -114,14 +110,12 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
     return choices[min(range(len(choices)), key=handicapped)]
 
 
-def measure(
-    backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int, rounds: int = 5
-) -> list[float]:
-    """Return the seconds of a forward and backward pass for each choice: the least of some rounds that take turns.
+def measure(backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int) -> list[float]:
+    """Return the seconds of a forward and backward pass for each choice: the least of five rounds that take turns.
 
     The least, since other programs only ever make it longer."""
     best = [float("inf")] * len(choices)
-    for turn in range(rounds + 1):
+    for turn in range(6):
         for number, trial in enumerate(choices):
             taken = seconds(backbone, trial, device, size, batch, rounds=1)
             if turn:  # the first makes kernels and buffers
@@ -159,6 +153,14 @@ def seconds(
     except torch.OutOfMemoryError:
         return float("inf")
     return best
+
+
+def _speeds(choices: Sequence[Trial], times: Sequence[float], images: int) -> str:
+    """Return how many images a second each choice takes, in words."""
+    rates = zip(choices, times, strict=True)
+    return "measured, images/s: " + ", ".join(
+        f"{it.precision} {it.layout} {images / taken:,.0f}" for it, taken in rates
+    )
 
 
 def layout_of(config: Pretrain) -> torch.memory_format:

@@ -28,7 +28,7 @@ class RunLock:
         if self._file is not None:
             self._file.close()
 
-    def take(self, folder: Path, patience: float = PATIENCE) -> None:
+    def take(self, folder: Path) -> None:
         """Take the folder for this process, once. Raises UsageError, with the other's number, when it is taken.
 
         Without effect where the system or the file system has no locks.
@@ -41,7 +41,7 @@ class RunLock:
             file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         except (ImportError, OSError):  # Windows; a folder that may not be written to, which is told elsewhere
             return
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from caco.config import MonitorOptions, Preparation, Views
+from caco.config import MonitorOptions, Views
 from caco.data.labels import Relabelled, say_shared
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import labels_of
 from caco.evaluate.knn import Voting, first_share_of_each_class, held_out_split, knn_accuracy
+from caco.views import Preparation
 
 VOTE_TEMPERATURE = 0.2
 

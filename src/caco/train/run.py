@@ -11,7 +11,7 @@ from pathlib import Path
 from caco.config import Pretrain
 from caco.distributed.world import World
 from caco.errors import UsageError
-from caco.objects import NO_OBJECTS, Objects
+from caco.objects import Objects
 from caco.train.checkpoint import CheckpointFolder, remove_leftovers
 from caco.train.engine import search_kernels
 from caco.train.heap import keep_heap
@@ -31,7 +31,7 @@ from caco.train.trainer import Trainer
 from caco.weights import load_torch, read_weights, save_backbone
 
 
-def run_pretraining(world: World, config: Pretrain, objects: Objects = NO_OBJECTS) -> Path:
+def run_pretraining(world: World, config: Pretrain, objects: Objects) -> Path:
     """Pre-train as configured, in this and all other processes of `world`; return the path of the finished backbone.
 
     Raises UsageError before any heavy work, Interrupted after a signal (the run is saved), CacoError when the run cannot

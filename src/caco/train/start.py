@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from caco.backbone import SMALL_VIEW, first_kernel
-from caco.config import Preparation, Pretrain
+from caco.config import Pretrain
 from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.encoder import find_weights
@@ -19,6 +19,7 @@ from caco.optim import LARS
 from caco.reference.checkpoint import Snapshot, read_snapshot
 from caco.train.checkpoint import CheckpointFolder
 from caco.train.state import TrainingState
+from caco.views import Preparation
 from caco.weights import BackboneCard, download_weights, load_into, read_weights
 
 

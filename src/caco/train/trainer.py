@@ -15,9 +15,10 @@ from caco.evaluate.health import verdict
 from caco.model import WarmStart
 from caco.train.checkpoint import CheckpointFolder, Latest, check_same_images, identity
 from caco.train.interrupt import InterruptFlag
-from caco.train.journal import Forecast, Journal, ProgressBar, SilentJournal, Stopwatch
+from caco.train.journal import Journal, SilentJournal
 from caco.train.monitor import knn_is_due
 from caco.train.prepare import Prepared
+from caco.train.progress import Forecast, ProgressBar, Stopwatch
 from caco.train.step import (
     Rates,
     rates_at,

@@ -1,0 +1,107 @@
+"""The whole way from an image to its normalised view: the one function that Python calls, and all stages inlined in it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import threading
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, no_type_check
+
+import numpy as np
+from numba import njit, types
+from numpy.typing import NDArray
+
+from caco.data import parameters as p
+from caco.data.kernel import blur, colours, common, resize
+from caco.data.kernel.common import CHUNK, OPTIONS, ZERO
+
+STAGES = (p, common, resize, colours, blur)
+"""All modules whose code and constants are compiled into the kernel."""
+
+
+SIGNATURE = types.void(
+    types.Array(types.uint8, 3, "C", readonly=True),
+    types.float32[:, ::1],
+    types.float32[::1],
+    types.float32[::1],
+    types.float32[::1],
+    types.float32[:, :, ::1],
+)
+"""The arguments of `render_rows`: images, table, scale, offset, scratch, views; all contiguous."""
+
+
+def hash_sources(modules: Sequence[ModuleType]) -> str:
+    """Return a hash of the modules' source code."""
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
+
+
+def compile_renderer(sources: str) -> Any:
+    """Compile the kernel, or load what an earlier process compiled from the same sources.
+
+    By itself numba would go on loading it after a change of a stage: it looks at this file only. But what a function has
+    in its closure is part of the key under which numba keeps it: that is all the hash of the sources is for.
+    """
+
+    @njit(SIGNATURE, cache=True, **OPTIONS)
+    @no_type_check
+    def render_rows(images, table, scale, offset, scratch, views):
+        """Render one view of each image: bytes [B, H, 3 W] and parameters [B, COLUMNS] to float32 [B, S, 3 S]."""
+        _ = sources  # what is not used is not in the closure
+        size = views.shape[1]
+        pixels = size * size
+        for sample in range(len(images)):
+            parameters, view = table[sample], views[sample]
+            sigma = parameters[p.SIGMA]
+            margin = blur.blur_margin(sigma)
+            plane_size = (size + 2 * margin) * size
+            planes = scratch[: 3 * plane_size].reshape(3, plane_size)
+            rest = scratch[3 * plane_size :]
+            # One slice a plane: a slice of all three would not be contiguous, and no loop over it a vector loop.
+            start, stop = margin * size, margin * size + pixels
+            red, green, blue = planes[0, start:stop], planes[1, start:stop], planes[2, start:stop]
+            resize.resize_crop(images[sample], parameters, size, rest, red, green, blue)
+            colours.change_colours(red, green, blue, parameters)
+            solarize = parameters[p.SOLARIZE] > ZERO
+            if sigma > ZERO:
+                weights = np.empty(margin + blur.PAIRS, np.float32)
+                radius = blur.gaussian(sigma, weights)
+                block = max(1, CHUNK // size) * (size + 2 * margin)
+                lines = rest[: 5 * block].reshape(5, block)
+                blur.blur_and_finish(planes, size, margin, weights, radius, solarize, scale, offset, lines, view)
+            else:
+                colours.finish(red, green, blue, solarize, scale, offset, view.reshape(3 * pixels))
+
+    return render_rows
+
+
+render_rows = compile_renderer(hash_sources(STAGES))
+_scratch = threading.local()
+
+
+def fill_views(
+    images: NDArray[np.uint8],
+    table: NDArray[np.float32],
+    mean: Sequence[float],
+    std: Sequence[float],
+    views: NDArray[np.float32],
+) -> None:
+    """Render one view of each image into `views`, on the calling thread, without the GIL.
+
+    images: uint8 [B, H, W, 3], contiguous. table: ViewParameters.table(). views: float32 [B, S, S, 3], contiguous.
+    """
+    batch, height, width, _ = images.shape
+    size = views.shape[1]
+    margin = blur.blur_margin.py_func(table[:, p.SIGMA].max())
+    wide = size + 2 * margin
+    # The planes, and behind them what only one stage at a time needs: one row of the source; the blur's lines.
+    needed = 3 * wide * size + max(3 * width + 3, 5 * max(1, CHUNK // size) * wide)
+    scratch = getattr(_scratch, "buffer", None)
+    if scratch is None or len(scratch) < needed:
+        scratch = _scratch.buffer = np.empty(needed, dtype=np.float32)
+    deviation = np.asarray(std, dtype=np.float32)
+    scale, offset = 1 / deviation, -np.asarray(mean, dtype=np.float32) / deviation
+    render_rows(
+        images.reshape(batch, height, 3 * width), table, scale, offset, scratch, views.reshape(batch, size, 3 * size)
+    )
