@@ -9,8 +9,8 @@ All methods: the same backbone from the same start, the same two views of each i
 views of the recipe), the same batch, judged by `caco.knn` (20 neighbours). All but caco have lightly's heads, losses and momentum
 updates, and the settings of lightly's CIFAR-10 benchmark: SGD of 0.06 per 128 images, cosine to 0, weight decay 5e-4;
 SimCLR at temperature 0.5; MoCo symmetric, at temperature 0.1, with a memory bank of 4,096 keys; BYOL. caco trains by its
-recipe, every option as `caco pretrain --recipe NAME` has it. A step of caco, MoCo and BYOL has two query and two key passes,
-one of SimCLR two query passes. The seconds are those of training, without the judging.
+recipe, in fp32, with the size, backbone, epochs and batch that are asked for. A step of caco, MoCo and BYOL has two query
+and two key passes, one of SimCLR two query passes. The seconds are those of training, without the judging.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from colour_photos import CLASSES, make_photos
 from PIL import Image
 
 import caco
@@ -18,7 +19,6 @@ from caco.errors import CacoError, UsageError
 from caco.train.run_folder import CONDEMNED
 from caco.weights import BackboneCard, save_backbone
 
-CLASSES = ("blue", "green", "red")
 TINY = {
     "backbone": "test_resnet",
     "epochs": 1,
@@ -31,18 +31,6 @@ TINY = {
     "bank": {"warm_start_steps": 1},
     "optimizer": {"warmup_epochs": 1},
 }
-
-
-def make_photos(folder, per_class, classes=CLASSES, seed=0):
-    generator = np.random.default_rng(seed)
-    for number in range(per_class * len(classes)):
-        place = number % len(classes)
-        path = folder / classes[place] / f"{number:03}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 60, (20 + number % 4, 22, 3), dtype=np.uint8)
-        pixels[:, :, 2 - place] += 150
-        Image.fromarray(pixels).save(path)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -194,13 +194,8 @@ def _settings_of(folder: Path) -> Pretrain:
     from caco.train.run_folder import read_config
 
     usual = Pretrain()
-    return replace(
-        read_config(folder),
-        **{
-            name: getattr(usual, name)
-            for name in ("data", "val", "out", "device", "workers", "download", "distributed")
-        },
-    )
+    apart = ("data", "val", "out", "device", "workers", "download", "distributed")
+    return replace(read_config(folder), **{name: getattr(usual, name) for name in apart})
 
 
 def listing() -> str:
@@ -217,7 +212,6 @@ def whole(name: str) -> str:
     lines = [shlex.join(option) for option in words(replace(recipe, recipe="", device=""))]
     unset = {f"--no-{switch}" for switch in ("resume", "overwrite", "download")}
     options = " \\\n".join(line for line in lines if line not in unset)
-    about = (
-        inspect.getdoc(RECIPES[name]) if name in RECIPES else f"The settings of a run that began as {recipe.recipe}."
-    )
+    of_a_run = f"The settings of a run that began as {recipe.recipe}."
+    about = inspect.getdoc(RECIPES[name]) if name in RECIPES else of_a_run
     return f"{name}\n\n{about}\n\nEvery option, to go behind caco pretrain --data FOLDER --out RUN:\n\n{options}"

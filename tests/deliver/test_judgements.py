@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from colour_photos import make_photos
 from torch import nn
 
 import caco
@@ -38,17 +38,6 @@ TINY = {
     "optimizer": {"warmup_epochs": 1},
     "monitor": {"knn_epochs": 0},
 }
-
-
-def make_photos(folder, per_class):
-    generator = np.random.default_rng(0)
-    for number in range(3 * per_class):
-        path = folder / "abc"[number % 3] / f"{number:03}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 60, (20, 22, 3), dtype=np.uint8)
-        pixels[:, :, number % 3] += 150
-        Image.fromarray(pixels).save(path)
-    return folder
 
 
 @pytest.fixture(scope="module")

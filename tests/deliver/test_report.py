@@ -22,6 +22,7 @@ from caco.deliver.charts import Axis, Level, Series, line_chart, point_map, roun
 from caco.deliver.examples import example_views
 from caco.deliver.insight import choose_queries, nearest_others, plane, purity, slots_by_use
 from caco.deliver.pictures import Row, data_uri, gallery_picture
+from caco.deliver.trained import load_trained
 from caco.errors import UsageError
 from caco.train.run_folder import read_config
 from caco.views import Preparation
@@ -412,7 +413,7 @@ def test_example_views_are_those_of_training(finished, photos):
 
 def test_encode_images_shows_every_good_image_once(finished, photos):
     config, source = read_config(finished), open_source(str(photos))
-    trained = insight.load_trained(finished, config)
+    trained = load_trained(finished, config)
     seen = insight.encode_images(
         source, trained, config.views.preparation(), images=100, device=torch.device("cpu"), workers=2
     )

@@ -1,11 +1,11 @@
-"""Label-free measures against plain loops and known cases; verdicts in words."""
+"""Label-free measures against plain loops and known cases; faults in words."""
 
 import math
 
 import pytest
 import torch
 
-from caco.evaluate.health import ChoiceWindow, rank_me, verdict
+from caco.evaluate.health import ChoiceWindow, faults, rank_me
 
 
 def random_features(count, width, seed=0):
@@ -45,42 +45,42 @@ def test_choice_window():
 
 
 def test_a_healthy_run_gets_no_findings():
-    assert verdict() == ()
-    assert verdict(slots=1024, used=300, perplexity=150, choices=2560, spread=0.9, rank=60.0, dimensions=256) == ()
+    assert faults() == ()
+    assert faults(slots=1024, used=300, perplexity=150, choices=2560, spread=0.9, rank=60.0, dimensions=256) == ()
     # A short window cannot use more slots than it has choices.
-    assert verdict(slots=65_536, used=400, perplexity=380, choices=512) == ()
-    assert verdict(slots=1024, used=3, perplexity=3, choices=16) == ()
+    assert faults(slots=65_536, used=400, perplexity=380, choices=512) == ()
+    assert faults(slots=1024, used=3, perplexity=3, choices=16) == ()
 
 
 def test_few_slots_are_told_with_the_option_to_change():
-    (finding,) = verdict(slots=1024, used=23, perplexity=12, choices=2560)
+    (finding,) = faults(slots=1024, used=23, perplexity=12, choices=2560)
     assert not finding.collapsed
     assert str(finding) == (
         "only 23 of 1,024 slots are used: the embeddings occupy a narrow cone; "
         "raise --bank.warm-start-steps or lower --bank.lr"
     )
-    (finding,) = verdict(slots=1024, used=200, perplexity=1.3, choices=2560)
+    (finding,) = faults(slots=1024, used=200, perplexity=1.3, choices=2560)
     assert "nearly all images choose the same slot" in finding.seen
     assert not finding.collapsed
-    (finding,) = verdict(slots=1024, used=1, perplexity=1, choices=2560)
+    (finding,) = faults(slots=1024, used=1, perplexity=1, choices=2560)
     assert finding.collapsed
 
 
 @pytest.mark.parametrize("spread", [0.001, 0.0, math.nan])
 def test_collapse_comes_first(spread):
-    findings = verdict(slots=1024, used=23, perplexity=12, choices=2560, spread=spread, rank=3.0, dimensions=256)
+    findings = faults(slots=1024, used=23, perplexity=12, choices=2560, spread=spread, rank=3.0, dimensions=256)
     assert [finding.collapsed for finding in findings] == [True, False, False]
     assert "the encoder has collapsed" in str(findings[0])
     assert "3.0 of 256 dimensions" in str(findings[2])
 
 
 def test_a_narrow_cone_is_no_collapse():
-    (finding,) = verdict(spread=0.1)
+    (finding,) = faults(spread=0.1)
     assert not finding.collapsed
     assert "narrow cone" in finding.seen
 
 
-def test_verdict_names_options_that_exist():
+def test_faults_name_options_that_exist():
     from caco.config import BankOptions, OptimizerOptions
 
     assert {"lr", "warm_start_steps", "temperature"} <= set(BankOptions.__dataclass_fields__)

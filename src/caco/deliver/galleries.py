@@ -14,7 +14,6 @@ from caco.deliver.examples import ExampleViews, example_views
 from caco.deliver.insight import (
     EncodedImages,
     Slot,
-    Trained,
     choose_queries,
     evenly_spaced,
     nearest_others,
@@ -25,6 +24,7 @@ from caco.deliver.insight import (
     slots_by_use,
 )
 from caco.deliver.pictures import Row, data_uri, shrunk
+from caco.deliver.trained import Trained
 from caco.errors import counted
 
 EXAMPLES, QUERIES, NEIGHBOURS, SLOTS, MEMBERS, MAP_POINTS = 6, 12, 7, 24, 7, 1500

@@ -156,9 +156,8 @@ class Comparison:
         whole = Path(place(data))
         if self.val.startswith(HELD_OUT):
             return self.data == str(whole)
-        return whole.exists() and Path(self.val).is_relative_to(
-            whole
-        )  # else a name, which has a part of its own for val
+        # Where it does not exist it is a name, and a set by name has a part of its own for val.
+        return whole.exists() and Path(self.val).is_relative_to(whole)
 
     @property
     def own(self) -> Judged | None:

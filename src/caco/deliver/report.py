@@ -12,11 +12,12 @@ import torch
 from caco.data.source import open_source
 from caco.deliver import galleries, sections
 from caco.deliver.galleries import Missing
-from caco.deliver.insight import EncodedImages, encode_images, load_trained
+from caco.deliver.insight import EncodedImages, encode_images
 from caco.deliver.judgements import read_comparisons
 from caco.deliver.page import whole_page
 from caco.deliver.pictures import gallery_picture
 from caco.deliver.records import read_records, summarise
+from caco.deliver.trained import load_trained
 from caco.errors import CacoError, UsageError
 from caco.files import replace_file
 from caco.train.run_folder import read_config

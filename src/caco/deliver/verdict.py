@@ -12,7 +12,7 @@ from caco.deliver.judgements import Comparison
 from caco.deliver.records import RunSummary, uninformed_loss
 from caco.errors import counted
 from caco.evaluate.confidence import is_above
-from caco.evaluate.health import Finding, verdict
+from caco.evaluate.health import Finding, faults
 from caco.train.step import remarks_on_rates
 
 SEEN = "on the images it was trained on"
@@ -54,7 +54,7 @@ def verdict_of(
     """
     if summary.feature_spread is None:
         return Verdict("unknown", "No training step has been recorded yet.", ())
-    findings: tuple[Finding, ...] = verdict(
+    findings: tuple[Finding, ...] = faults(
         slots=config.bank_size,
         used=summary.slots_used,
         perplexity=summary.slot_perplexity,

@@ -58,8 +58,8 @@ class SignalsToChildren:
         for process in self.processes:
             if not process.is_alive():
                 continue
-            if number == signal.SIGINT and not kill:
-                os.kill(
-                    process.pid, number
-                )  # held back there (`without_ctrl_c`): it only tells which of the two it was
+            if (
+                number == signal.SIGINT and not kill
+            ):  # held back there (`without_ctrl_c`): only tells which of both it was
+                os.kill(process.pid, number)
             process.kill() if kill else process.terminate()

@@ -100,7 +100,7 @@ COLLAPSED_SPREAD, LOW_SPREAD = 0.02, 0.2
 LOW_RANK = 0.05
 
 
-def verdict(
+def faults(
     *,
     slots: int | None = None,
     used: float | None = None,

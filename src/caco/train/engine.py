@@ -110,12 +110,15 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
     return choices[min(range(len(choices)), key=handicapped)]
 
 
+ROUNDS = 5
+
+
 def measure(backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int) -> list[float]:
-    """Return the seconds of a forward and backward pass for each choice: the least of five rounds that take turns.
+    """Return the seconds of a forward and backward pass for each choice: the least of ROUNDS that take turns.
 
     The least, since other programs only ever make it longer."""
     best = [float("inf")] * len(choices)
-    for turn in range(6):
+    for turn in range(1 + ROUNDS):
         for number, trial in enumerate(choices):
             taken = seconds(backbone, trial, device, size, batch, rounds=1)
             if turn:  # the first makes kernels and buffers

@@ -2,7 +2,8 @@
 
 config.json       every setting, resolved
 environment.json  versions, devices, command (a list: one entry for each start)
-metrics.jsonl, speed.jsonl, train.log, skipped.txt, checkpoints/, export/, results/, report.html; .lock (`train/lock.py`)
+metrics.jsonl, speed.jsonl, train.log, skipped.txt, checkpoints/, export/, results/, report.html
+.lock (`train/lock.py`), .overwrite (`CONDEMNED`)
 """
 
 from __future__ import annotations

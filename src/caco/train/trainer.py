@@ -11,7 +11,7 @@ from torch import Tensor
 from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, counted
-from caco.evaluate.health import verdict
+from caco.evaluate.health import faults
 from caco.model import WarmStart
 from caco.train.checkpoint import CheckpointFolder, Latest, check_same_images, identity
 from caco.train.interrupt import InterruptFlag
@@ -199,7 +199,7 @@ class Trainer:
         usage = self.state.meters.take_epoch_usage(self.world)
         used, perplexity, choices = int(usage.used), float(usage.perplexity), int(usage.choices)
         self.journal.record("epoch", self.state.step, epoch=epoch, slots_used=used, slot_perplexity=perplexity)
-        findings = verdict(
+        findings = faults(
             slots=self.config.bank_size, used=used, perplexity=perplexity, choices=choices, spread=self.last_spread
         )
         for finding in findings:

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from caco.data.kernel.colours import finish
-from caco.data.kernel.common import CHUNK, OPTIONS, ZERO
+from caco.data.kernel.compilation import CHUNK, OPTIONS, ZERO
 
 # The blur adds this many pairs of neighbours at a time: as many arrays as the compiler will check for overlap. To this
 # number mix_neighbours is unrolled by hand.

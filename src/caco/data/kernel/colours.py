@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from caco.data import parameters as p
-from caco.data.kernel.common import CHUNK, ONE, OPTIONS, UINTP, ZERO
+from caco.data.kernel.compilation import CHUNK, ONE, OPTIONS, UINTP, ZERO
 
 RED, GREEN, BLUE = np.float32(0.299), np.float32(0.587), np.float32(0.114)
 

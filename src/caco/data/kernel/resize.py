@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from caco.data import parameters as p
-from caco.data.kernel.common import OPTIONS, ORDERED, UINTP, ZERO
+from caco.data.kernel.compilation import OPTIONS, ORDERED, UINTP, ZERO
 
 
 @njit(**OPTIONS)

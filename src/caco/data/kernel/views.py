@@ -14,10 +14,10 @@ from numba import njit, types
 from numpy.typing import NDArray
 
 from caco.data import parameters as p
-from caco.data.kernel import blur, colours, common, resize
-from caco.data.kernel.common import CHUNK, OPTIONS, ZERO
+from caco.data.kernel import blur, colours, compilation, resize
+from caco.data.kernel.compilation import CHUNK, OPTIONS, ZERO
 
-STAGES = (p, common, resize, colours, blur)
+STAGES = (p, compilation, resize, colours, blur)
 """All modules whose code and constants are compiled into the kernel."""
 
 
