@@ -137,7 +137,7 @@ def test_a_run_is_a_recipe(tmp_path):
     assert override(pretrain_start(given), given) == override(begun, {**own, "out": "next"})  # recipe: cifar
     assert "began as cifar" in whole(str(tmp_path)) and "--views.size 64" in whole(str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="there is no run in .*empty"):
+    with pytest.raises(UsageError, match="--recipe: there is no run in .*empty"):
         find_recipe(str(tmp_path / "empty"))
 
 

@@ -20,11 +20,10 @@ _QUICK_BANK = BankOptions(
     final_lr=15.0,
     temperature=0.1,
     slot_temperature=0.1,
-    warm_start_steps=200,
     warm_start_temperature=0.1,
     warm_start_key_momentum=0.9,
 )
-"""A bank that keeps up with its encoder in runs of some hundred steps (docs/demo-tuning.md)."""
+"""A bank that keeps up with its encoder in runs of some hundred steps (docs/tuning.md)."""
 
 
 def _published_monitor(epochs: int) -> MonitorOptions:
@@ -105,23 +104,23 @@ def cifar() -> Pretrain:
 
 
 def small_photos() -> Pretrain:
-    """Hundreds to some thousands of own photos, one GPU or none: ResNet-18, 128 px, batch 128.
+    """Hundreds to some thousands of own photos, one GPU or none: ResNet-18, 128 px, batch 64.
 
-    Source: ours (docs/results.md): in 900 steps on 1,962 photos plain SGD and a small, quick bank gained 5 points of kNN where
-    the published LARS with a bank of 4,096 gained none. Hardware: one GPU, or a CPU and patience (a run says how
-    long it will take).
+    Source: ours (docs/tuning.md): in few steps, plain SGD, a quick bank of few slots, a small batch and a long warm start
+    each gained points of kNN over the published LARS, batch and share of slots. Hardware: one GPU, or a CPU and
+    patience (a run says how long it will take).
     """
     return Pretrain(
         recipe="small-photos",
         backbone="resnet18",
         epochs="auto",
-        batch_size=128,
-        lr=0.06,
-        bank_size=1024,
+        batch_size=64,
+        lr=0.24,
+        bank_size=256,
         views=Views(size=128, blur=(0.5, 0.1)),
         encoder=EncoderOptions(embedding=128, projector=1024, centred=True, key_momentum=0.98),
-        bank=_QUICK_BANK,
-        optimizer=OptimizerOptions(name="sgd", final_lr=0.0006, warmup_epochs=2, weight_decay=1e-4),
+        bank=replace(_QUICK_BANK, warm_start_steps=1000),
+        optimizer=OptimizerOptions(name="sgd", final_lr=0.0024, warmup_epochs=2, weight_decay=1e-4),
         monitor=MonitorOptions(knn_epochs=10),
     )
 
@@ -129,18 +128,18 @@ def small_photos() -> Pretrain:
 def demo() -> Pretrain:
     """Drawn textures, a few minutes on two CPU cores (caco demo).
 
-    Source: ours, tuned on the built-in textures (docs/demo-tuning.md has every trial). A small bank and few steps ask for
-    much that the published settings do not: hue and grey against the colour shortcut, plain SGD, a quick key encoder,
-    and a warm start that lasts until the embeddings spread.
+    Source: ours, tuned on the built-in textures (docs/tuning.md has every trial). A small bank and few steps ask for much
+    that the published settings do not: hue and grey against the colour shortcut, plain SGD, small batches, a quick
+    key encoder, and a warm start that lasts until the embeddings spread.
     """
     return Pretrain(
         recipe="demo",
         backbone="resnet10_narrow",
         precision="fp32",
         epochs=24,
-        batch_size=128,
-        lr=0.06,
-        bank_size=1024,
+        batch_size=64,
+        lr=0.12,
+        bank_size=128,
         views=Views(
             size=32,
             area=(0.4, 1.0),
@@ -154,8 +153,8 @@ def demo() -> Pretrain:
             solarize=(0.0, 0.2),
         ),
         encoder=EncoderOptions(embedding=64, projector=256, stem="standard", centred=True, key_momentum=0.98),
-        bank=_QUICK_BANK,
-        optimizer=OptimizerOptions(name="sgd", final_lr=0.006, warmup_epochs=0, weight_decay=1e-4),
+        bank=replace(_QUICK_BANK, warm_start_steps=400),
+        optimizer=OptimizerOptions(name="sgd", final_lr=0.012, warmup_epochs=0, weight_decay=1e-4),
         engine=EngineOptions(layout="channels_last", compile="off"),
         monitor=MonitorOptions(knn_epochs=8, log_steps=20),
     )
@@ -183,7 +182,7 @@ def find_recipe(name: str) -> Pretrain:
     if name in RECIPES:
         return RECIPES[name]()
     path = Path(name)
-    if path.is_dir() or path.name == "config.json":
+    if name and (path.is_dir() or path.name == "config.json"):
         return _settings_of(path if path.is_dir() else path.parent)
     near = did_you_mean(name, RECIPES) or f" There are: {', '.join(RECIPES)}, and any folder of a run."
     raise UsageError(f"--recipe: no recipe is called {name!r}.{near}")
@@ -195,7 +194,11 @@ def _settings_of(folder: Path) -> Pretrain:
 
     usual = Pretrain()
     apart = ("data", "val", "out", "device", "workers", "download", "distributed")
-    return replace(read_config(folder), **{name: getattr(usual, name) for name in apart})
+    try:
+        settings = read_config(folder)
+    except UsageError as error:
+        raise UsageError(f"--recipe: {error}") from error
+    return replace(settings, **{name: getattr(usual, name) for name in apart})
 
 
 def listing() -> str:
