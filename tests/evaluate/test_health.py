@@ -57,7 +57,7 @@ def test_few_slots_are_told_with_the_option_to_change():
     assert not finding.collapsed
     assert str(finding) == (
         "only 23 of 1,024 slots are used: the embeddings occupy a narrow cone; "
-        "raise --bank.warm-start-steps or lower --bank.lr"
+        "lower --bank-size or raise --bank.warm-start-steps"
     )
     (finding,) = faults(slots=1024, used=200, perplexity=1.3, choices=2560)
     assert "nearly all images choose the same slot" in finding.seen

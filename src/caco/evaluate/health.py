@@ -149,7 +149,7 @@ def _spread_finding(spread: float) -> Finding:
 
 
 def _usage_finding(slots: int, used: float, perplexity: float) -> Finding:
-    advice = "raise --bank.warm-start-steps or lower --bank.lr"
+    advice = "lower --bank-size or raise --bank.warm-start-steps"
     if perplexity < 2:
         return Finding(
             collapsed=used <= 2,
