@@ -165,7 +165,7 @@ def test_sections_hold_what_they_say(page, finished):
     assert "2203.14370" in part(page, "cite")
     options = part(page, "configuration")
     assert '<tr class="changed"><td>--backbone</td><td>test_resnet <small>recipe: resnet18</small>' in options
-    assert "<tr><td>--lr</td><td>0.06</td>" in options
+    assert "<tr><td>--lr</td><td>0.24</td>" in options
     assert "torch" in part(page, "environment")
 
 

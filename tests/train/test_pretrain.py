@@ -114,7 +114,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_delivered(tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"lr": 1e-4}, "--lr 0.0001 grows over the run, for --optimizer.final-lr is 0.0006"),
+        ({"lr": 1e-4}, "--lr 0.0001 grows over the run, for --optimizer.final-lr is 0.0024"),
         ({"bank": {"lr": 3.0}}, "--bank.lr 3 grows over the run, for --bank.final-lr is 15"),
         ({"lr": 1e-4, "optimizer": {"final_lr": 1e-6}}, ""),
     ],
@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path, capfd):
 def test_a_console_that_is_gone_stops_nothing(tmp_path):
     photos = folder_of(tmp_path / "photos")
     arguments = ["--data", photos, "--out", tmp_path / "run", "--backbone", "test_resnet", "--views.size", "16"]
-    arguments += ["--batch-size", "8", "--bank-size", "16", "--epochs", "3", "--device", "cpu"]
+    arguments += ["--batch-size", "8", "--bank-size", "16", "--bank.warm-start-steps", "2", "--epochs", "3"]
     command = shlex.join([sys.executable, "-m", "caco", "pretrain", *map(str, arguments)])
     subprocess.run(["sh", "-c", f"{command} 2>&1 | head -1"], check=True, capture_output=True, timeout=120)
     assert (tmp_path / "run/export/backbone.safetensors").exists()
