@@ -144,5 +144,6 @@ def test_a_run_is_a_recipe(tmp_path):
 def test_unknown_recipe_names_the_nearest_or_all():
     with pytest.raises(UsageError, match=r"'cifarr'.* Did you mean cifar\?"):
         find_recipe("cifarr")
-    with pytest.raises(UsageError, match="There are: .*small-photos"):
-        whole("zzzzzz")
+    for name in ("zzzzzz", ""):
+        with pytest.raises(UsageError, match="There are: .*small-photos"):
+            whole(name)
