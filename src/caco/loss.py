@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caco.slots import RunningSoftmax, Shards, Slots, Unsharded, compare, inverse_lengths, product
+from caco.slots import RunningSoftmax, Shards, Slots, Unsharded, compare, inverse_lengths, pulls_on_slots
 
 
 class Pull(NamedTuple):
@@ -108,9 +108,8 @@ class _CooperativeAdversarial(torch.autograd.Function):
         gradient = torch.empty_like(weight)
         scaled = pull.queries / temperature
         for block in slots.blocks(len(scaled)):
-            logits = compare(scaled, slots.unit_rows(block), ctx.products)
-            probability = logits.sub_(pull.log_normaliser).exp_()
-            gradient[block] = product(probability.T, adversarial, ctx.products)
+            rows = slots.unit_rows(block)
+            gradient[block] = pulls_on_slots(scaled, rows, pull.log_normaliser, adversarial, ctx.products)
         change = torch.where(pull.is_local, pull.weights * (1 - 2 * pull.probability), 0)
         cooperative = change[:, :, None] * step[:, None]
         gradient.index_add_(0, pull.rows.flatten(), cooperative.flatten(0, 1))
@@ -230,9 +229,9 @@ def _read_bank(
     shards: Shards,
 ) -> _Reading:
     """Compare all queries with all slots; row: [N, P], of each positive in this process's slots, outside where it is not."""
-    of_encoder, of_slots = RunningSoftmax(queries, products), RunningSoftmax(queries, products)
-    positive_logits = queries.new_zeros(row.shape)
     scaled = queries / temperature
+    of_encoder, of_slots = RunningSoftmax(scaled, products), RunningSoftmax(scaled, products)
+    positive_logits = queries.new_zeros(row.shape)
     for block in slots.blocks(len(queries)):
         unit_rows = slots.unit_rows(block)
         logits = compare(scaled, unit_rows, products)

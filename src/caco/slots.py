@@ -1,7 +1,7 @@
 """The slots of a bank, block by block: unit rows, comparison with queries, softmax over all of them.
 
 No matrix of all queries and all slots is ever held, so memory beyond the bank, its gradient and its velocity does not
-grow with the bank. torch only.
+grow with the bank. On a GPU in half precision the softmax is that of torch's attention (`attention.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from caco import attention
 
 _ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
 
@@ -83,10 +85,11 @@ class RunningSoftmax:
     """The softmax of each query over all slots, block by block: its normaliser, and the mean slot under it.
 
     With the largest logit so far taken out of every exponent ("online" softmax), so that any temperature is safe.
+    queries: over the temperature, so that logits are their products with unit slots.
     """
 
     def __init__(self, queries: Float[Tensor, "N D"], products: torch.dtype) -> None:
-        self.products = products
+        self.queries, self.products = queries, products
         self.largest = queries.new_full((len(queries), 1), -torch.inf)
         self.total = queries.new_zeros(len(queries), 1)
         self.slot_sum = torch.zeros_like(queries)
@@ -95,11 +98,19 @@ class RunningSoftmax:
         """Take in a block, whose logits are overwritten. rows: its unit slots; None when no mean slot is wanted."""
         largest = torch.maximum(self.largest, logits.amax(dim=1, keepdim=True))
         shrink = (self.largest - largest).exp_()
-        exponentials = logits.sub_(largest).exp_()
-        self.total.mul_(shrink).add_(exponentials.sum(dim=1, keepdim=True))
-        if rows is not None:
-            self.slot_sum.mul_(shrink).add_(product(exponentials, rows, self.products))
+        self.total.mul_(shrink)
+        self.slot_sum.mul_(shrink)
         self.largest = largest
+        if rows is not None and attention.is_fused(rows, self.products):
+            log_normaliser, mean = attention.mean_slots(self.queries, rows, self.products)
+            total = (log_normaliser - largest).exp_()
+            self.total.add_(total)
+            self.slot_sum.addcmul_(total, mean)
+            return
+        exponentials = logits.sub_(largest).exp_()
+        self.total.add_(exponentials.sum(dim=1, keepdim=True))
+        if rows is not None:
+            self.slot_sum.add_(product(exponentials, rows, self.products))
 
     def combine(self, shards: Shards) -> None:
         """Take in what all other processes have seen; the mean slot stays this one's part of a sum over all."""
@@ -124,11 +135,11 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, slots: Slots, temperature: float, shards: Shards) -> Tensor:
-        queries = shards.gather(queries)
-        softmax = RunningSoftmax(queries, queries.dtype)
-        for block in slots.blocks(len(queries)):
+        scaled = shards.gather(queries) / temperature
+        softmax = RunningSoftmax(scaled, scaled.dtype)
+        for block in slots.blocks(len(scaled)):
             rows = slots.unit_rows(block)
-            softmax.add(compare(queries / temperature, rows, queries.dtype), rows)
+            softmax.add(compare(scaled, rows, scaled.dtype), rows)
         softmax.combine(shards)
         ctx.save_for_backward(shards.local_queries(shards.sum(softmax.mean_slot)) / temperature)
         return shards.local_queries(softmax.log_normaliser)[:, 0]
@@ -165,6 +176,23 @@ def _product_by_convolution(left: Tensor, right: Tensor) -> Tensor:
 
 def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
+def pulls_on_slots(
+    queries: Float[Tensor, "N D"],
+    rows: Float[Tensor, "k D"],
+    log_normaliser: Float[Tensor, "N 1"],
+    pulls: Float[Tensor, "N D"],
+    products: torch.dtype,
+) -> Float[Tensor, "k D"]:
+    """Return Σ p · pull over the queries for each of some slots, p a query's probability of that slot.
+
+    queries: over the temperature. rows: unit slots. log_normaliser: of each query, over all slots.
+    """
+    if attention.is_fused(rows, products):
+        return attention.pulls_on_slots(queries, rows, log_normaliser, pulls, products)
+    probability = compare(queries, rows, products).sub_(log_normaliser).exp_()
+    return product(probability.T, pulls, products)
 
 
 def compare(queries: Float[Tensor, "N D"], rows: Float[Tensor, "k D"], dtype: torch.dtype) -> Float[Tensor, "N k"]:

@@ -12,6 +12,7 @@ import torch
 from dense_bank import dense_loss
 from torch.nn import functional as F
 
+from caco import attention
 from caco.backbone import create_backbone
 from caco.bank import Bank
 from caco.checkpointing import checkpoint_blocks
@@ -65,6 +66,25 @@ def test_loss_and_both_gradients_of_the_bank(products, bound, slot_temperature):
     assert error(whole, loss) < bound
     assert error(ours.grad, exact[0].grad) < bound
     assert error(bank.weight.grad, exact[1].grad) < bound
+
+
+@pytest.mark.parametrize("width", [48, 128, 256])
+def test_the_bank_is_attended_to(width):
+    """The kernels are in use, and give what plain products of the same rounded factors give."""
+    device = choose_device(PLACE)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("this GPU has no such kernels")
+    torch.manual_seed(0)
+    rows, queries = (F.normalize(torch.randn(count, width, device=device), dim=1) for count in (70_000, 512))
+    queries, pulls = queries / 0.08, torch.randn(512, width, device=device)
+    assert attention.is_fused(rows, torch.bfloat16)
+    log_normaliser, means = attention.mean_slots(queries, rows, torch.bfloat16)
+    of_slots = attention.pulls_on_slots(queries, rows, log_normaliser, pulls, torch.bfloat16)
+    logits = queries.bfloat16().double() @ rows.bfloat16().double().T
+    probability = logits.softmax(dim=1)
+    assert (log_normaliser[:, 0] - logits.logsumexp(dim=1)).abs().max() < 1e-3
+    assert error(means, probability @ rows.bfloat16().double()) < 1e-2
+    assert error(of_slots, probability.T @ pulls.bfloat16().double()) < 1e-2
 
 
 def test_the_search_for_positives_is_exact_where_tf32_is_switched_on():
