@@ -17,7 +17,7 @@ demo: install  ## pre-train on built-in pictures, judge, and write a page to loo
 	$(BIN)/caco demo --out runs/demo --overwrite
 
 test: install  ## all tests
-	$(BIN)/pytest -n $(JOBS) --dist worksteal
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: install  ## linter, formatter, types
 	$(BIN)/ruff check .

@@ -27,9 +27,36 @@ def checked_modules() -> list[str]:
 if find_spec("beartype"):
     install_import_hook(checked_modules(), "typechecker.checked")
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
+
+import caco.distributed.launch
+
+# Processes that tests start by a call (not by a command) are forked from one that has imported everything, in which
+# no threads run: importing torch and timm takes each of them some seconds of both cores.
+if "forkserver" in multiprocessing.get_all_start_methods():
+    caco.distributed.launch.START_METHOD = "forkserver"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["caco.train.run", "caco.judge"])
+
+
+SLOWEST = (
+    "test_runs",
+    "test_resume",
+    "test_equivalence",
+    "test_launch",
+    "test_published_main",
+    "test_heartbeat",
+    "test_kernel",
+)
+"""Files that take longest, the longest first: begun last, one of them would keep a single core busy to the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slowest files first; all others stay as they are."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
 def pytest_report_header() -> str:

@@ -150,22 +150,31 @@ def views_of_a_new_process(cache: Path, **environment: str) -> list[str]:
     return printed
 
 
-def test_a_process_that_compiles_makes_the_views_of_one_that_need_not(tmp_path):
-    first = views_of_a_new_process(tmp_path)
-    assert list(tmp_path.rglob("*.nbi"))
-    assert views_of_a_new_process(tmp_path) == first
-
-
-def test_a_change_of_a_stage_reaches_the_views(tmp_path):
-    """numba itself would load what it compiled before, as long as the file that calls the stage is the same."""
-    copied = tmp_path / "src" / "caco"
+@pytest.fixture(scope="module")
+def copy_of_caco(tmp_path_factory):
+    """The package in a folder of its own, with a cache of its own, and the views of the process that fills it."""
+    folder = tmp_path_factory.mktemp("copy")
+    copied = folder / "caco"
     shutil.copytree(Path(caco.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    before = views_of_a_new_process(tmp_path / "cache", PYTHONPATH=str(copied.parent))
-    blur = copied / "data" / "kernel" / "blur.py"
+    first = views_of_a_new_process(folder / "cache", PYTHONPATH=str(folder))
+    assert list((folder / "cache").rglob("*.nbi"))
+    return folder, first
+
+
+def test_a_process_that_compiles_makes_the_views_of_one_that_need_not(copy_of_caco):
+    folder, first = copy_of_caco
+    assert views_of_a_new_process(folder / "cache", PYTHONPATH=str(folder)) == first
+
+
+def test_a_change_of_a_stage_reaches_the_views(copy_of_caco):
+    """numba itself would load what it compiled before, as long as the file that calls the stage is the same."""
+    folder, before = copy_of_caco
+    blur = folder / "caco" / "data" / "kernel" / "blur.py"
     text = blur.read_text("utf-8")
     assert "math.exp(-0.5" in text
     blur.write_text(text.replace("math.exp(-0.5", "math.exp(-0.6"), "utf-8")
-    after = views_of_a_new_process(tmp_path / "cache", PYTHONPATH=str(copied.parent))
+    after = views_of_a_new_process(folder / "cache", PYTHONPATH=str(folder))
+    blur.write_text(text, "utf-8")
     assert all(one != other for one, other in zip(before, after, strict=True))
 
 

@@ -18,7 +18,7 @@ from caco.train.meters import Meters
 from caco.train.state import TrainingState
 from caco.train.step import rates_at, train_step, warm_start_step
 
-BATCH, SLOTS, WIDTH, WARM_START, STEPS = 16, 24, 8, 4, 20
+BATCH, SLOTS, WIDTH, WARM_START, STEPS = 16, 24, 8, 4, 10
 
 
 def small_backbone() -> nn.Module:
@@ -43,7 +43,7 @@ def norm_free(encoder: nn.Module) -> nn.Module:
 
 
 def train(world: World, dtype: torch.dtype, small: int, sharded: bool, accumulate: int = 1, norms: bool = True) -> dict:
-    """Warm start and 20 steps with the package's own parts; return everything that was computed."""
+    """Warm start and 10 steps with the package's own parts; return everything that was computed."""
     torch.manual_seed(0)
     encoder: nn.Module = Encoder(small_backbone(), projector(8, 12, WIDTH))
     encoder = encoder if norms else norm_free(encoder)
@@ -107,12 +107,17 @@ CASES = {
     for small, crops in ((0, "single crop"), (2, "multi crop"))
     for dtype in (torch.float64, torch.float32)
 }
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}  # float32: rounding, amplified by 24 steps of training
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}  # float32: rounding, amplified by 14 steps of training
+
+
+def cases(processes: int) -> dict[str, tuple[torch.dtype, int, bool]]:
+    """Return what so many processes are to train: four wait for each other on a machine of two cores, so only in float64."""
+    return {name: case for name, case in CASES.items() if processes < 4 or case[0] == torch.float64}
 
 
 def train_all(world: World) -> dict[str, dict]:
     """Train every case, and some with accumulation, in one process group."""
-    results = {name: train(world, *case) for name, case in CASES.items()}
+    results = {name: train(world, *case) for name, case in cases(world.size).items()}
     for bank in ("replicated", "sharded"):
         results[f"{bank}, accumulated"] = train(world, torch.float64, 0, bank == "sharded", accumulate=2)
     return results
@@ -131,7 +136,7 @@ def test_processes_equal_one(alone, processes):
     parts = train(World(torch.device("cpu")), torch.float64, 0, sharded=False, accumulate=2)
     for bank in ("replicated", "sharded"):
         assert largest_deviation(parts, many[f"{bank}, accumulated"]) < 1e-9, bank
-    for name, case in CASES.items():
+    for name, case in cases(processes).items():
         deviation = largest_deviation(alone[case[:2]], many[name])
         print(f"{processes} processes, {name}: {deviation:.1e}")
         assert deviation < TOLERANCE[case[0]], name

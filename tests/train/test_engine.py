@@ -61,6 +61,19 @@ def test_a_long_run_takes_what_was_fastest_here(monkeypatch):
     assert again == chosen and why == ""  # a resumed run measures nothing
 
 
+def test_a_choice_that_is_hopeless_is_not_tried_to_the_end(monkeypatch):
+    tried = []
+
+    def seconds(backbone, trial, *rest, rounds):
+        tried.append(trial.precision)
+        return {"fp32": 1.0, "bf16": 9.0}[trial.precision]
+
+    monkeypatch.setattr(engine, "seconds", seconds)
+    times = engine.measure(nn.Identity(), candidates(CONFIG, CPU), CPU, 32, 8)
+    assert times == [1.0, 1.0, 9.0, 9.0]
+    assert tried.count("fp32") == 2 * (1 + engine.ROUNDS) and tried.count("bf16") == 2 * 2
+
+
 def test_a_slow_first_pass_does_not_make_a_run_long():
     """The first pass of a process makes kernels: twenty times a usual one, and more on a busy machine."""
 

@@ -283,7 +283,7 @@ def folder_of(path, count=24, classes=2):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"backbone": "vgg11", "engine": {"checkpointing": True}, "views": {"size": 32}},  # nothing to compute again
+        {"backbone": nn.Conv2d(3, 8, 3), "engine": {"checkpointing": True}},  # nothing to compute again
         {"weights": "nowhere.pt"},
         {"batch_size": 100},
     ],

@@ -1,5 +1,7 @@
 """A run that is stopped anywhere and resumed is, to the last bit, the run that was never stopped. Real processes, killed."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -13,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from caco.cli import main
+from caco.distributed import launch
 
 EPOCHS, IMAGES, BATCH, WARM_START = 5, 40, 8, 7
 STEPS = EPOCHS * (IMAGES // BATCH)
@@ -33,34 +38,35 @@ def photos(tmp_path_factory):
     return folder
 
 
-def command(photos: Path, out: Path, *more: str) -> list[str]:
+def pretrain(photos: Path, out: Path, *more: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "caco", "pretrain", "--data", str(photos), "--out", str(out)),
-        *(
-            "--backbone",
-            "test_resnet",
-            "--views.size",
-            "16",
-            "--epochs",
-            str(EPOCHS),
-        ),
+        *("pretrain", "--data", str(photos), "--out", str(out), "--epochs", str(EPOCHS)),
+        *("--backbone", "test_resnet", "--views.size", "16"),
         *("--batch-size", str(BATCH), "--bank-size", "24", "--bank.warm-start-steps", str(WARM_START)),
         *("--encoder.projector", "16", "--encoder.embedding", "8", "--monitor.log-steps", "2", "--device", "cpu"),
         *("--monitor.knn-epochs", "2", "--monitor.checkpoint-minutes", "0", "--workers", "2", *more),
     ]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Start the command in a process of its own, to be stopped."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "caco", *arguments]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    """Run the command to its end, here: another process than the stopped one, but not one more to start."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        status = main(arguments)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), error.getvalue())
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = run(command(photos, out))
+    done = run(pretrain(photos, out))
     assert done.returncode == 0, done.stderr
     return out
 
@@ -108,10 +114,8 @@ def test_killed_at_random_moments_many_times(photos, uninterrupted, tmp_path):
     while kills < 40:
         before = {path.name for path in (out / "checkpoints").glob("step-*.pt")}
         resume = ["--resume"] if (out / "config.json").exists() and before else ["--overwrite"]
-        process = subprocess.Popen(
-            command(photos, out, *resume), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        if begun(out, process, before) and kills < 6:
+        process = start(pretrain(photos, out, *resume))
+        if begun(out, process, before) and kills < 4:
             time.sleep(generator.uniform(0, 0.25))
             process.kill()
         error = process.communicate()[1]
@@ -127,18 +131,14 @@ def test_killed_at_random_moments_many_times(photos, uninterrupted, tmp_path):
 def test_killed_before_the_first_checkpoint(photos, uninterrupted, tmp_path, moment):
     """`kill -9` as soon as the run's folder has its settings, or its first record: the same run begins anew."""
     out = tmp_path / "early"
-    process = subprocess.Popen(
-        command(photos, out, "--monitor.checkpoint-minutes", "1000", "--monitor.knn-epochs", "5"),
-        env=ENVIRONMENT,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start(pretrain(photos, out, "--monitor.checkpoint-minutes", "1000", "--monitor.knn-epochs", "5"))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not ((out / moment).exists() and (out / moment).stat().st_size):
         time.sleep(0.002)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not list((out / "checkpoints").glob("*.pt")), "killed too late"
-    again = [sys.executable, "-m", "caco", "pretrain", "--out", str(out), "--resume"]
+    again = ["pretrain", "--out", str(out), "--resume"]
     refused = run([*again, "--lr", "0.7"])
     assert refused.returncode == 2 and "--resume cannot change --lr 0.7" in refused.stderr
     done = run([*again, "--monitor.checkpoint-minutes", "0", "--monitor.knn-epochs", "2"])
@@ -155,9 +155,7 @@ def test_killed_before_the_first_checkpoint(photos, uninterrupted, tmp_path, mom
 def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, number, told):
     out = tmp_path / "stopped"
     # No timed checkpoints: what is resumed from is what the signal saved, in the middle of an epoch.
-    process = subprocess.Popen(
-        command(photos, out, "--monitor.checkpoint-minutes", "1000"), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    process = start(pretrain(photos, out, "--monitor.checkpoint-minutes", "1000"))
     deadline = time.monotonic() + 120
     metrics = out / "metrics.jsonl"
     while time.monotonic() < deadline and not (metrics.exists() and b'"train"' in metrics.read_bytes()):
@@ -169,9 +167,7 @@ def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, 
     assert told in error and told in (out / "train.log").read_text()
     saved = sorted((out / "checkpoints").glob("step-*.pt"))
     assert saved
-    resumed = run(
-        [sys.executable, "-m", "caco", "pretrain", "--out", str(out), "--resume", "--monitor.checkpoint-minutes", "0"]
-    )
+    resumed = run(["pretrain", "--out", str(out), "--resume", "--monitor.checkpoint-minutes", "0"])
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_runs(uninterrupted, out)
 
@@ -180,9 +176,9 @@ def test_a_check_leaves_the_layout_that_was_chosen(photos, tmp_path):
     """A resume begins in the run's own layout; a run whose kNN check had changed it would go on with other sums."""
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     layout = ("--engine.layout", "contiguous", "--backbone", "resnet10_narrow", "--views.size", "32")
-    done = run(command(photos, whole, *layout))
+    done = run(pretrain(photos, whole, *layout))
     assert done.returncode == 0, done.stderr
-    process = subprocess.Popen(command(photos, out, *layout), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = start(pretrain(photos, out, *layout))
     deadline = time.monotonic() + 120
     metrics = out / "metrics.jsonl"
     while time.monotonic() < deadline and not (metrics.exists() and b'"knn"' in metrics.read_bytes()):
@@ -190,7 +186,7 @@ def test_a_check_leaves_the_layout_that_was_chosen(photos, tmp_path):
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error
-    resumed = run([sys.executable, "-m", "caco", "pretrain", "--out", str(out), "--resume"])
+    resumed = run(["pretrain", "--out", str(out), "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     assert_equal_runs(whole, out)
 
@@ -206,12 +202,12 @@ def test_the_uninterrupted_run_is_complete(uninterrupted):
 
 def test_resume_of_a_finished_run_changes_nothing(photos, uninterrupted):
     before = (uninterrupted / "export/backbone.safetensors").read_bytes()
-    done = run([sys.executable, "-m", "caco", "pretrain", "--out", str(uninterrupted), "--resume"])
+    done = run(["pretrain", "--out", str(uninterrupted), "--resume"])
     assert done.returncode == 0, done.stderr
     assert (uninterrupted / "export/backbone.safetensors").read_bytes() == before
 
 
-def test_a_finished_run_needs_its_images_no_more(photos, uninterrupted, tmp_path):
+def test_a_finished_run_needs_its_images_no_more(photos, uninterrupted, tmp_path, capfd, monkeypatch):
     """Nothing is left to do: it says so and where the backbone is, opens no image, and writes nothing."""
     import shutil
 
@@ -220,12 +216,13 @@ def test_a_finished_run_needs_its_images_no_more(photos, uninterrupted, tmp_path
     configuration = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**configuration, "data": str(tmp_path / "gone"), "out": str(moved)}))
     before = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file() and path.name != ".lock"}
-    resume = [sys.executable, "-m", "caco", "pretrain", "--out", str(moved), "--resume"]
+    resume = ["pretrain", "--out", str(moved), "--resume"]
+    monkeypatch.setattr(launch, "START_METHOD", "spawn")  # what a fork server's children say is not captured here
     for more in ([], ["--distributed.processes", "2"]):
-        done = run([*resume, *more])
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("the run is finished; nothing to do\n") == 1
-        assert f"The backbone is {moved / 'export/backbone.safetensors'}." in done.stdout
+        assert main([*resume, *more]) == 0
+        said = capfd.readouterr()  # of all processes
+        assert said.err.count("the run is finished; nothing to do\n") == 1
+        assert f"The backbone is {moved / 'export/backbone.safetensors'}." in said.out
     after = {path: path.read_bytes() for path in moved.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
     refused = run([*resume, "--lr", "9"])
@@ -240,5 +237,5 @@ def test_resume_refuses_other_images(photos, uninterrupted, tmp_path):
     (fewer / "dark" / "000.jpg").unlink()
     shutil.copytree(uninterrupted, unfinished)
     (unfinished / "export" / "backbone.safetensors").unlink()
-    done = run(command(fewer, unfinished, "--resume"))
+    done = run(pretrain(fewer, unfinished, "--resume"))
     assert done.returncode == 2 and "the same images" in done.stderr and "Traceback" not in done.stderr

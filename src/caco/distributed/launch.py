@@ -48,6 +48,9 @@ PATIENCE = 8.0
 NAME = "caco process"
 """What the processes that are started here are called, before their number."""
 
+START_METHOD = "spawn"
+"""How they are started: each imports everything anew, since a fork of this process would take its threads' locks along."""
+
 UNGUARDED = 78
 """Exit status of a process that met a call of `launch` when it imported the caller's script."""
 
@@ -186,7 +189,7 @@ def _end_with_parent() -> None:
 
 def _start_processes(task: Task, members: list[Membership]) -> dict[int, Outcome]:
     """Start a process for each member, give it the task, and return the outcomes of all: see `_wait_for_all`."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     pickled = pickle.dumps(task)
     processes: list[Any] = []
     outcome_pipes, task_pipes = [], []
