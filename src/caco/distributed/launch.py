@@ -189,7 +189,7 @@ def _end_with_parent() -> None:
 
 def _start_processes(task: Task, members: list[Membership]) -> dict[int, Outcome]:
     """Start a process for each member, give it the task, and return the outcomes of all: see `_wait_for_all`."""
-    context = multiprocessing.get_context(START_METHOD)
+    context: Any = multiprocessing.get_context(START_METHOD)
     pickled = pickle.dumps(task)
     processes: list[Any] = []
     outcome_pipes, task_pipes = [], []
