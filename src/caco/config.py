@@ -105,8 +105,8 @@ class BankOptions:
     """Temperature of the loss that moves the encoder."""
     slot_temperature: float = 0.08
     """Temperature of the loss that moves the slots."""
-    warm_start_steps: Union[int, Auto] = "auto"
-    """Steps of ordinary contrast that fill the bank with keys; auto: until every slot is filled; 0: stay random."""
+    warm_start_steps: Union[int, Literal["auto", "long"]] = "auto"
+    """Steps of contrast that fill the bank with keys; auto: until it is full; long: 1,000, at most 0.6 of the training's."""
     warm_start_temperature: float = 0.2
     """Temperature of that contrast."""
     warm_start_key_momentum: float = 0.999

@@ -119,7 +119,7 @@ def small_photos() -> Pretrain:
         bank_size=256,
         views=Views(size=128, blur=(0.5, 0.1)),
         encoder=EncoderOptions(embedding=128, projector=1024, centred=True, key_momentum=0.98),
-        bank=replace(_QUICK_BANK, warm_start_steps=1000),
+        bank=replace(_QUICK_BANK, warm_start_steps="long"),
         optimizer=OptimizerOptions(name="sgd", final_lr=0.0024, warmup_epochs=2, weight_decay=1e-4),
         monitor=MonitorOptions(knn_epochs=10),
     )

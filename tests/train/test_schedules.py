@@ -7,7 +7,7 @@ import pytest
 from caco.config import BankOptions, EncoderOptions, OptimizerOptions, Pretrain
 from caco.options import override
 from caco.recipes import find_recipe
-from caco.train.step import rates_at, warm_start_lr
+from caco.train.step import rates_at, warm_start_lr, warm_start_steps
 
 
 def test_the_published_run():
@@ -32,6 +32,18 @@ def test_the_bank_rate_follows_the_bank_and_the_encoder_rate_the_batch():
 def options(**values):
     defaults = {"epochs": 10, "lr": 0.3, "batch_size": 256, "bank_size": 65536}
     return Pretrain(**{**defaults, **values})
+
+
+@pytest.mark.parametrize(
+    ("asked", "epochs", "steps"),
+    [
+        *[("auto", 10, 100), (7, 10, 7), (7000, 10, 7000), (0, 10, 0)],  # auto: one pass over the images ends it
+        *[("long", 3, 180), ("long", 16, 960), ("long", 17, 1000), ("long", 200, 1000)],
+    ],
+)
+def test_the_warm_start_is_as_long_as_asked_and_in_short_runs_not_most_of_the_work(asked, epochs, steps):
+    config = options(epochs=epochs, bank=BankOptions(warm_start_steps=asked))
+    assert warm_start_steps(config, steps_per_epoch=100) == steps
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (1, 1), (10, 10), (5, 10), (10, 9), (3, 0)])

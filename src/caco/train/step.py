@@ -20,6 +20,12 @@ from caco.precision import autocast
 from caco.train.state import TrainingState
 
 
+LONG_WARM_START = 1000
+"""Steps of a warm start that is to teach the encoder, not only to fill the bank (docs/tuning.md)."""
+LONGEST_WARM_START = 0.6
+"""Steps of it for each step of training, at most."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """Rates of an epoch: they change between epochs, not within (as published)."""
@@ -48,10 +54,16 @@ def warm_start_lr(config: Pretrain) -> float:
 
 
 def warm_start_steps(config: Pretrain, steps_per_epoch: int) -> int:
-    """Return the length of the warm start; auto, as published: until all slots are filled, or the data ends."""
-    if config.bank.warm_start_steps != "auto":
-        return config.bank.warm_start_steps
-    return min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)
+    """Return the length of the warm start; auto, as published: until all slots are filled, or the data ends.
+
+    long: LONG_WARM_START steps, of which a short run takes fewer.
+    """
+    steps = config.bank.warm_start_steps
+    if steps == "auto":
+        return min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)
+    if steps == "long":
+        return min(LONG_WARM_START, round(LONGEST_WARM_START * int(config.epochs) * steps_per_epoch))
+    return steps
 
 
 def warm_start_cost(views: Views) -> float:
