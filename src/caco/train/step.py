@@ -19,7 +19,6 @@ from caco.optim import set_lr
 from caco.precision import autocast
 from caco.train.state import TrainingState
 
-
 LONG_WARM_START = 1000
 """Steps of a warm start that is to teach the encoder, not only to fill the bank (docs/tuning.md)."""
 LONGEST_WARM_START = 0.6
