@@ -7,7 +7,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per core
+os.environ["OMP_NUM_THREADS"] = "1"  # the suite runs one process per core, and all must sum alike
 
 from jaxtyping import install_import_hook
 
@@ -36,7 +36,8 @@ import torch
 import caco.distributed.launch
 
 # Processes that tests start by a call (not by a command) are forked from one that has imported everything, in which
-# no threads run: importing torch and timm takes each of them some seconds of both cores.
+# no threads run: importing torch and timm takes each of them some seconds of both cores. They have the environment of the
+# first start, and what they print is not captured by a test's capfd.
 if "forkserver" in multiprocessing.get_all_start_methods():
     caco.distributed.launch.START_METHOD = "forkserver"
     multiprocessing.get_context("forkserver").set_forkserver_preload(["caco.train.run", "caco.judge"])

@@ -230,7 +230,7 @@ def _read_bank(
 ) -> _Reading:
     """Compare all queries with all slots; row: [N, P], of each positive in this process's slots, outside where it is not."""
     scaled = queries / temperature
-    of_encoder, of_slots = RunningSoftmax(scaled, products), RunningSoftmax(scaled, products)
+    of_encoder, of_slots = RunningSoftmax(scaled, products), RunningSoftmax(queries / slot_temperature, products)
     positive_logits = queries.new_zeros(row.shape)
     for block in slots.blocks(len(queries)):
         unit_rows = slots.unit_rows(block)
@@ -241,6 +241,7 @@ def _read_bank(
         if slot_temperature != temperature:
             of_slots.add(logits * (temperature / slot_temperature), None)
         of_encoder.add(logits, unit_rows)
+        del logits, unit_rows  # else they are there beside the next block's
     of_encoder.combine(shards)
     if slot_temperature == temperature:
         of_slots = of_encoder

@@ -1,7 +1,7 @@
 """The slots of a bank, block by block: unit rows, comparison with queries, softmax over all of them.
 
 No matrix of all queries and all slots is ever held, so memory beyond the bank, its gradient and its velocity does not
-grow with the bank. On a GPU in half precision the softmax is that of torch's attention (`attention.py`).
+grow with the bank. On a GPU in bfloat16 the softmax is that of torch's attention (`attention.py`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class RunningSoftmax:
     """The softmax of each query over all slots, block by block: its normaliser, and the mean slot under it.
 
     With the largest logit so far taken out of every exponent ("online" softmax), so that any temperature is safe.
-    queries: over the temperature, so that logits are their products with unit slots.
+    queries: over the temperature of this softmax, so that logits are their products with unit slots.
     """
 
     def __init__(self, queries: Float[Tensor, "N D"], products: torch.dtype) -> None:
@@ -95,14 +95,14 @@ class RunningSoftmax:
         self.slot_sum = torch.zeros_like(queries)
 
     def add(self, logits: Float[Tensor, "N k"], rows: Float[Tensor, "k D"] | None) -> None:
-        """Take in a block, whose logits are overwritten. rows: its unit slots; None when no mean slot is wanted."""
+        """Take in a block, whose logits may be overwritten. rows: its unit slots; None when no mean slot is wanted."""
         largest = torch.maximum(self.largest, logits.amax(dim=1, keepdim=True))
         shrink = (self.largest - largest).exp_()
         self.total.mul_(shrink)
         self.slot_sum.mul_(shrink)
         self.largest = largest
         if rows is not None and attention.is_fused(rows, self.products):
-            log_normaliser, mean = attention.mean_slots(self.queries, rows, self.products)
+            log_normaliser, mean = attention.mean_slots(self.queries, rows)
             total = (log_normaliser - largest).exp_()
             self.total.add_(total)
             self.slot_sum.addcmul_(total, mean)
@@ -190,7 +190,7 @@ def pulls_on_slots(
     queries: over the temperature. rows: unit slots. log_normaliser: of each query, over all slots.
     """
     if attention.is_fused(rows, products):
-        return attention.pulls_on_slots(queries, rows, log_normaliser, pulls, products)
+        return attention.pulls_on_slots(queries, rows, log_normaliser, pulls)
     probability = compare(queries, rows, products).sub_(log_normaliser).exp_()
     return product(probability.T, pulls, products)
 

@@ -173,8 +173,10 @@ def test_a_change_of_a_stage_reaches_the_views(copy_of_caco):
     text = blur.read_text("utf-8")
     assert "math.exp(-0.5" in text
     blur.write_text(text.replace("math.exp(-0.5", "math.exp(-0.6"), "utf-8")
-    after = views_of_a_new_process(folder / "cache", PYTHONPATH=str(folder))
-    blur.write_text(text, "utf-8")
+    try:
+        after = views_of_a_new_process(folder / "cache", PYTHONPATH=str(folder))
+    finally:
+        blur.write_text(text, "utf-8")
     assert all(one != other for one, other in zip(before, after, strict=True))
 
 

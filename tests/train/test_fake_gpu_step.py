@@ -111,6 +111,10 @@ def test_forward_passes_and_meters(gpu):
 @pytest.mark.parametrize("slot_temperature", [0.08, 0.1])
 def test_gradients_of_the_bank(gpu, products, fused, slot_temperature, monkeypatch):
     monkeypatch.setattr(attention, "_agree", lambda *place: fused)  # it compares numbers, which made-up tensors lack
+    used = []
+    for name in ("_attend", "_gradient_of_values"):
+        kernel = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *work, name=name, kernel=kernel: used.append(name) or kernel(*work))
     monkeypatch.setattr(
         caco.loss, "_dtype_of_products", lambda slots: products
     )  # autocast refuses to be on without a GPU
@@ -122,6 +126,7 @@ def test_gradients_of_the_bank(gpu, products, fused, slot_temperature, monkeypat
         result = bank.loss(queries, slots, positives, weights)
         zero = _CooperativeAdversarial.forward(saved, *slots, result.pull, slot_temperature, products, Unsharded())
         of_slots, *_ = _CooperativeAdversarial.backward(saved, torch.ones_like(zero))
+        assert set(used) == ({"_attend", "_gradient_of_values"} if fused else set())
         assert result.loss.device == GPU and result.loss.dtype == torch.float32
         assert of_slots.shape == (4096, 32) and of_slots.dtype == torch.float32
         LogSumExp.forward(saved, queries, slots, 0.2, Unsharded())

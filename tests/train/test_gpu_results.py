@@ -46,9 +46,14 @@ def error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours.detach().cpu().double() - reference).norm() / reference.norm())
 
 
-@pytest.mark.parametrize(("products", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("products", "fused", "bound"),
+    [(torch.float32, False, 1e-5), (torch.bfloat16, False, 1e-2), (torch.bfloat16, True, 1e-2)],
+)
 @pytest.mark.parametrize("slot_temperature", [0.08, 0.1])
-def test_loss_and_both_gradients_of_the_bank(products, bound, slot_temperature):
+def test_loss_and_both_gradients_of_the_bank(products, fused, bound, slot_temperature, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(attention, "_agree", lambda *place: False)
     device = choose_device(PLACE)
     torch.manual_seed(0)
     bank = Bank(5000, 48, 0.08, slot_temperature)
@@ -78,8 +83,8 @@ def test_the_bank_is_attended_to(width):
     rows, queries = (F.normalize(torch.randn(count, width, device=device), dim=1) for count in (70_000, 512))
     queries, pulls = queries / 0.08, torch.randn(512, width, device=device)
     assert attention.is_fused(rows, torch.bfloat16)
-    log_normaliser, means = attention.mean_slots(queries, rows, torch.bfloat16)
-    of_slots = attention.pulls_on_slots(queries, rows, log_normaliser, pulls, torch.bfloat16)
+    log_normaliser, means = attention.mean_slots(queries, rows)
+    of_slots = attention.pulls_on_slots(queries, rows, log_normaliser, pulls)
     logits = queries.bfloat16().double() @ rows.bfloat16().double().T
     probability = logits.softmax(dim=1)
     assert (log_normaliser[:, 0] - logits.logsumexp(dim=1)).abs().max() < 1e-3

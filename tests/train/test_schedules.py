@@ -38,7 +38,7 @@ def options(**values):
     ("asked", "epochs", "steps"),
     [
         *[("auto", 10, 100), (7, 10, 7), (7000, 10, 7000), (0, 10, 0)],  # auto: one pass over the images ends it
-        *[("long", 3, 180), ("long", 16, 960), ("long", 17, 1000), ("long", 200, 1000)],
+        *[("long", 1, 100), ("long", 3, 180), ("long", 16, 960), ("long", 17, 1000), ("long", 200, 1000)],
     ],
 )
 def test_the_warm_start_is_as_long_as_asked_and_in_short_runs_not_most_of_the_work(asked, epochs, steps):

@@ -111,14 +111,14 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
 
 
 ROUNDS = 5
-HOPELESS = 2.0
+HOPELESS = 4.0
 """How many times as long as the fastest one a choice may take: bfloat16 on a CPU that only imitates it takes ten times."""
 
 
 def measure(backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int) -> list[float]:
     """Return the seconds of a forward and backward pass for each choice: the least of ROUNDS that take turns.
 
-    The least, since other programs only ever make it longer. Who is HOPELESS after a turn is left out of the others."""
+    The least, since other programs only ever make it longer. A choice that is HOPELESS after a turn is not timed again."""
     best = [float("inf")] * len(choices)
     for turn in range(1 + ROUNDS):
         fastest_so_far = min(best)

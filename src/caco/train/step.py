@@ -55,13 +55,15 @@ def warm_start_lr(config: Pretrain) -> float:
 def warm_start_steps(config: Pretrain, steps_per_epoch: int) -> int:
     """Return the length of the warm start; auto, as published: until all slots are filled, or the data ends.
 
-    long: LONG_WARM_START steps, of which a short run takes fewer.
+    long: LONG_WARM_START steps, of which a short run takes fewer, but no fewer than auto.
     """
     steps = config.bank.warm_start_steps
+    as_published = min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)
     if steps == "auto":
-        return min(math.ceil(config.bank_size / config.batch_size), steps_per_epoch)
+        return as_published
     if steps == "long":
-        return min(LONG_WARM_START, round(LONGEST_WARM_START * int(config.epochs) * steps_per_epoch))
+        in_proportion = round(LONGEST_WARM_START * int(config.epochs) * steps_per_epoch)
+        return max(min(LONG_WARM_START, in_proportion), as_published)
     return steps
 
 
