@@ -156,22 +156,14 @@ def test_each_process_draws_its_own_random_numbers(pair):
     assert not torch.equal(one["cpu"], other["cpu"])
 
 
-def test_torchrun_and_a_sharded_bank(photos, alone, tmp_path):
-    """torchrun starts the same command; each process keeps half of the slots, the checkpoint has them all."""
-    out = tmp_path / "torchrun, sharded"
-    finish(
-        start(*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "caco", *pretrain(photos, out, "--bank.sharded"))
-    )
-    assert last_checkpoint(out)["model"]["bank.weight"].shape == (24, 8)
-    assert_same_run(alone, out)
+def test_torchrun_restarts_a_sharded_run_after_a_kill(photos, alone, tmp_path):
+    """torchrun starts the same command; each process keeps half of the slots, the checkpoint has them all.
 
-
-def test_torchrun_restarts_after_a_kill(photos, alone, tmp_path):
-    """One worker killed in the middle: torchrun starts both again, and they go on from the last checkpoint."""
-    out = tmp_path / "restarted"
-    process = start(
-        *TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "caco", *pretrain(photos, out)
-    )
+    One worker is killed in the middle: torchrun starts both again, and they go on from the last checkpoint.
+    """
+    out = tmp_path / "restarted, sharded"
+    torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "caco"]
+    process = start(*torchrun, *pretrain(photos, out, "--bank.sharded"))
     wait_for(out, 4, process)
     workers = [pid for pid in processes_of(out) if pid != process.pid]
     assert len(workers) == 2
@@ -179,6 +171,7 @@ def test_torchrun_restarts_after_a_kill(photos, alone, tmp_path):
     said = finish(process)
     assert "resumed at step" in said
     assert len(json.loads((out / "environment.json").read_text())) == 2
+    assert last_checkpoint(out)["model"]["bank.weight"].shape == (24, 8)
     assert_same_run(alone, out)
 
 
@@ -193,7 +186,7 @@ def test_a_signal_saves_and_another_number_of_processes_goes_on(photos, alone, t
     assert "asked to stop (SIGTERM) at step" in said and "--resume" in said and "Traceback" not in said
     assert processes_of(out) == []
     assert 0 < last_checkpoint(out)["step"] < EPOCHS * (IMAGES // BATCH)
-    finish(start(*CACO, "pretrain", "--out", str(out), "--resume", "--distributed.processes", "1"))
+    assert main(["pretrain", "--out", str(out), "--resume", "--distributed.processes", "1"]) == 0
     assert_same_run(alone, out)
 
 
