@@ -83,22 +83,23 @@ def imagenet_800_multicrop_b2048() -> Pretrain:
 
 
 def cifar() -> Pretrain:
-    """ResNet-18 with the small stem for 32 px images (CIFAR-10, CIFAR-100): 200 epochs, batch 512, no blur.
+    """ResNet-18 with the small stem for 32 px images (CIFAR-10, CIFAR-100): 200 epochs, batch 128, no blur.
 
-    Source: ours, after the MoCo CIFAR demo (views, 4,096 slots suffice). Hardware: one GPU.
+    Source: ours (docs/tuning.md), tuned by a small backbone in runs of 4 epochs: SGD, a quick bank of few slots and a long
+    warm start gained 5 points of kNN over the published LARS with 4,096 slots. Hardware: one GPU.
     Accuracy after 200 epochs: not yet measured by us.
     """
     return Pretrain(
         recipe="cifar",
         backbone="resnet18",
         epochs=200,
-        batch_size=512,
-        lr=0.3,
-        bank_size=4096,
+        batch_size=128,
+        lr=0.24,
+        bank_size=1024,
         views=Views(size=32, blur=(0.0, 0.0), solarize=(0.0, 0.2)),
-        encoder=EncoderOptions(embedding=128, projector=512, stem="small"),
-        bank=BankOptions(warm_start_steps=200),
-        optimizer=OptimizerOptions(weight_decay=1e-4, warmup_epochs=5),
+        encoder=EncoderOptions(embedding=128, projector=1024, stem="small", centred=True, key_momentum=0.98),
+        bank=replace(_QUICK_BANK, warm_start_steps="long"),
+        optimizer=OptimizerOptions(name="sgd", final_lr=0.0024, warmup_epochs=2, weight_decay=5e-4),
         monitor=MonitorOptions(knn_epochs=5),
     )
 
