@@ -102,7 +102,7 @@ def test_recipe_groups_and_single_options_together(tmp_path):
 
     caco.pretrain("textures:16", tmp_path / "run", recipe="cifar", backbone=Own(), **TINY)
     config = read_config(tmp_path / "run")
-    assert (config.recipe, config.lr, config.optimizer.weight_decay) == ("cifar", 0.3, 1e-4)
+    assert (config.recipe, config.lr, config.optimizer.weight_decay) == ("cifar", 0.24, 5e-4)
     assert (config.views.size, config.views.solarize) == (8, (0.0, 0.2))
     assert config.optimizer.warmup_epochs == 1
 
