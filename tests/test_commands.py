@@ -467,3 +467,25 @@ def test_too_many_broken_images_of_one_size_are_told_before_the_run_begins(tmp_p
     path = caco.pretrain(folder, tmp_path / "run", monitor=monitor, **TINY)
     assert path.exists()
     assert len((tmp_path / "run" / "skipped.txt").read_text().splitlines()) == 4
+
+
+def test_a_stopped_demo_tells_how_to_get_its_table(tmp_path, monkeypatch):
+    from caco import commands
+    from caco.config import Demo
+    from caco.demo import demo
+    from caco.errors import Interrupted
+
+    def stopped(config):
+        raise Interrupted(
+            "stopped by Ctrl-C at step 3 and saved to here; go on with: caco pretrain --out there --resume"
+        )
+
+    monkeypatch.setattr(commands, "pretrain", stopped)
+    out = tmp_path / "demo"
+    with pytest.raises(Interrupted) as told:
+        demo(Demo(out=str(out)))
+    said = str(told.value)
+    assert said.startswith(
+        f"stopped by Ctrl-C at step 3 and saved to here; go on with: caco pretrain --out {out} --resume ("
+    )
+    assert said.endswith(f"for the demo's table: caco demo --out {out} --overwrite)")
