@@ -93,12 +93,12 @@ def _agree(device: torch.device, width: int, queries: int = 512, rows: int = 32 
 
     By default at a size that is computed as a bank's is: 256 pieces of work and a remainder. Where they do not, it is told.
     """
+    problem = ""
     with torch.autocast(device.type, enabled=False):
         try:
             deviation = _deviation(*_example(device, width, queries, rows))
-            problem = (
-                "" if deviation < DEVIATION else f"they deviate by {deviation:.2g} from plain products"
-            )  # NaN: does
+            if not deviation < DEVIATION:  # NaN, too
+                problem = f"they deviate by {deviation:.2g} from plain products"
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no such kernel for this GPU, or another signature of it: as many kinds as reasons

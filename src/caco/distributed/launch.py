@@ -49,7 +49,8 @@ NAME = "caco process"
 """What the processes that are started here are called, before their number."""
 
 START_METHOD = "spawn"
-"""How they are started: each imports everything anew, since a fork of this process would take its threads' locks along."""
+"""How they are started: each imports everything anew, since a fork of this process would take its threads' locks along.
+(The tests fork from a server without threads, to save the imports.)"""
 
 UNGUARDED = 78
 """Exit status of a process that met a call of `launch` when it imported the caller's script."""

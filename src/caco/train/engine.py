@@ -112,7 +112,7 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
 
 ROUNDS = 5
 HOPELESS = 4.0
-"""How many times as long as the fastest one a choice may take: bfloat16 on a CPU that only imitates it takes ten times."""
+"""How many times as long as the fastest one a choice may take, as bfloat16 does on a CPU that only imitates it."""
 
 
 def measure(backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int) -> list[float]:
