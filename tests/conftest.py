@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 import caco
 
-COMPILED = "caco.data.kernel"
+COMPILED = ("caco.data.kernel", "caco.winograd.tiles")
 """Functions that numba compiles cannot be wrapped, which jaxtyping's release for Python 3.10 does in spite of no_type_check."""
 
 

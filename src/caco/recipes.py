@@ -156,7 +156,7 @@ def demo() -> Pretrain:
         encoder=EncoderOptions(embedding=64, projector=256, stem="standard", centred=True, key_momentum=0.98),
         bank=replace(_QUICK_BANK, warm_start_steps=400),
         optimizer=OptimizerOptions(name="sgd", final_lr=0.024, warmup_epochs=0, weight_decay=1e-4),
-        engine=EngineOptions(layout="channels_last", compile="off"),
+        engine=EngineOptions(layout="channels_last", convolution="direct", compile="off"),
         monitor=MonitorOptions(knn_epochs=8, log_steps=20),
     )
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from caco.backbone import create_backbone
 from caco.config import EngineOptions, Pretrain, Views
+from caco.errors import UsageError
 from caco.train import engine
 from caco.train.engine import (
     Trial,
@@ -51,12 +52,13 @@ def test_a_long_run_takes_what_was_fastest_here(monkeypatch):
     monkeypatch.setattr(engine, "measure", measure)
     config = replace(CONFIG, engine=EngineOptions(compile="off"))
     said: list[str] = []
-    chosen, why = choose_engine(config, create_backbone("test_resnet", 32), CPU, passes=10**9, batch=8, say=said.append)
-    assert len(said) == 1 and re.match(r"a long run, about [\d,]+ hours on this machine: 4 ways", said[0])
-    choices = candidates(config, CPU)
-    assert Trial(chosen.precision, chosen.engine.layout) == fastest(choices, measured)
+    backbone = create_backbone("test_resnet", 32)
+    chosen, why = choose_engine(config, backbone, CPU, passes=10**9, batch=8, say=said.append)
+    assert len(said) == 1 and re.match(r"a long run, about [\d,]+ hours on this machine: 5 ways", said[0])
+    choices = candidates(config, CPU, backbone)
+    assert Trial(chosen.precision, chosen.engine.layout, chosen.engine.convolution) == fastest(choices, measured)
     for trial, taken in zip(choices, measured, strict=True):
-        assert f"{trial.precision} {trial.layout} {8 / taken:,.0f}" in why
+        assert f"{trial} {8 / taken:,.0f}" in why
     again, why = choose_engine(chosen, nn.Identity(), CPU, passes=10**9, batch=8)
     assert again == chosen and why == ""  # a resumed run measures nothing
 
@@ -69,7 +71,7 @@ def test_a_choice_that_is_hopeless_is_not_tried_to_the_end(monkeypatch):
         return {"fp32": 1.0, "bf16": 9.0}[trial.precision]
 
     monkeypatch.setattr(engine, "seconds", seconds)
-    times = engine.measure(nn.Identity(), candidates(CONFIG, CPU), CPU, 32, 8)
+    times = engine.measure(nn.Identity(), candidates(CONFIG, CPU, nn.Identity()), CPU, 32, 8)
     assert times == [1.0, 1.0, 9.0, 9.0]
     assert tried.count("fp32") == 2 * (1 + engine.ROUNDS) and tried.count("bf16") == 2 * 2
 
@@ -92,22 +94,65 @@ def test_a_slow_first_pass_does_not_make_a_run_long():
 
     config = replace(CONFIG, views=Views(size=8))
     _, why = choose_engine(config, SlowAtFirst(), CPU, passes=1000, batch=8)  # 1,000 s at the speed of the first
-    assert SlowAtFirst.passes == 2 and why == "fp32, channels_last"
+    assert SlowAtFirst.passes == 2 and why == "fp32 channels_last"
 
 
 def test_what_the_user_says_is_not_measured():
     asked = replace(CONFIG, precision="bf16", engine=EngineOptions(layout="contiguous"))
-    assert candidates(asked, CPU) == [Trial("bf16", "contiguous")]
+    assert candidates(asked, CPU, nn.Identity()) == [Trial("bf16", "contiguous")]
     chosen, _ = choose_engine(asked, create_backbone("test_resnet", 32), CPU, passes=4, batch=8)
     assert (chosen.precision, chosen.engine.layout) == ("bf16", "contiguous")
 
 
 def test_the_less_usual_choice_must_be_worth_it():
-    choices = candidates(CONFIG, CPU)
+    choices = candidates(CONFIG, CPU, nn.Identity())
     assert choices[0] == Trial("fp32", "channels_last")
     assert fastest(choices, [1.0, 0.99, 0.9, 0.9]) == Trial("fp32", "channels_last")
     assert fastest(choices, [1.0, 0.8, 0.9, 0.9]) == Trial("fp32", "contiguous")
     assert fastest(choices, [1.0, 1.0, 0.4, 0.45]) == Trial("bf16", "channels_last")
+    choices = candidates(CONFIG, CPU, create_backbone("test_resnet", 32))
+    assert fastest(choices, [1.0, 1.0, 1.0, 1.0, 0.95]) == Trial("fp32", "channels_last")
+    assert fastest(choices, [1.0, 1.0, 0.6, 1.0, 0.7]) == Trial("fp32", "channels_last", "winograd")
+
+
+def test_winograd_is_tried_only_where_it_can_be_had(monkeypatch):
+    backbone, winograd = create_backbone("test_resnet", 32), Trial("fp32", "channels_last", "winograd")
+    assert winograd in candidates(CONFIG, CPU, backbone) and winograd not in candidates(CONFIG, CPU, nn.Identity())
+    for engine_options in (
+        EngineOptions(convolution="direct"),
+        EngineOptions(layout="contiguous"),
+        EngineOptions(compile="on"),
+    ):
+        assert winograd not in candidates(replace(CONFIG, engine=engine_options), CPU, backbone)
+    assert winograd not in candidates(replace(CONFIG, precision="bf16"), CPU, backbone)
+    monkeypatch.setattr(engine, "can_use_winograd", lambda: False)
+    assert winograd not in candidates(CONFIG, CPU, backbone)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "told"),
+    [
+        ({"precision": "bf16"}, "cpu", "--precision bf16"),
+        ({"engine": EngineOptions(convolution="winograd", layout="contiguous")}, "cpu", "--engine.layout contiguous"),
+        ({"engine": EngineOptions(convolution="winograd", compile="on")}, "cpu", "--engine.compile on"),
+        ({}, "cuda", "is for CPUs"),
+    ],
+)
+def test_winograd_is_refused_where_it_cannot_be_had(options, device, told):
+    asked = replace(CONFIG, **{"engine": EngineOptions(convolution="winograd"), **options})
+    with pytest.raises(UsageError, match=told):
+        engine.check_choices(asked, torch.device(device))
+
+
+def test_winograd_as_asked_is_not_measured():
+    asked = replace(CONFIG, engine=EngineOptions(convolution="winograd"))
+    chosen, why = choose_engine(asked, create_backbone("test_resnet", 32), CPU, passes=4, batch=8)
+    assert chosen == replace(
+        asked,
+        precision="fp32",
+        engine=replace(asked.engine, layout="channels_last", convolution="winograd", compile="off"),
+    )
+    assert why == "fp32 channels_last winograd"
 
 
 @pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
@@ -142,7 +187,10 @@ def test_on_a_gpu_the_precision_is_no_question(monkeypatch):
     gpu = torch.device("cuda")
     for fast, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(engine, "has_fast_bfloat16", lambda device, fast=fast: fast)
-        assert candidates(CONFIG, gpu) == [Trial(precision, "channels_last"), Trial(precision, "contiguous")]
+        assert candidates(CONFIG, gpu, create_backbone("test_resnet", 32)) == [
+            Trial(precision, "channels_last"),
+            Trial(precision, "contiguous"),
+        ]
 
 
 class TooLarge(nn.Module):

@@ -1,5 +1,6 @@
 """The whole job in this process: what a run leaves behind, and how it goes wrong."""
 
+import copy
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ import caco
 from caco.data.arrays import ArraySource
 from caco.data.order import epoch_order
 from caco.errors import CacoError, UsageError
+from caco.train.run_folder import read_config
 
 SMALL = {
     "epochs": 2,
@@ -67,6 +69,29 @@ def test_own_module_and_own_images(tmp_path):
     path = caco.pretrain(source, tmp_path / "run", backbone=own, **SMALL)
     assert set(safetensors.torch.load_file(path)) == set(own.state_dict())
     assert [r["epoch"] for r in records(tmp_path / "run", "knn")] == [0, 1]
+
+
+def test_winograds_convolutions_train_the_same_and_leave_the_callers_module_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 64, 3, stride=2), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()
+    own, source, losses = nn.Sequential(*layers), ArraySource(pictures()), []
+    for convolution in ("direct", "winograd"):
+        out, module = tmp_path / convolution, copy.deepcopy(own)
+        caco.pretrain(source, out, backbone=module, **SMALL, engine={"convolution": convolution})
+        losses.append([record["loss"] for record in records(out, "train")])
+        assert json.loads((out / "config.json").read_text())["engine"]["convolution"] == convolution
+        assert [type(layer) for layer in module] == [type(layer) for layer in layers]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def test_a_run_from_before_there_was_a_choice_of_convolutions_goes_on_with_direct_ones(tmp_path):
+    source, out = ArraySource(pictures()), tmp_path / "run"
+    caco.pretrain(source, out, backbone="test_resnet", **SMALL)
+    config = json.loads((out / "config.json").read_text())
+    del config["engine"]["convolution"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert read_config(out).engine.convolution == "direct"
 
 
 def test_multi_crop_trains(tmp_path):

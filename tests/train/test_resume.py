@@ -172,13 +172,14 @@ def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, 
     assert_equal_runs(uninterrupted, out)
 
 
-def test_a_check_leaves_the_layout_that_was_chosen(photos, tmp_path):
+@pytest.mark.parametrize("engine", [("--engine.layout", "contiguous"), ("--engine.convolution", "winograd")])
+def test_a_run_goes_on_as_it_was_computed(photos, tmp_path, engine):
     """A resume begins in the run's own layout; a run whose kNN check had changed it would go on with other sums."""
     whole, out = tmp_path / "whole", tmp_path / "stopped"
-    layout = ("--engine.layout", "contiguous", "--backbone", "resnet10_narrow", "--views.size", "32")
-    done = run(pretrain(photos, whole, *layout))
+    more = (*engine, "--backbone", "resnet10_narrow", "--views.size", "32")
+    done = run(pretrain(photos, whole, *more))
     assert done.returncode == 0, done.stderr
-    process = start(pretrain(photos, out, *layout))
+    process = start(pretrain(photos, out, *more))
     deadline = time.monotonic() + 120
     metrics = out / "metrics.jsonl"
     while time.monotonic() < deadline and not (metrics.exists() and b'"knn"' in metrics.read_bytes()):

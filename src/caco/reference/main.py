@@ -121,6 +121,7 @@ def translate(flags: Flags, gpus: int, cores: int) -> Pretrain:
         "workers": workers,
         "seed": flags.seed,
         "precision": "fp32",  # the published arithmetic: neither autocast nor a compiler
+        "engine.convolution": "direct",
         "engine.compile": "off",
         **(_multi_crop(flags) if flags.multi_crop else {"views.size": flags.size}),
         "encoder.embedding": flags.moco_dim,

@@ -1,4 +1,4 @@
-"""How the encoder is computed: precision, layout, compiled or not. Measured on the machine at hand, not guessed."""
+"""How the encoder is computed: precision, layout, convolutions, compiled or not. Measured on the machine, not guessed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.precision import PRECISIONS, autocast, has_fast_bfloat16
 from caco.train.state import random_state, set_random_state
+from caco.winograd.convolution import can_use_winograd, suits_winograd, use_winograd
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 TRIAL_BATCH = {"cpu": 32, "cuda": 256}
-"""Images in a trial of precision and layout, at most. (With few of them a GPU waits for its next kernel.)"""
+"""Images in a trial, at most. (With few of them a GPU waits for its next kernel.)"""
+TRIAL_PIXELS = 2**16
+"""On a CPU more of them if they are small: what is made once for a batch weighs in a trial what it does in the run."""
 SHORT_RUN = 600.0
 """Seconds of encoder work below which nothing is tried: fp32 (on GPUs bf16) and channels_last are taken."""
 LONG_RUN = {"cpu": 7200.0, "cuda": 1800.0}
 """Seconds of encoder work above which compiling is tried: it takes a minute or two."""
-WORTH = {"bf16": 1.5, "contiguous": 1.1, "compile": 1.05}
+WORTH = {"bf16": 1.5, "contiguous": 1.1, "winograd": 1.1, "compile": 1.05}
 """How many times faster the less usual choice must be to be taken: not by the noise of a busy machine."""
 
 
@@ -35,6 +38,10 @@ class Trial:
 
     precision: Literal["fp32", "bf16"]
     layout: Literal["channels_last", "contiguous"]
+    convolution: Literal["direct", "winograd"] = "direct"
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.layout}" + (" winograd" if self.convolution == "winograd" else "")
 
 
 def choose_engine(
@@ -51,12 +58,11 @@ def choose_engine(
     told before what takes a while. The backbone is not changed, nor are random states. A short run is not worth a trial
     and gets the defaults. Raises UsageError for choices that exclude each other.
     """
-    if config.engine.compile == "on" and config.engine.checkpointing:
-        raise UsageError("--engine.compile on and --engine.checkpointing exclude each other; leave one out")
-    if "auto" not in (config.precision, config.engine.layout, config.engine.compile):
+    check_choices(config, device)
+    if "auto" not in (config.precision, config.engine.layout, config.engine.convolution, config.engine.compile):
         return config, ""
-    choices, batch = candidates(config, device), max(batch, 2)
-    tried = min(batch, TRIAL_BATCH.get(device.type, TRIAL_BATCH["cpu"]))
+    choices, batch = candidates(config, device, backbone), max(batch, 2)
+    tried = min(batch, _trial_batch(config.views.size, device))
     if config.engine.checkpointing and config.engine.compile == "auto":
         config = replace(config, engine=replace(config.engine, compile="off"))
     random = random_state(device)
@@ -66,7 +72,7 @@ def choose_engine(
         first = seconds(backbone, choices[0], device, config.views.size, tried, rounds)
         trials = passes * batch / tried  # as much work as the whole run
         work = first * trials
-        chosen, why = choices[0], f"{choices[0].precision}, {choices[0].layout}"
+        chosen, why = choices[0], str(choices[0])
         if len(choices) > 1 and work > SHORT_RUN:
             say(
                 f"a long run, {_roughly(work)} on this machine: {len(choices)} ways to compute the encoder are timed first"
@@ -75,7 +81,8 @@ def choose_engine(
             chosen = fastest(choices, times)
             work, why = times[choices.index(chosen)] * trials, _speeds(choices, times, tried)
         compiled = config.engine.compile == "on"
-        if config.engine.compile == "auto" and work > _long_run(device) and can_compile(device):
+        may_compile = config.engine.compile == "auto" and chosen.convolution == "direct"
+        if may_compile and work > _long_run(device) and can_compile(device):
             say(f"a very long run, {_roughly(work)}: torch.compile is tried, which takes some minutes")
             compiled, words = try_compiling(backbone, chosen, device, config.views.size, batch)
             why += "; " + words
@@ -83,12 +90,36 @@ def choose_engine(
         set_random_state(random, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the trials leave would count as taken
-    engine = replace(config.engine, layout=chosen.layout, compile="on" if compiled else "off")
+    engine = replace(
+        config.engine, layout=chosen.layout, convolution=chosen.convolution, compile="on" if compiled else "off"
+    )
     return replace(config, precision=chosen.precision, engine=engine), why
 
 
-def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
+def check_choices(config: Pretrain, device: torch.device) -> None:
+    """Raise UsageError for options of the engine that exclude each other, or cannot be had here."""
+    if config.engine.compile == "on" and config.engine.checkpointing:
+        raise UsageError("--engine.compile on and --engine.checkpointing exclude each other; leave one out")
+    if config.engine.convolution != "winograd":
+        return
+    others = {
+        "--precision bf16": config.precision == "bf16",
+        "--engine.layout contiguous": config.engine.layout == "contiguous",
+        "--engine.compile on": config.engine.compile == "on",
+    }
+    for other, given in others.items():
+        if given:
+            raise UsageError(f"--engine.convolution winograd and {other} exclude each other; leave one out")
+    if device.type != "cpu":
+        raise UsageError("--engine.convolution winograd is for CPUs; leave it out, or add --device cpu")
+    if not can_use_winograd():
+        raise UsageError("--engine.convolution winograd needs numba: pip install 'caco[fast]'")
+
+
+def candidates(config: Pretrain, device: torch.device, backbone: nn.Module) -> list[Trial]:
     """Return the ways that the options leave open, the default first."""
+    if config.engine.convolution == "winograd":
+        return [Trial("fp32", "channels_last", "winograd")]
     if config.precision != "auto":
         precisions = [config.precision]
     elif device.type == "cpu":
@@ -96,7 +127,11 @@ def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
     else:
         precisions = ["bf16"] if has_fast_bfloat16(device) else ["fp32"]
     layouts = ["channels_last", "contiguous"] if config.engine.layout == "auto" else [config.engine.layout]
-    return [Trial(precision, layout) for precision in precisions for layout in layouts]  # type: ignore[arg-type]
+    choices = [Trial(precision, layout) for precision in precisions for layout in layouts]  # type: ignore[arg-type]
+    winograd = config.engine.convolution == "auto" and config.engine.compile != "on" and device.type == "cpu"
+    if winograd and Trial("fp32", "channels_last") in choices and can_use_winograd() and suits_winograd(backbone):
+        choices.append(Trial("fp32", "channels_last", "winograd"))
+    return choices
 
 
 def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
@@ -105,7 +140,10 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
     def handicapped(number: int) -> float:
         trial, usual = choices[number], choices[0]
         precision = WORTH["bf16"] if trial.precision != usual.precision else 1.0
-        return times[number] * precision * (WORTH["contiguous"] if trial.layout != usual.layout else 1.0)
+        layout = WORTH["contiguous"] if trial.layout != usual.layout else 1.0
+        return (
+            times[number] * precision * layout * (WORTH["winograd"] if trial.convolution != usual.convolution else 1.0)
+        )
 
     return choices[min(range(len(choices)), key=handicapped)]
 
@@ -148,6 +186,8 @@ def seconds(
     layout, best = LAYOUTS[trial.layout], float("inf")
     try:
         network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
+        if trial.convolution == "winograd":
+            use_winograd(network)
         change(network)
         view = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
         for _ in range(rounds):
@@ -166,9 +206,7 @@ def seconds(
 def _speeds(choices: Sequence[Trial], times: Sequence[float], images: int) -> str:
     """Return how many images a second each choice takes, in words."""
     rates = zip(choices, times, strict=True)
-    return "measured, images/s: " + ", ".join(
-        f"{it.precision} {it.layout} {images / taken:,.0f}" for it, taken in rates
-    )
+    return "measured, images/s: " + ", ".join(f"{trial} {images / taken:,.0f}" for trial, taken in rates)
 
 
 def layout_of(config: Pretrain) -> torch.memory_format:
@@ -214,6 +252,11 @@ def search_kernels(device: torch.device) -> None:
     """Let cuDNN time its convolutions for each shape that comes, and take the fastest: the shapes of a run are few."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
+
+
+def _trial_batch(size: int, device: torch.device) -> int:
+    """Return how many images of `size` pixels a side a trial takes, at most."""
+    return TRIAL_BATCH[device.type] if device.type == "cuda" else max(TRIAL_BATCH["cpu"], TRIAL_PIXELS // size**2)
 
 
 def _long_run(device: torch.device) -> float:

@@ -37,6 +37,7 @@ from caco.train.start import load_start, start_from
 from caco.train.state import TrainingState
 from caco.train.step import warm_start_steps
 from caco.weights import BackboneCard
+from caco.winograd.convolution import use_winograd
 
 RANDOM_STRIDE = 0x5851F42D4C957F2D
 """Between the seeds of two processes: no process of a run has the seed of another run that one may compare it with."""
@@ -129,6 +130,8 @@ def create_state(config: Pretrain, backbone: nn.Module, world: World) -> Trainin
     )
     model = CaCo(synchronise_batch_norm(encoder, world), bank, view_pairs(config.views.large, config.views.small))
     model.to(world.device).to(memory_format=layout_of(config))
+    if config.engine.convolution == "winograd":
+        use_winograd(model)
     if config.engine.checkpointing:
         checkpoint_blocks(backbone)
     if config.engine.compile == "on":

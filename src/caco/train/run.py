@@ -29,6 +29,7 @@ from caco.train.run_folder import (
 )
 from caco.train.trainer import Trainer
 from caco.weights import load_torch, read_weights, save_backbone
+from caco.winograd.convolution import use_direct
 
 
 def run_pretraining(world: World, config: Pretrain, objects: Objects) -> Path:
@@ -102,6 +103,7 @@ def train(world: World, prepared: Prepared) -> Path:
             trainer.train()
     finally:
         broken.write()
+        use_direct(state.model)  # the module may be the caller's own
     path = folder / "export" / "backbone.safetensors"
     if world.is_main:
         save_backbone(path, state.model.backbone, replace(prepared.card, step=state.step))

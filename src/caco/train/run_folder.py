@@ -30,7 +30,7 @@ FREE_GROUPS = ("engine.", "monitor.", "distributed.")
 CONDEMNED = ".overwrite"
 """In the folder of a run that is to be deleted, until it is: preparing the new one may take minutes, and be interrupted."""
 
-RESOLVED = ("epochs", "precision", "engine.layout", "engine.compile")
+RESOLVED = ("epochs", "precision", "engine.layout", "engine.convolution", "engine.compile")
 """Options that a run writes into its config.json with a value in place of "auto"."""
 
 WRITTEN = (
@@ -142,10 +142,12 @@ def read_config(folder: Path) -> Pretrain:
     """Return the configuration of the run in a folder. Raises UsageError when there is none, or it is damaged."""
     path = folder / "config.json"
     try:
-        return from_dictionary(Pretrain, json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.setdefault("engine", {}).setdefault("convolution", "direct")  # so older runs began, and so they go on
+        return from_dictionary(Pretrain, content)
     except FileNotFoundError:
         raise UsageError(f"there is no run in {folder} (no config.json)") from None
-    except (ValueError, TypeError, UsageError) as error:
+    except (ValueError, TypeError, AttributeError, UsageError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
 
 

@@ -1,0 +1,256 @@
+"""Winograd's convolution against the direct one: results, gradients, rounding, and the networks that use it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from caco.backbone import create_backbone
+from caco.winograd.convolution import (
+    INPUT,
+    OUTPUT,
+    Convolution,
+    WinogradConvolution,
+    filters_back,
+    inputs_to_tiles,
+    outputs_to_tiles,
+    suits_winograd,
+    tiles_to_inputs,
+    tiles_to_outputs,
+    transform_filters,
+    use_direct,
+    use_winograd,
+)
+
+pytest.importorskip("numba")
+
+SHAPES = [(2, 64, 64, 32, 32), (3, 5, 7, 9, 6), (1, 3, 2, 4, 7), (70, 8, 4, 5, 1), (5, 6, 6, 1, 3)]
+"""Images, channels in and out, height, width: whole tiles, parts of tiles, more images than a thread takes at a time."""
+
+
+def maps_of(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def relative(found: torch.Tensor, true: torch.Tensor) -> float:
+    return float((found.double() - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_and_gradients_are_those_of_the_direct_convolution(shape):
+    torch.manual_seed(0)
+    images, inputs, outputs, height, width = shape
+    maps = maps_of(images, inputs, height, width).requires_grad_()
+    weight = torch.randn(outputs, inputs, 3, 3, dtype=torch.float64, requires_grad=True)
+    direct = F.conv2d(maps, weight, padding=1)
+    winograd = WinogradConvolution.apply(maps, weight)
+    assert relative(winograd.detach(), direct.detach()) < 1e-13
+    pull = torch.randn_like(direct)
+    for found, true in zip(
+        torch.autograd.grad(winograd, (maps, weight), pull),
+        torch.autograd.grad(direct, (maps, weight), pull),
+        strict=True,
+    ):
+        assert found.shape == true.shape and relative(found, true) < 1e-13
+
+
+def test_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    maps, weight = (
+        maps_of(2, 2, 5, 4).requires_grad_(),
+        torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True),
+    )
+    assert torch.autograd.gradcheck(WinogradConvolution.apply, (maps, weight))
+
+
+@pytest.mark.parametrize("wanted", ["maps", "weight"])
+def test_only_what_is_asked_for_has_a_gradient(wanted):
+    torch.manual_seed(0)
+    both = {"maps": maps_of(2, 4, 6, 6), "weight": torch.randn(4, 4, 3, 3, dtype=torch.float64)}
+    both[wanted].requires_grad_()
+    true = torch.autograd.grad(F.conv2d(*both.values(), padding=1).square().sum(), both[wanted])[0]
+    WinogradConvolution.apply(*both.values()).square().sum().backward()
+    assert relative(both[wanted].grad, true) < 1e-13
+    assert [name for name, tensor in both.items() if tensor.grad is not None] == [wanted]
+
+
+def test_rounding_is_that_of_float32_and_not_of_a_shorter_format():
+    """cuDNN's float32 on a GPU is TensorFloat-32 by default, of 1e-3; bfloat16's is 4e-3."""
+    torch.manual_seed(0)
+    maps, weight = maps_of(4, 256, 8, 8).requires_grad_(), torch.randn(256, 256, 3, 3, dtype=torch.float64) / 48
+    weight.requires_grad_()
+    true = F.conv2d(maps, weight, padding=1)
+    pull = torch.randn_like(true)
+    expected = true.detach(), *torch.autograd.grad(true, (maps, weight), pull)
+    short = [tensor.detach().float().requires_grad_() for tensor in (maps, weight)]
+    for convolution in (WinogradConvolution.apply, lambda maps, weight: F.conv2d(maps, weight, padding=1)):
+        found = convolution(*short)
+        errors = [
+            relative(one, other)
+            for one, other in zip(
+                (found.detach(), *torch.autograd.grad(found, short, pull.float())), expected, strict=True
+            )
+        ]
+        assert max(errors) < 4e-6
+
+
+def test_transforms_are_the_papers():
+    """Against plain matrix products on the tiles that torch cuts out."""
+    torch.manual_seed(0)
+    maps = maps_of(2, 3, 8, 12)
+    cut = F.unfold(maps, 6, padding=1, stride=4).view(2, 3, 6, 6, -1).permute(2, 3, 0, 4, 1)
+    matrix = torch.from_numpy(INPUT).double()
+    expected = torch.einsum("ik,klntc,jl->ijntc", matrix, cut, matrix).reshape(36, -1, 3)
+    tiles = torch.empty(36, 2 * 2 * 3, 3, dtype=torch.float64)
+    inputs_to_tiles(maps, tiles)
+    torch.testing.assert_close(tiles, expected, rtol=1e-12, atol=1e-12)
+
+    matrix = torch.from_numpy(OUTPUT[:4]).double()
+    pixels = torch.einsum("ik,kltc,jl->ijtc", matrix, tiles.view(6, 6, -1, 3), matrix)
+    tiles_to_outputs(tiles, maps)
+    expected = pixels.view(4, 4, 2, 2, 3, 3).permute(2, 5, 3, 0, 4, 1).reshape(2, 3, 8, 12)
+    torch.testing.assert_close(maps, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("there", "back"), [(inputs_to_tiles, tiles_to_inputs), (outputs_to_tiles, tiles_to_outputs)])
+def test_the_way_back_is_the_transpose(there, back):
+    torch.manual_seed(0)
+    maps, tiles = maps_of(2, 5, 7, 9), torch.randn(36, 2 * 2 * 3, 5, dtype=torch.float64)
+    transformed, returned = torch.empty_like(tiles), torch.empty_like(maps)
+    there(maps, transformed)
+    back(tiles, returned)
+    torch.testing.assert_close((transformed * tiles).sum(), (maps * returned).sum(), rtol=1e-12, atol=0)
+
+
+def test_filters_go_back_by_the_transpose():
+    torch.manual_seed(0)
+    weight, pull = torch.randn(4, 3, 3, 3, dtype=torch.float64), torch.randn(36, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close((transform_filters(weight) * pull).sum(), (weight * filters_back(pull)).sum())
+
+
+def test_what_is_not_finite_is_seen():
+    maps = torch.ones(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    for wrong in (float("nan"), float("inf")):
+        maps[0, 1, 2, 3] = wrong
+        assert not WinogradConvolution.apply(maps, torch.ones(4, 4, 3, 3))[0, :, 2, 3].isfinite().any()
+
+
+def test_threads_change_rounding_only_and_torchs_own_stay():
+    torch.manual_seed(0)
+    maps, weight = maps_of(64, 8, 8, 8), torch.randn(8, 8, 3, 3, dtype=torch.float64, requires_grad=True)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            weight.grad = None
+            WinogradConvolution.apply(maps, weight).square().sum().backward()
+            found.append(weight.grad)
+            assert torch.get_num_threads() == threads
+            of_a_new_thread: list[int] = []
+            other = threading.Thread(target=lambda: of_a_new_thread.append(torch.get_num_threads()))  # noqa: B023
+            other.start()
+            other.join()
+            assert of_a_new_thread == [threads]
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert relative(other, found[0]) < 1e-13
+
+
+def test_a_network_computes_the_same_and_keeps_its_names():
+    torch.manual_seed(0)
+    direct = create_backbone("resnet18", 32).double().train()
+    winograd = copy.deepcopy(direct)
+    use_winograd(winograd)
+    replaced = [name for name, module in winograd.named_modules() if type(module) is Convolution]
+    assert len(replaced) == 13 and "conv1" not in replaced and "layer2.0.conv1" not in replaced  # 3 channels, stride 2
+    assert list(winograd.state_dict()) == list(direct.state_dict())
+    view = maps_of(4, 3, 32, 32)
+    outputs = []
+    for network in (direct, winograd, copy.deepcopy(winograd)):
+        output = network(view)
+        output.square().mean().backward()
+        outputs.append(output.detach())
+    assert relative(outputs[1], outputs[0]) < 1e-12 and torch.equal(outputs[1], outputs[2])
+    for (name, one), other in zip(direct.named_parameters(), winograd.parameters(), strict=True):
+        assert relative(other.grad, one.grad) < 1e-10, name
+    use_direct(winograd)
+    assert not any(type(module) is Convolution for module in winograd.modules()) and suits_winograd(winograd)
+
+
+def test_what_it_does_not_suit_stays():
+    """Other strides, groups, dilations, borders and narrow ones, and what a subclass may do otherwise."""
+
+    class Scaled(nn.Conv2d):
+        pass
+
+    others = [
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.Conv2d(64, 64, 3),
+        nn.Conv2d(64, 64, 3, padding=2, dilation=2),
+        nn.Conv2d(64, 64, 3, padding=1, groups=64),
+        nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(64, 64, 1),
+        nn.Conv2d(16, 64, 3, padding=1),
+        Scaled(64, 64, 3, padding=1),
+    ]
+    for other in others:
+        assert not suits_winograd(other), other
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_falls_back_where_it_does_not_pay(bias):
+    torch.manual_seed(0)
+    direct = nn.Conv2d(64, 64, 3, padding="same", bias=bias)
+    winograd = copy.deepcopy(direct)
+    use_winograd(winograd)
+    small, large = maps_of(2, 64, 2, 2, dtype=torch.float32), maps_of(2, 64, 8, 8, dtype=torch.float32)
+    assert torch.equal(winograd(small), direct(small))
+    assert not torch.equal(winograd(large), direct(large))
+    assert relative(winograd(large).detach(), direct(large).detach().double()) < 4e-6
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(winograd(large), direct(large))
+
+
+PROGRAM = """
+import hashlib, torch
+from caco.winograd.convolution import WinogradConvolution
+torch.manual_seed(0)
+maps = torch.randn(3, 20, 9, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+weight = torch.randn(8, 20, 3, 3, requires_grad=True)
+result = WinogradConvolution.apply(maps, weight)
+for tensor in (result.detach(), *torch.autograd.grad(result.square().sum(), (maps, weight))):
+    print(hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest())
+"""
+
+
+def test_a_process_that_compiles_computes_what_one_does_that_need_not(tmp_path: Path):
+    """Else the run of the first process would not be the one that a later process resumes."""
+    variables = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=variables, check=True, capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert list(tmp_path.rglob("*.nbi")) and len(first.split()) == 3 and first == second
+
+
+def test_the_filters_matrix_belongs_to_the_others():
+    """F(4, 3) in one dimension is exact for every pair of unit vectors."""
+    from caco.winograd.convolution import FILTER
+
+    for pixel in np.eye(6):
+        for tap in range(3):
+            products = (FILTER.numpy() @ np.eye(3)[tap]) * (INPUT @ pixel)
+            np.testing.assert_allclose((OUTPUT @ products)[:4], pixel[tap : tap + 4], atol=1e-15)
