@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,7 +210,7 @@ def _spawn(
     """Return whether it went well, the result or else the traceback, and the memory; the process has ended."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, values))
+    process = context.Process(target=_answer, args=(sender, function, values, os.getpid()))
     with _variables(environment):
         process.start()
     sender.close()
@@ -226,12 +227,20 @@ def _spawn(
     return good, result, memory
 
 
-def _answer(sender: Connection, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
+def _answer(sender: Connection, function: Callable[..., Any], values: tuple[Any, ...], parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         answer: tuple[bool, Any] = True, function(*values)
     except BaseException:
         answer = False, traceback.format_exc()
     sender.send(answer)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is no more: a benchmark that was killed keeps no core busy."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 @contextlib.contextmanager

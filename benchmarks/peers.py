@@ -11,7 +11,7 @@ the rate is that of the median step after the warm-up.
 
 lightly runs as shipped: its transforms on Pillow images, its projection head (two layers; caco's has three), its
 NTXentLoss, SGD, a torch DataLoader with 2 workers, fp32; a second row has bf16 autocast, which we added. caco runs as
-`caco pretrain --recipe cifar` would: its loader, step, LARS. Memory is the peak of the resident memory of the process, with
+`caco pretrain --recipe cifar` would: its loader, its step. Memory is the peak of the resident memory of the process, with
 what its workers add (a worker's part of shared pages); on a GPU also torch's peak there.
 
 solo-learn is left out: its packaged version (1.0.2) asks for torch 1.9.1 and cannot be installed beside a current one.
@@ -34,11 +34,13 @@ from measure import arguments, describe, fresh, gigabytes, save, synchronise, ta
 
 SIZE, EMBEDDING = 32, 128
 CONTESTANTS = {
-    "lightly fp32 (as shipped)": ("lightly", "fp32"),
-    "lightly bf16 (autocast added)": ("lightly", "bf16"),
-    "caco fp32": ("caco", "fp32"),
-    "caco bf16": ("caco", "bf16"),
+    "lightly fp32 (as shipped)": ("lightly", "fp32", "direct"),
+    "lightly bf16 (autocast added)": ("lightly", "bf16", "direct"),
+    "caco fp32": ("caco", "fp32", "direct"),
+    "caco fp32, winograd (CPU)": ("caco", "fp32", "winograd"),
+    "caco bf16": ("caco", "bf16", "direct"),
 }
+"""System, precision, how its convolutions are computed."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ class Work:
 
 def contestant(name: str, work: Work) -> dict[str, Any]:
     """Run in a process of its own: return the seconds of each step after the warm-up."""
-    system, precision = CONTESTANTS[name]
+    system, precision, convolution = CONTESTANTS[name]
     images = pictures(work)
-    prepare = {"lightly": lightly_steps, "caco": caco_steps}[system]
     seconds = []
-    steps = prepare(images, work, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if system == "caco":
+        steps = caco_steps(images, work, precision, convolution)
+    else:
+        steps = lightly_steps(images, work, torch.bfloat16 if precision == "bf16" else torch.float32)
     began = time.perf_counter()
     for _ in range(work.warm_up + work.steps):
         next(steps)
@@ -82,7 +86,7 @@ def pictures(work: Work) -> np.ndarray:
     return images
 
 
-def caco_steps(images: np.ndarray, work: Work, precision: torch.dtype) -> Iterator[None]:
+def caco_steps(images: np.ndarray, work: Work, precision: str, convolution: str) -> Iterator[None]:
     """Take training steps as `caco pretrain` does."""
     from dataclasses import replace
 
@@ -91,12 +95,14 @@ def caco_steps(images: np.ndarray, work: Work, precision: torch.dtype) -> Iterat
     from caco.data.arrays import ArraySource
     from caco.recipes import find_recipe
 
+    recipe = find_recipe("cifar")
     config = replace(
-        find_recipe("cifar"),
+        recipe,
         batch_size=work.batch,
         bank_size=work.bank,
         device=work.device,
-        precision="bf16" if precision == torch.bfloat16 else "fp32",
+        precision=precision,  # type: ignore[arg-type]
+        engine=replace(recipe.engine, convolution=convolution),  # type: ignore[arg-type]
     )
     assert config.views.size == SIZE and config.encoder.embedding == EMBEDDING
     step = Step(config, ArraySource(images))
@@ -171,6 +177,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps of each contestant in a round (default: 4)")
     parser.add_argument("--rounds", type=int, default=1, help="how often each contestant starts anew")
     parser.add_argument("--batch", type=int, help="default: 256")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help="some of the contestants")
     parser.add_argument("--bank", type=int, help="slots, or entries of the memory bank (default: 65536)")
     options = parser.parse_args()
     quick = options.quick
@@ -182,7 +189,9 @@ def main() -> None:
         warm_up=1 if options.device == "cpu" else 10,
         device=options.device,
     )
-    names = list(CONTESTANTS)
+    names = [
+        name for name in options.only or CONTESTANTS if CONTESTANTS[name][2] == "direct" or options.device == "cpu"
+    ]
     if importlib.util.find_spec("lightly") is None:
         print("lightly is not installed, so there is nothing to compare with: pip install lightly")
         names = [name for name in names if CONTESTANTS[name][0] != "lightly"]
@@ -234,10 +243,10 @@ def summary(name: str, seconds: list[float], rounds: list[dict[str, Any]], work:
 
 def show(rows: dict[str, dict[str, Any]], work: Work) -> None:
     """Print the table, with ratios to lightly as shipped and to lightly at the same precision."""
-    by_kind = {(row["system"], row["precision"]): row for row in rows.values()}
+    peers = {row["precision"]: row for row in rows.values() if row["system"] == "lightly"}
 
     def times(row: dict[str, Any], precision: str, quantity: str) -> str | None:
-        peer = by_kind.get(("lightly", precision))
+        peer = peers.get(precision)
         if peer is None or not peer[quantity] or not row[quantity]:
             return None
         return f"{row[quantity] / peer[quantity]:.2f}"

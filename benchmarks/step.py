@@ -7,12 +7,14 @@ The limit is a forward and backward pass of the backbone (no projector) on both 
 on both, in the same precision and layout. Step and limit take turns in one fresh process; rates are those of the median.
 "step" is `caco.train.step.train_step` on batches that the loader makes meanwhile from pictures in memory, waiting included.
 The stages are the same work taken apart, timed one after the other. An image is one sample: two views, four passes.
-With small crops (--small 6) the limit has a forward and backward pass of each, too.
+With small crops (--small 6) the limit has a forward and backward pass of each, too. With --convolution winograd (CPU, fp32)
+the limit is still that of torch's own convolutions; "bare, winograd" are the same passes by Winograd's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -35,6 +37,7 @@ from caco.train.heap import keep_heap
 from caco.train.prepare import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, rates_at, train_step
+from caco.winograd.convolution import use_winograd
 
 
 def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
@@ -52,6 +55,7 @@ def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
         encoder=EncoderOptions(embedding=options.embedding, projector=options.projector),
         engine=EngineOptions(
             layout="channels_last",
+            convolution=options.convolution,
             compile="on" if options.compile else "off",
             checkpointing=options.checkpointing,
             keep_heap=not options.give_back,
@@ -219,14 +223,19 @@ def contestant(config: Pretrain, rounds: int, steps: int, in_stages: bool, with_
 
     if config.engine.checkpointing or not with_limit:  # the limit keeps all activations, which may not fit
         turns = in_turns(0, step=step.whole)
-        return {"step": turns["step"], "limit": None, "stages": {}, "gpu_bytes": gpu}
+        return {**turns, "limit": None, "stages": {}, "gpu_bytes": gpu}
     backbone = create_backbone(config.backbone, config.views.size)
     backbone.to(step.loader.device).to(memory_format=torch.channels_last).train()
     if config.engine.compile == "on":
         compile_module(backbone)
     views = next(step.batches)
-    turns = in_turns(2, step=step.whole, limit=partial(limit, backbone, views, step.precision, step.accumulate))
-    del backbone, views
+    work = {"step": step.whole, "limit": partial(limit, backbone, views, step.precision, step.accumulate)}
+    if config.engine.convolution == "winograd":
+        other = copy.deepcopy(backbone)
+        use_winograd(other)
+        work["bare, winograd"] = partial(limit, other, views, step.precision, step.accumulate)
+    turns = in_turns(2, **work)
+    del backbone, views, work
     parts = step.stages() if in_stages else []
     stages: dict[str, list[float]] = {name: [] for name, _ in parts}
     for turn in range(max(rounds // 2, 1) + 1):
@@ -237,8 +246,7 @@ def contestant(config: Pretrain, rounds: int, steps: int, in_stages: bool, with_
             for name, taken in seconds.items():
                 stages[name].append(taken)
     return {
-        "step": turns["step"],
-        "limit": turns["limit"],
+        **turns,
         "stages": {name: Seconds(tuple(times)).as_json() for name, times in stages.items()},
         "gpu_bytes": gpu,
     }
@@ -257,6 +265,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, default=1, help="steps in a turn; on a GPU some, so that none waits")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--convolution", choices=("direct", "winograd"), default="direct")
     parser.add_argument("--compile", action="store_true", help="torch.compile, of the step's encoder and of the limit")
     parser.add_argument(
         "--accumulate", type=int, default=1, help="parts of a batch; the stages are then of a whole one"
@@ -283,6 +292,9 @@ def main() -> None:
         of_limit = f"limit {bare:,.1f}, {whole / bare:.1%} of it" if bare else "limit not taken"
         title = f"{options.backbone}, {options.size} px, batch {options.batch}, {options.bank:,} slots, {precision}"
         print(f"\n{title}: {whole:,.1f} images/s, {of_limit}; peak {gigabytes(memory)} GB")
+        if "bare, winograd" in row:
+            fastest = options.batch / row["bare, winograd"]["median"]
+            print(f"(bare passes by Winograd's convolutions: {fastest:,.1f} images/s, {whole / fastest:.1%} of them)")
         print(f"(other programs kept {run.others} cores busy)")
         total = sum(stage["median"] for stage in row["stages"].values())
         rows = [
