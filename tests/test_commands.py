@@ -477,7 +477,7 @@ def test_a_stopped_demo_tells_how_to_get_its_table(tmp_path, monkeypatch):
 
     def stopped(config):
         raise Interrupted(
-            "stopped by Ctrl-C at step 3 and saved to here; go on with: caco pretrain --out there --resume"
+            f"stopped by Ctrl-C at step 3 and saved to here; go on with: caco pretrain --out {config.out} --resume"
         )
 
     monkeypatch.setattr(commands, "pretrain", stopped)

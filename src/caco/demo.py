@@ -11,8 +11,7 @@ from caco import commands, judge
 from caco.after_training import Knn, Linear, Report
 from caco.checks import check
 from caco.config import Demo, Pretrain
-from caco.deliver.next_steps import program
-from caco.errors import Interrupted, UsageError
+from caco.errors import Interrupted, UsageError, program
 from caco.files import replace_json
 from caco.recipes import find_recipe
 
@@ -37,10 +36,8 @@ def demo(options: Demo) -> dict[str, Any]:
     try:
         commands.pretrain(config)
     except Interrupted as stopped:
-        saved = str(stopped).partition(";")[0]
-        goes_on = f"go on with: {program()} pretrain --out {options.out} --resume"
         anew = f"{program()} demo --out {options.out} --overwrite"
-        raise Interrupted(f"{saved}; {goes_on} (which only pre-trains; for the demo's table: {anew})") from stopped
+        raise Interrupted(f"{stopped} (which only pre-trains; for the demo's table: {anew})") from stopped
     trained = time.monotonic()
     rows = {
         name: _judge(name, run, config)

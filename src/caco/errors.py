@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import shutil
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class CacoError(Exception):
@@ -32,6 +35,11 @@ def did_you_mean(name: str, choices: Iterable[str], most: int = 3) -> str:
     """Return ``" Did you mean a, b?"`` with the nearest choices, or an empty string."""
     near = difflib.get_close_matches(name, list(choices), n=most, cutoff=0.6)
     return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+def program() -> str:
+    """Return the name to call caco by here: as it was called, where the shell does not find it by its name."""
+    return "caco" if shutil.which("caco") or Path(sys.argv[0]).name != "caco" else sys.argv[0]
 
 
 def counted(number: int, word: str) -> str:

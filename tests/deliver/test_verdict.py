@@ -195,6 +195,14 @@ def test_an_unfinished_run_says_how_far_it_is():
     assert "epochs are done" not in said([*falling(), *epochs(2)])[2]
 
 
+def test_a_run_of_few_steps_is_told_to_be_longer():
+    few = "It took 60 steps only"
+    assert few in said([*falling(), *epochs(2)])[2]
+    assert few in said([*falling(), *epochs(2)], agreement=agreement(above_untrained=False))[2]
+    assert few not in said([*falling(), *epochs(1)])[2], "it is not finished"
+    assert few not in said([*falling(), *epochs(2)], comparisons=[comparison(60, random=20, pixels=30)])[2]
+
+
 def test_odd_rates_are_part_of_a_bad_verdict():
     short = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, warmup_epochs=2))
     assert "warms up over 2 epochs" in said([*falling(), *epochs(2)], short, agreement=agreement(False, False))[2]

@@ -254,7 +254,10 @@ def test_a_run_starts_from_another_runs_folder(tmp_path, capfd):
     caco.pretrain(source, first, backbone="test_resnet", **SMALL)
     capfd.readouterr()
     caco.pretrain(source, tmp_path / "second", backbone="test_resnet", weights=first, **SMALL)
-    assert "took over backbone, projector, key encoder, bank, momenta" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert (
+        "took over backbone, projector, key encoder, bank, momenta; that bank takes the place of a warm start" in said
+    )
     with pytest.raises(UsageError, match="lies in the run that overwrite=True deletes"):
         caco.pretrain(source, first, backbone="test_resnet", weights=first / "checkpoints", overwrite=True, **SMALL)
     shutil.rmtree(first / "checkpoints")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from caco.config import Pretrain
 from caco.data.source import ImageSource, open_source
-from caco.errors import CacoError
+from caco.errors import CacoError, program
 from caco.evaluate.encoder import BASELINES
 
 
@@ -56,8 +54,3 @@ def _is_labelled(options: Pretrain) -> bool:
 
 def _line(*arguments: str) -> str:
     return shlex.join([program(), *arguments])
-
-
-def program() -> str:
-    """Return the name to call caco by here: as it was called, where the shell does not find it by its name."""
-    return "caco" if shutil.which("caco") or Path(sys.argv[0]).name != "caco" else sys.argv[0]

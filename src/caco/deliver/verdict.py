@@ -19,6 +19,10 @@ SEEN = "on the images it was trained on"
 OTHERS = "whether that holds for others, only labelled images that it has not seen tell"
 
 
+FEW_STEPS = 300
+"""Steps below which a run cannot be expected to have learnt (on 1,962 photos kNN was far above untrained after 300)."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How the run is, in plain words."""
@@ -73,7 +77,7 @@ def verdict_of(
     if evidence is not None:
         if config.weights and evidence.mood != "warning":
             so_far += (f"it began from {config.weights}, whose part in this only tells when judged beside it",)
-        remarks = remarks_on_rates(config) if evidence.mood != "good" and config.epochs != "auto" else ()
+        remarks = _remarks(summary, config) if evidence.mood != "good" else ()
         return _verdict(evidence.mood, evidence.headline, *so_far, evidence.said, *remarks, *_signs(summary, config))
     return _by_loss(summary, config, so_far)
 
@@ -178,7 +182,7 @@ def _by_loss(summary: RunSummary, config: Pretrain, so_far: tuple[str, ...]) -> 
     """
     trend, guessing = summary.trend, uninformed_loss(config)
     unknown = "whether the features are worth more than those of an untrained encoder, only labelled images tell"
-    remarks = remarks_on_rates(config) if config.epochs != "auto" else ()
+    remarks = tuple(_remarks(summary, config))
     if summary.loss is not None and summary.loss >= guessing:
         loss = f"the loss is {summary.loss:.2f}, and guessing gives {guessing:.2f}: it cannot tell the slots apart"
         return _verdict("warning", "No sign that it has learnt.", *so_far, loss, *remarks)
@@ -193,6 +197,17 @@ def _by_loss(summary: RunSummary, config: Pretrain, so_far: tuple[str, ...]) -> 
     has_checks = summary.first_knn is not None and summary.queries
     even = [f"{_checks(summary)}: no change that they can show"] if has_checks else []
     return _verdict("unknown", "No sign of collapse.", *so_far, *even, *_signs(summary, config), *remarks, unknown)
+
+
+def _remarks(summary: RunSummary, config: Pretrain) -> Iterator[str]:
+    """Yield what may be the reason that a run has learnt little."""
+    if summary.finished and summary.step < FEW_STEPS:
+        yield (
+            f"it took {counted(summary.step, 'step')} only; some hundreds were needed on small sets of photos "
+            "(docs/results.md): give it more --epochs"
+        )
+    if config.epochs != "auto":
+        yield from remarks_on_rates(config)
 
 
 def _in_thirds(first: float, last: float, guessing: float) -> str:

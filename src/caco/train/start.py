@@ -70,7 +70,9 @@ def start_from(
     if "bank" in taken:
         state.warm_start_step = warm_start_steps
     if world.is_main:
-        left = "" if "bank" in taken else f"; not the bank ({tuple(snapshot.bank.shape)} slots x width there)"
+        left = f"; not the bank ({tuple(snapshot.bank.shape)} slots x width there)"
+        if "bank" in taken:
+            left = "; that bank takes the place of a warm start" if warm_start_steps else ""
         print(f"--weights {config.weights}: took over {', '.join(taken)}{left}", file=sys.stderr)
 
 

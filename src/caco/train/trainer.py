@@ -10,7 +10,7 @@ from torch import Tensor
 
 from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
-from caco.errors import CacoError, Interrupted, counted
+from caco.errors import CacoError, Interrupted, counted, program
 from caco.evaluate.health import faults
 from caco.model import WarmStart
 from caco.train.checkpoint import CheckpointFolder, Latest, check_same_images, identity
@@ -250,7 +250,7 @@ class Trainer:
             self.journal.note(f"{why} at {self._position()} and saved")
             raise Interrupted(
                 f"{why} at {self._position()} and saved to {path}; "
-                f"go on with: caco pretrain --out {self.folder} --resume"
+                f"go on with: {program()} pretrain --out {self.folder} --resume"
             )
 
     def _save(self, best: bool) -> Path:
