@@ -1,0 +1,86 @@
+"""One 3 × 3 convolution, forward and backward: Winograd's against torch's own, in time and in rounding (CPU).
+
+    python benchmarks/convolution.py [--quick] [--out FILE.json]
+
+Both take turns in one process, with the kept heap that every run of caco has. Rounding: relative error of result and gradients
+against float64, the largest of the three. The first rows are those of a ResNet-18 at 32 px, the last are too narrow to gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from measure import arguments, describe, save, table, take_turns
+from torch import Tensor
+from torch.nn import functional as F
+
+from caco.train.heap import keep_heap
+from caco.winograd.convolution import WinogradConvolution
+
+SHAPES = ((64, 32), (128, 16), (256, 8), (512, 4), (64, 56), (256, 14), (64, 8), (32, 16), (16, 32))
+"""Channels in and out, pixels a side."""
+
+Convolution = Callable[[Tensor, Tensor], Tensor]
+CONVOLUTIONS: dict[str, Convolution] = {
+    "direct": lambda maps, weight: F.conv2d(maps, weight, padding=1),
+    "winograd": WinogradConvolution.apply,
+}
+
+
+def tensors(images: int, channels: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return maps, filters as torch draws them, and the gradient of the result."""
+    maps, pull = (
+        torch.randn(images, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    )
+    weight = torch.nn.Conv2d(channels, channels, 3).weight.detach().contiguous(memory_format=torch.channels_last)
+    return maps.requires_grad_(), weight.requires_grad_(), pull
+
+
+def both_ways(convolution: Convolution, maps: Tensor, weight: Tensor, pull: Tensor) -> tuple[Tensor, ...]:
+    result = convolution(maps, weight)
+    return result.detach(), *torch.autograd.grad(result, (maps, weight), pull)
+
+
+def rounding(convolution: Convolution, maps: Tensor, weight: Tensor, pull: Tensor) -> float:
+    """Return the largest error of result and gradients, of the first eight images."""
+    maps, pull = maps[:8].detach().requires_grad_(), pull[:8]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (maps, weight)]
+    truth = both_ways(CONVOLUTIONS["direct"], exact[0], exact[1], pull.double())
+    found = both_ways(convolution, maps, weight, pull)
+    return max(float((one - other).norm() / other.norm()) for one, other in zip(found, truth, strict=True))
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--images", type=int, help="default: 256")
+    options = parser.parse_args()
+    images, rounds = options.images or (16 if options.quick else 256), 1 if options.quick else 5
+    keep_heap()
+    torch.manual_seed(0)
+    print(describe())
+    rows, results = [], {}
+    for channels, side in SHAPES:
+        given = tensors(images, channels, side)
+        seconds = take_turns({name: partial(both_ways, one, *given) for name, one in CONVOLUTIONS.items()}, rounds)
+        direct, winograd = (seconds[name].median for name in CONVOLUTIONS)
+        errors = {name: rounding(one, *given) for name, one in CONVOLUTIONS.items()}
+        shape = f"{channels} channels, {side} px"
+        results[shape] = {"seconds": {name: taken.as_json() for name, taken in seconds.items()}, "errors": errors}
+        rows.append(
+            (
+                shape,
+                f"{1000 * direct:,.1f}",
+                f"{1000 * winograd:,.1f}",
+                f"{direct / winograd:.2f}",
+                *(f"{error:.1e}" for error in errors.values()),
+            )
+        )
+    columns = ("forward and backward", "direct, ms", "winograd, ms", "times", "rounding, direct", "rounding, winograd")
+    print(table(columns, rows))
+    save(options, {"images": images, "results": results})
+
+
+if __name__ == "__main__":
+    main()
