@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps of each contestant in a round (default: 4)")
     parser.add_argument("--rounds", type=int, default=1, help="how often each contestant starts anew")
     parser.add_argument("--batch", type=int, help="default: 256")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help="some of the contestants")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
     parser.add_argument("--bank", type=int, help="slots, or entries of the memory bank (default: 65536)")
     options = parser.parse_args()
     quick = options.quick
@@ -190,7 +190,9 @@ def main() -> None:
         device=options.device,
     )
     names = [
-        name for name in options.only or CONTESTANTS if CONTESTANTS[name][2] == "direct" or options.device == "cpu"
+        name
+        for name, (_, precision, convolution) in CONTESTANTS.items()
+        if precision in options.precision and (convolution == "direct" or options.device == "cpu")
     ]
     if importlib.util.find_spec("lightly") is None:
         print("lightly is not installed, so there is nothing to compare with: pip install lightly")

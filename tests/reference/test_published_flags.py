@@ -60,13 +60,19 @@ def test_the_readme_commands_are_the_published_recipes(name):
     wanted, got = flatten(find_recipe(recipe)), flatten(config)
     different = {option for option in wanted if wanted[option] != got[option]}
     several = {"distributed.machines", "distributed.machine", "distributed.address"}
-    assert (config.precision, config.engine.compile) == ("fp32", "off")  # the published arithmetic
+    engine = config.engine
+    assert (config.precision, engine.convolution, engine.compile) == (
+        "fp32",
+        "direct",
+        "off",
+    )  # the published arithmetic
     assert different <= {
         "data",
         "val",
         "out",
         "workers",
         "precision",
+        "engine.convolution",
         "engine.compile",
         *(several if config.distributed.machines > 1 else ()),
     }

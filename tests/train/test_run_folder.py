@@ -233,6 +233,7 @@ OTHER_WORDS = {
     "encoder.key_momentum_schedule": "constant",
     "optimizer.name": "sgd",
     "engine.layout": "contiguous",
+    "engine.convolution": "winograd",
     "engine.compile": "on",
 }
 
