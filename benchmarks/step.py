@@ -76,6 +76,8 @@ class Step:
             config, create_backbone(config.backbone, config.views.size), World(device)
         )
         self.state.model.train()
+        if config.engine.convolution == "winograd":
+            use_winograd(self.state.model)
         self.precision, self.accumulate = PRECISIONS[config.precision], config.accumulate
         self.rates: Rates = rates_at(config, config.optimizer.warmup_epochs)
         self.loader = TrainingViews.create(
@@ -277,6 +279,10 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--give-back", action="store_true", help="CPU: do not keep freed memory")
     options = parser.parse_args()
+    if options.convolution == "winograd" and (
+        options.compile or options.device != "cpu" or "bf16" in options.precision
+    ):
+        parser.error("--convolution winograd is for --device cpu and --precision fp32, without --compile")
     options.batch = options.batch or (32 if options.quick else 256)
     options.bank = options.bank or (4096 if options.quick else 65_536)
     rounds = options.rounds or (1 if options.quick else 5)

@@ -16,7 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from caco.backbone import create_backbone
+from caco.checkpointing import checkpoint_blocks
+from caco.winograd import convolution
 from caco.winograd.convolution import (
+    FILTER,
     INPUT,
     OUTPUT,
     Convolution,
@@ -46,6 +49,15 @@ def relative(found: torch.Tensor, true: torch.Tensor) -> float:
     return float((found.double() - true).norm() / true.norm())
 
 
+@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_results_and_gradients_are_those_of_the_direct_convolution(shape):
     torch.manual_seed(0)
@@ -93,8 +105,8 @@ def test_rounding_is_that_of_float32_and_not_of_a_shorter_format():
     pull = torch.randn_like(true)
     expected = true.detach(), *torch.autograd.grad(true, (maps, weight), pull)
     short = [tensor.detach().float().requires_grad_() for tensor in (maps, weight)]
-    for convolution in (WinogradConvolution.apply, lambda maps, weight: F.conv2d(maps, weight, padding=1)):
-        found = convolution(*short)
+    for convolve in (WinogradConvolution.apply, lambda maps, weight: F.conv2d(maps, weight, padding=1)):
+        found = convolve(*short)
         errors = [
             relative(one, other)
             for one, other in zip(
@@ -138,23 +150,35 @@ def test_filters_go_back_by_the_transpose():
     torch.testing.assert_close((transform_filters(weight) * pull).sum(), (weight * filters_back(pull)).sum())
 
 
-def test_what_is_not_finite_is_seen():
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(wrong):
+    """In a pixel, or in the gradient: in all that the direct convolution makes not finite, and some of its neighbours."""
     maps = torch.ones(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
-    for wrong in (float("nan"), float("inf")):
-        maps[0, 1, 2, 3] = wrong
-        assert not WinogradConvolution.apply(maps, torch.ones(4, 4, 3, 3))[0, :, 2, 3].isfinite().any()
+    maps[0, 1, 2, 3] = wrong
+    maps.requires_grad_()
+    weight = torch.ones(4, 4, 3, 3, requires_grad=True)
+    direct, winograd = F.conv2d(maps, weight, padding=1), WinogradConvolution.apply(maps, weight)
+    assert not winograd[~direct.isfinite()].isfinite().any()
+    pull = torch.ones_like(direct)
+    pull[0, 0, 5, 5] = wrong
+    for one, other in zip(
+        torch.autograd.grad(direct, (maps, weight), pull),
+        torch.autograd.grad(winograd, (maps, weight), pull),
+        strict=True,
+    ):
+        assert not other[~one.isfinite()].isfinite().any()
 
 
 def test_threads_change_rounding_only_and_torchs_own_stay():
     torch.manual_seed(0)
-    maps, weight = maps_of(64, 8, 8, 8), torch.randn(8, 8, 3, 3, dtype=torch.float64, requires_grad=True)
+    maps, weight = maps_of(64, 8, 8, 8).requires_grad_(), torch.randn(8, 8, 3, 3, dtype=torch.float64)
+    weight.requires_grad_()
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            weight.grad = None
-            WinogradConvolution.apply(maps, weight).square().sum().backward()
-            found.append(weight.grad)
+            result = WinogradConvolution.apply(maps, weight)
+            found.append((result.detach(), *torch.autograd.grad(result.square().sum(), (maps, weight))))
             assert torch.get_num_threads() == threads
             of_a_new_thread: list[int] = []
             other = threading.Thread(target=lambda: of_a_new_thread.append(torch.get_num_threads()))  # noqa: B023
@@ -163,8 +187,45 @@ def test_threads_change_rounding_only_and_torchs_own_stay():
             assert of_a_new_thread == [threads]
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert relative(other, found[0]) < 1e-13
+    for others in found[1:]:
+        assert all(relative(other, one) < 1e-13 for one, other in zip(found[0], others, strict=True))
+
+
+COLD = """
+import threading, torch
+from caco.winograd.convolution import WinogradConvolution
+torch.set_num_threads(3)
+maps = torch.randn(64, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+weight = torch.randn(8, 8, 3, 3)
+results, numbers, start = [], [], threading.Barrier(4)
+def work():
+    start.wait()
+    results.append(WinogradConvolution.apply(maps, weight))
+    numbers.append(torch.get_num_threads())
+threads = [threading.Thread(target=work) for _ in range(4)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+late = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+late.start(); late.join()
+assert len(results) == 4 and all(torch.equal(results[0], other) for other in results[1:])
+print(numbers)
+"""
+
+
+def test_several_threads_may_be_the_first():
+    """None of them, and no later one, is left with the single thread that those of the convolution have."""
+    done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True)
+    assert done.stdout == "[3, 3, 3, 3, 3]\n", done.stderr
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_gradient_of_large_filters_takes_few_parts(monkeypatch):
+    torch.manual_seed(0)
+    maps, weight = maps_of(64, 8, 8, 8).requires_grad_(), torch.randn(8, 8, 3, 3, dtype=torch.float64)
+    weight.requires_grad_()
+    true = torch.autograd.grad(F.conv2d(maps, weight, padding=1).square().sum(), (maps, weight))
+    monkeypatch.setattr(convolution, "MOST_PULLS", 1)
+    found = torch.autograd.grad(WinogradConvolution.apply(maps, weight).square().sum(), (maps, weight))
+    assert all(relative(one, other) < 1e-13 for one, other in zip(found, true, strict=True))
 
 
 def test_a_network_computes_the_same_and_keeps_its_names():
@@ -222,6 +283,61 @@ def test_a_convolution_falls_back_where_it_does_not_pay(bias):
         assert torch.equal(winograd(large), direct(large))
 
 
+def test_wrong_and_odd_inputs_are_torchs_own():
+    torch.manual_seed(0)
+    direct = nn.Conv2d(64, 64, 3, padding=1)
+    winograd = copy.deepcopy(direct)
+    use_winograd(winograd)
+    for odd in (torch.randn(64, 8, 8), torch.randn(0, 64, 8, 8)):  # one image without a batch; a batch without images
+        assert torch.equal(winograd(odd), direct(odd))
+    with pytest.raises(RuntimeError, match="to have 64 channels, but got 32 channels"):
+        winograd(torch.randn(2, 32, 8, 8))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layouts_expanded_gradients_and_frozen_filters(frozen):
+    torch.manual_seed(0)
+    direct = nn.Conv2d(64, 64, 3, padding=1).double()
+    direct.weight.requires_grad_(not frozen)
+    winograd = copy.deepcopy(direct)
+    use_winograd(winograd)
+    gradients = []
+    for module in (direct, winograd):
+        maps = torch.arange(2 * 64 * 9 * 6, dtype=torch.float64).sin().view(2, 64, 9, 6).requires_grad_()  # contiguous
+        module(maps).sum().backward()  # an expanded gradient
+        gradients.append([maps.grad, module.bias.grad, *([] if frozen else [module.weight.grad])])
+    assert all(relative(one, other) < 1e-12 for one, other in zip(*gradients, strict=True))
+    assert (winograd.weight.grad is None) == frozen
+
+
+def test_hooks_parameters_and_optimizers_stay_and_parametrized_ones_are_left():
+    plain, normalised = (
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(64, 64, 3, padding=1)),
+    )
+    calls: list[int] = []
+    plain.register_forward_hook(lambda *given: calls.append(1))
+    network, weight = nn.Sequential(plain, normalised), plain.weight
+    kind = type(normalised)
+    use_winograd(network)
+    network(torch.randn(1, 64, 8, 8))
+    assert type(plain) is Convolution and plain.weight is weight and calls == [1]
+    assert type(normalised) is kind
+
+
+def test_checkpointed_blocks_compute_the_same():
+    torch.manual_seed(0)
+    plain = create_backbone("resnet18", 32).double().train()
+    use_winograd(plain)
+    checkpointed = copy.deepcopy(plain)
+    checkpoint_blocks(checkpointed)
+    view, gradients = maps_of(2, 3, 32, 32), []
+    for network in (plain, checkpointed):
+        network(view).square().mean().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 PROGRAM = """
 import hashlib, torch
 from caco.winograd.convolution import WinogradConvolution
@@ -248,9 +364,7 @@ def test_a_process_that_compiles_computes_what_one_does_that_need_not(tmp_path: 
 
 def test_the_filters_matrix_belongs_to_the_others():
     """F(4, 3) in one dimension is exact for every pair of unit vectors."""
-    from caco.winograd.convolution import FILTER
-
     for pixel in np.eye(6):
         for tap in range(3):
-            products = (FILTER.numpy() @ np.eye(3)[tap]) * (INPUT @ pixel)
+            products = (FILTER @ np.eye(3)[tap]) * (INPUT @ pixel)
             np.testing.assert_allclose((OUTPUT @ products)[:4], pixel[tap : tap + 4], atol=1e-15)

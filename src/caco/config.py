@@ -156,9 +156,9 @@ class EngineOptions:
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Order of pixels and channels in memory; auto: channels_last, unless a trial at the start of a long run says otherwise."""
     convolution: Literal["auto", "direct", "winograd"] = "auto"
-    """CPU: winograd takes a quarter of the multiplications for 3 x 3 filters; auto: where a trial says so, as layout."""
+    """winograd (CPU, fp32, numba): a quarter of the products of 3 x 3 filters; auto: tried at the start of a long run."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: tried at the start of a run of over two hours (on a GPU half an hour), kept if it pays."""
+    """torch.compile; auto: tried (not with winograd) in a run of over two hours (GPU: half an hour), kept if it pays."""
     checkpointing: bool = False
     """Compute each block's activations again in backward: far less memory, about a third more time."""
     keep_heap: bool = True

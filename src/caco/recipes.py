@@ -199,7 +199,8 @@ def _settings_of(folder: Path) -> Pretrain:
         settings = read_config(folder)
     except UsageError as error:
         raise UsageError(f"--recipe: {error}") from error
-    return replace(settings, **{name: getattr(usual, name) for name in apart})
+    engine = replace(settings.engine, convolution=usual.engine.convolution)  # what was faster on that machine
+    return replace(settings, engine=engine, **{name: getattr(usual, name) for name in apart})
 
 
 def listing() -> str:

@@ -13,7 +13,6 @@ from torch import nn
 
 from caco.backbone import create_backbone
 from caco.config import EngineOptions, Pretrain, Views
-from caco.errors import UsageError
 from caco.train import engine
 from caco.train.engine import (
     Trial,
@@ -25,9 +24,24 @@ from caco.train.engine import (
     seconds,
     try_compiling,
 )
+from caco.winograd.convolution import can_use_winograd
 
 CPU = torch.device("cpu")
 CONFIG = Pretrain(data="textures", views=Views(size=32))
+DIRECT = replace(CONFIG, engine=EngineOptions(convolution="direct"))
+WINOGRAD = Trial("fp32", "channels_last", "winograd")
+needs_numba = pytest.mark.skipif(not can_use_winograd(), reason="numba is not installed")
+
+
+class Wide(nn.Sequential):
+    """A convolution that suits Winograd's filtering, on views of 32 px."""
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 64, 3, stride=4), nn.Conv2d(64, 64, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
 
 
 def test_a_short_run_takes_the_defaults_and_touches_nothing():
@@ -41,6 +55,7 @@ def test_a_short_run_takes_the_defaults_and_touches_nothing():
     assert torch.equal(random, torch.get_rng_state())
 
 
+@needs_numba
 def test_a_long_run_takes_what_was_fastest_here(monkeypatch):
     measured = []
 
@@ -52,10 +67,10 @@ def test_a_long_run_takes_what_was_fastest_here(monkeypatch):
     monkeypatch.setattr(engine, "measure", measure)
     config = replace(CONFIG, engine=EngineOptions(compile="off"))
     said: list[str] = []
-    backbone = create_backbone("test_resnet", 32)
+    backbone = Wide()
     chosen, why = choose_engine(config, backbone, CPU, passes=10**9, batch=8, say=said.append)
     assert len(said) == 1 and re.match(r"a long run, about [\d,]+ hours on this machine: 5 ways", said[0])
-    choices = candidates(config, CPU, backbone)
+    choices = candidates(config, CPU)
     assert Trial(chosen.precision, chosen.engine.layout, chosen.engine.convolution) == fastest(choices, measured)
     for trial, taken in zip(choices, measured, strict=True):
         assert f"{trial} {8 / taken:,.0f}" in why
@@ -71,7 +86,7 @@ def test_a_choice_that_is_hopeless_is_not_tried_to_the_end(monkeypatch):
         return {"fp32": 1.0, "bf16": 9.0}[trial.precision]
 
     monkeypatch.setattr(engine, "seconds", seconds)
-    times = engine.measure(nn.Identity(), candidates(CONFIG, CPU, nn.Identity()), CPU, 32, 8)
+    times = engine.measure(nn.Identity(), candidates(DIRECT, CPU), CPU, 32, 8)
     assert times == [1.0, 1.0, 9.0, 9.0]
     assert tried.count("fp32") == 2 * (1 + engine.ROUNDS) and tried.count("bf16") == 2 * 2
 
@@ -98,61 +113,96 @@ def test_a_slow_first_pass_does_not_make_a_run_long():
 
 
 def test_what_the_user_says_is_not_measured():
-    asked = replace(CONFIG, precision="bf16", engine=EngineOptions(layout="contiguous"))
-    assert candidates(asked, CPU, nn.Identity()) == [Trial("bf16", "contiguous")]
+    asked = replace(CONFIG, precision="bf16", engine=EngineOptions(layout="contiguous", convolution="direct"))
+    assert candidates(asked, CPU) == [Trial("bf16", "contiguous")]
     chosen, _ = choose_engine(asked, create_backbone("test_resnet", 32), CPU, passes=4, batch=8)
     assert (chosen.precision, chosen.engine.layout) == ("bf16", "contiguous")
 
 
 def test_the_less_usual_choice_must_be_worth_it():
-    choices = candidates(CONFIG, CPU, nn.Identity())
+    choices = candidates(DIRECT, CPU)
     assert choices[0] == Trial("fp32", "channels_last")
     assert fastest(choices, [1.0, 0.99, 0.9, 0.9]) == Trial("fp32", "channels_last")
     assert fastest(choices, [1.0, 0.8, 0.9, 0.9]) == Trial("fp32", "contiguous")
     assert fastest(choices, [1.0, 1.0, 0.4, 0.45]) == Trial("bf16", "channels_last")
-    choices = candidates(CONFIG, CPU, create_backbone("test_resnet", 32))
+    choices = candidates(CONFIG, CPU)
     assert fastest(choices, [1.0, 1.0, 1.0, 1.0, 0.95]) == Trial("fp32", "channels_last")
     assert fastest(choices, [1.0, 1.0, 0.6, 1.0, 0.7]) == Trial("fp32", "channels_last", "winograd")
 
 
+@needs_numba
 def test_winograd_is_tried_only_where_it_can_be_had(monkeypatch):
-    backbone, winograd = create_backbone("test_resnet", 32), Trial("fp32", "channels_last", "winograd")
-    assert winograd in candidates(CONFIG, CPU, backbone) and winograd not in candidates(CONFIG, CPU, nn.Identity())
-    for engine_options in (
-        EngineOptions(convolution="direct"),
-        EngineOptions(layout="contiguous"),
-        EngineOptions(compile="on"),
-    ):
-        assert winograd not in candidates(replace(CONFIG, engine=engine_options), CPU, backbone)
-    assert winograd not in candidates(replace(CONFIG, precision="bf16"), CPU, backbone)
-    monkeypatch.setattr(engine, "can_use_winograd", lambda: False)
-    assert winograd not in candidates(CONFIG, CPU, backbone)
+    tried: list[list[Trial]] = []
+
+    def measure(backbone, choices, *rest):
+        tried.append(list(choices))
+        return [float(number + 1) for number in range(len(choices))]
+
+    monkeypatch.setattr(engine, "measure", measure)
+    monkeypatch.setattr(engine, "can_compile", lambda device: False)
+
+    def is_tried(config: Pretrain, backbone: nn.Module, **options) -> bool:
+        tried.clear()
+        choose_engine(config, backbone, CPU, passes=10**9, batch=8, **options)
+        return any(WINOGRAD in choices for choices in tried)
+
+    assert is_tried(CONFIG, Wide())
+    assert not is_tried(CONFIG, Wide(), numba=False)
+    assert not is_tried(CONFIG, nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()))
+    for options in ({"convolution": "direct"}, {"layout": "contiguous"}, {"compile": "on"}):
+        assert not is_tried(replace(CONFIG, engine=EngineOptions(**options)), Wide())
+    assert not is_tried(replace(CONFIG, precision="bf16"), Wide())
 
 
 @pytest.mark.parametrize(
-    ("options", "device", "told"),
+    ("options", "device", "numba", "told"),
     [
-        ({"precision": "bf16"}, "cpu", "--precision bf16"),
-        ({"engine": EngineOptions(convolution="winograd", layout="contiguous")}, "cpu", "--engine.layout contiguous"),
-        ({"engine": EngineOptions(convolution="winograd", compile="on")}, "cpu", "--engine.compile on"),
-        ({}, "cuda", "is for CPUs"),
+        ({"precision": "bf16"}, "cpu", True, "it is for --precision fp32"),
+        ({"layout": "contiguous"}, "cpu", True, "it is for --engine.layout channels_last"),
+        ({"compile": "on"}, "cpu", True, "it cannot be compiled (--engine.compile on)"),
+        ({}, "cuda", True, "it is for CPUs"),
+        ({}, "cpu", False, "it needs numba (pip install 'caco[fast]')"),
     ],
 )
-def test_winograd_is_refused_where_it_cannot_be_had(options, device, told):
-    asked = replace(CONFIG, **{"engine": EngineOptions(convolution="winograd"), **options})
-    with pytest.raises(UsageError, match=told):
-        engine.check_choices(asked, torch.device(device))
+def test_what_cannot_be_had_is_told_and_computed_directly(options, device, numba, told):
+    """A run that has chosen it may be resumed on another machine, or with other options."""
+    precision = options.get("precision", "fp32")
+    rest = {name: value for name, value in options.items() if name != "precision"}
+    chosen = EngineOptions(**{"layout": "channels_last", "compile": "off", "convolution": "winograd", **rest})
+    asked, said = replace(CONFIG, precision=precision, engine=chosen), []
+    given = choose_engine(asked, Wide(), torch.device(device), passes=4, batch=8, say=said.append, numba=numba)
+    assert given == (replace(asked, engine=replace(chosen, convolution="direct")), "")
+    assert said == [f"--engine.convolution winograd cannot be had: {told}; torch's own convolutions are taken"]
 
 
+def test_a_backbone_that_does_not_suit_is_told():
+    asked, said = replace(CONFIG, engine=EngineOptions(convolution="winograd")), []
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+    chosen, _ = choose_engine(asked, backbone, CPU, passes=4, batch=8, say=said.append)
+    assert chosen.engine.convolution == "direct" and "3 x 3, stride 1 and 64 channels" in said[0]
+
+
+@needs_numba
 def test_winograd_as_asked_is_not_measured():
     asked = replace(CONFIG, engine=EngineOptions(convolution="winograd"))
-    chosen, why = choose_engine(asked, create_backbone("test_resnet", 32), CPU, passes=4, batch=8)
-    assert chosen == replace(
-        asked,
-        precision="fp32",
-        engine=replace(asked.engine, layout="channels_last", convolution="winograd", compile="off"),
-    )
+    chosen, why = choose_engine(asked, Wide(), CPU, passes=4, batch=8)
+    engine_options = replace(asked.engine, layout="channels_last", convolution="winograd", compile="off")
+    assert chosen == replace(asked, precision="fp32", engine=engine_options)
     assert why == "fp32 channels_last winograd"
+
+
+@needs_numba
+def test_a_module_in_which_only_winograd_fails_is_computed_directly():
+    """Two derivatives in one pass: torch's own convolution has them, ours has one."""
+
+    class Smooth(Wide):
+        def forward(self, view):
+            maps = self[0](view)
+            (slope,) = torch.autograd.grad(self[1](maps).square().sum(), maps, create_graph=True)
+            return slope.mean((2, 3))
+
+    assert seconds(Smooth(), WINOGRAD, CPU, 32, 4, rounds=1) == float("inf")
+    assert seconds(Smooth(), Trial("fp32", "channels_last"), CPU, 32, 4, rounds=1) < 60
 
 
 @pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
@@ -187,7 +237,7 @@ def test_on_a_gpu_the_precision_is_no_question(monkeypatch):
     gpu = torch.device("cuda")
     for fast, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(engine, "has_fast_bfloat16", lambda device, fast=fast: fast)
-        assert candidates(CONFIG, gpu, create_backbone("test_resnet", 32)) == [
+        assert candidates(DIRECT, gpu) == [
             Trial(precision, "channels_last"),
             Trial(precision, "contiguous"),
         ]

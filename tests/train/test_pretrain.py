@@ -20,7 +20,9 @@ import caco
 from caco.data.arrays import ArraySource
 from caco.data.order import epoch_order
 from caco.errors import CacoError, UsageError
+from caco.recipes import find_recipe
 from caco.train.run_folder import read_config
+from caco.winograd.convolution import can_use_winograd
 
 SMALL = {
     "epochs": 2,
@@ -71,21 +73,35 @@ def test_own_module_and_own_images(tmp_path):
     assert [r["epoch"] for r in records(tmp_path / "run", "knn")] == [0, 1]
 
 
+def wide() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 64, 3, stride=2), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+
+
+@pytest.mark.skipif(not can_use_winograd(), reason="numba is not installed")
 def test_winograds_convolutions_train_the_same_and_leave_the_callers_module_as_it_was(tmp_path):
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 64, 3, stride=2), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()
-    own, source, losses = nn.Sequential(*layers), ArraySource(pictures()), []
+    own, source, losses = wide(), ArraySource(pictures()), []
+    kinds = [type(layer) for layer in own]
     for convolution in ("direct", "winograd"):
         out, module = tmp_path / convolution, copy.deepcopy(own)
         caco.pretrain(source, out, backbone=module, **SMALL, engine={"convolution": convolution})
         losses.append([record["loss"] for record in records(out, "train")])
         assert json.loads((out / "config.json").read_text())["engine"]["convolution"] == convolution
-        assert [type(layer) for layer in module] == [type(layer) for layer in layers]
+        assert [type(layer) for layer in module] == kinds
     assert losses[0] != losses[1]
     np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert find_recipe(str(tmp_path / "winograd")).engine.convolution == "auto", "another machine may not have it"
 
 
-def test_a_run_from_before_there_was_a_choice_of_convolutions_goes_on_with_direct_ones(tmp_path):
+@pytest.mark.skipif(not can_use_winograd(), reason="numba is not installed")
+def test_a_run_that_cannot_start_leaves_the_callers_module_as_it_was(tmp_path):
+    own, engine = wide(), {"convolution": "winograd", "checkpointing": True}
+    with pytest.raises(UsageError, match="checkpointing"):
+        caco.pretrain(ArraySource(pictures()), tmp_path / "run", backbone=own, **SMALL, engine=engine)
+    assert [type(layer) for layer in own] == [type(layer) for layer in wide()]
+
+
+def test_a_run_from_before_there_was_a_choice_of_convolutions_has_direct_ones(tmp_path):
     source, out = ArraySource(pictures()), tmp_path / "run"
     caco.pretrain(source, out, backbone="test_resnet", **SMALL)
     config = json.loads((out / "config.json").read_text())

@@ -16,7 +16,7 @@ from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.precision import PRECISIONS, autocast, has_fast_bfloat16
 from caco.train.state import random_state, set_random_state
-from caco.winograd.convolution import can_use_winograd, suits_winograd, use_winograd
+from caco.winograd.convolution import LEAST_CHANNELS, suits_winograd, use_winograd
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -51,17 +51,25 @@ def choose_engine(
     passes: int,
     batch: int,
     say: Callable[[str], object] = lambda text: None,
+    numba: bool = True,
 ) -> tuple[Pretrain, str]:
     """Return the configuration with numbers and names in place of every "auto" of the engine, and why, in words.
 
     passes: forward-and-backward passes of one view that the run will make in this process. batch: images in each. say:
-    told before what takes a while. The backbone is not changed, nor are random states. A short run is not worth a trial
-    and gets the defaults. Raises UsageError for choices that exclude each other.
+    told before what takes a while, and where something else is taken than asked for. numba: every process has it. The
+    backbone is not changed, nor are random states. A short run is not worth a trial and gets the defaults. Raises
+    UsageError for choices that exclude each other.
     """
-    check_choices(config, device)
+    if config.engine.compile == "on" and config.engine.checkpointing:
+        raise UsageError("--engine.compile on and --engine.checkpointing exclude each other; leave one out")
+    reason = no_winograd(config, backbone, device, numba)
+    if reason and config.engine.convolution == "winograd":  # asked for, or what a run chose on another machine
+        say(f"--engine.convolution winograd cannot be had: {reason}; torch's own convolutions are taken")
+    if reason:
+        config = replace(config, engine=replace(config.engine, convolution="direct"))
     if "auto" not in (config.precision, config.engine.layout, config.engine.convolution, config.engine.compile):
         return config, ""
-    choices, batch = candidates(config, device, backbone), max(batch, 2)
+    choices, batch = candidates(config, device), max(batch, 2)
     tried = min(batch, _trial_batch(config.views.size, device))
     if config.engine.checkpointing and config.engine.compile == "auto":
         config = replace(config, engine=replace(config.engine, compile="off"))
@@ -96,28 +104,23 @@ def choose_engine(
     return replace(config, precision=chosen.precision, engine=engine), why
 
 
-def check_choices(config: Pretrain, device: torch.device) -> None:
-    """Raise UsageError for options of the engine that exclude each other, or cannot be had here."""
-    if config.engine.compile == "on" and config.engine.checkpointing:
-        raise UsageError("--engine.compile on and --engine.checkpointing exclude each other; leave one out")
-    if config.engine.convolution != "winograd":
-        return
-    others = {
-        "--precision bf16": config.precision == "bf16",
-        "--engine.layout contiguous": config.engine.layout == "contiguous",
-        "--engine.compile on": config.engine.compile == "on",
+def no_winograd(config: Pretrain, backbone: nn.Module, device: torch.device, numba: bool) -> str:
+    """Return why Winograd's convolutions cannot be had here, in words; "" if they can."""
+    reasons = {
+        "it is for CPUs": device.type != "cpu",
+        "it needs numba (pip install 'caco[fast]')": not numba,
+        "it is for --precision fp32": config.precision == "bf16",
+        "it is for --engine.layout channels_last": config.engine.layout == "contiguous",
+        "it cannot be compiled (--engine.compile on)": config.engine.compile == "on",
+        f"no convolution of the backbone is one of 3 x 3, stride 1 and {LEAST_CHANNELS} channels": not suits_winograd(
+            backbone
+        ),
     }
-    for other, given in others.items():
-        if given:
-            raise UsageError(f"--engine.convolution winograd and {other} exclude each other; leave one out")
-    if device.type != "cpu":
-        raise UsageError("--engine.convolution winograd is for CPUs; leave it out, or add --device cpu")
-    if not can_use_winograd():
-        raise UsageError("--engine.convolution winograd needs numba: pip install 'caco[fast]'")
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def candidates(config: Pretrain, device: torch.device, backbone: nn.Module) -> list[Trial]:
-    """Return the ways that the options leave open, the default first."""
+def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
+    """Return the ways that the options leave open, the default first. Winograd's convolutions can be had if not "direct"."""
     if config.engine.convolution == "winograd":
         return [Trial("fp32", "channels_last", "winograd")]
     if config.precision != "auto":
@@ -128,8 +131,7 @@ def candidates(config: Pretrain, device: torch.device, backbone: nn.Module) -> l
         precisions = ["bf16"] if has_fast_bfloat16(device) else ["fp32"]
     layouts = ["channels_last", "contiguous"] if config.engine.layout == "auto" else [config.engine.layout]
     choices = [Trial(precision, layout) for precision in precisions for layout in layouts]  # type: ignore[arg-type]
-    winograd = config.engine.convolution == "auto" and config.engine.compile != "on" and device.type == "cpu"
-    if winograd and Trial("fp32", "channels_last") in choices and can_use_winograd() and suits_winograd(backbone):
+    if config.engine.convolution == "auto":
         choices.append(Trial("fp32", "channels_last", "winograd"))
     return choices
 
@@ -181,7 +183,8 @@ def seconds(
     """Return the seconds of one forward and backward pass of a copy of the backbone: the least of some rounds.
 
     The first round makes kernels and buffers, and may take many times as long as those that follow.
-    Infinite where a GPU's memory does not suffice for it: the run may take fewer images at a time, or checkpointing.
+    Infinite where a GPU's memory does not suffice for it: the run may take fewer images at a time, or checkpointing. So
+    it is where Winograd's convolutions fail in a module that torch's own suit.
     """
     layout, best = LAYOUTS[trial.layout], float("inf")
     try:
@@ -199,6 +202,10 @@ def seconds(
             _wait(device)
             best = min(best, time.perf_counter() - began)
     except torch.OutOfMemoryError:
+        return float("inf")
+    except Exception:
+        if trial.convolution == "direct":
+            raise
         return float("inf")
     return best
 

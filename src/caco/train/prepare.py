@@ -37,7 +37,7 @@ from caco.train.start import load_start, start_from
 from caco.train.state import TrainingState
 from caco.train.step import warm_start_steps
 from caco.weights import BackboneCard
-from caco.winograd.convolution import use_winograd
+from caco.winograd.convolution import can_use_winograd
 
 RANDOM_STRIDE = 0x5851F42D4C957F2D
 """Between the seeds of two processes: no process of a run has the seed of another run that one may compare it with."""
@@ -130,8 +130,6 @@ def create_state(config: Pretrain, backbone: nn.Module, world: World) -> Trainin
     )
     model = CaCo(synchronise_batch_norm(encoder, world), bank, view_pairs(config.views.large, config.views.small))
     model.to(world.device).to(memory_format=layout_of(config))
-    if config.engine.convolution == "winograd":
-        use_winograd(model)
     if config.engine.checkpointing:
         checkpoint_blocks(backbone)
     if config.engine.compile == "on":
@@ -167,7 +165,10 @@ def _open(config: Pretrain, data: str, world: World, **options: Any) -> ImageSou
 def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: int) -> tuple[Pretrain, str]:
     passes = steps * config.accumulate * (config.views.large + config.views.small)
     batch = config.batch_size // (world.size * config.accumulate)
-    return world.decide_in_main(lambda: choose_engine(config, backbone, world.device, passes, batch, _say))
+    (lacking,) = world.vote(not can_use_winograd())
+    return world.decide_in_main(
+        lambda: choose_engine(config, backbone, world.device, passes, batch, _say, numba=not lacking)
+    )
 
 
 def _say(text: str) -> None:

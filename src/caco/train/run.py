@@ -29,7 +29,7 @@ from caco.train.run_folder import (
 )
 from caco.train.trainer import Trainer
 from caco.weights import load_torch, read_weights, save_backbone
-from caco.winograd.convolution import use_direct
+from caco.winograd.convolution import use_direct, use_winograd
 
 
 def run_pretraining(world: World, config: Pretrain, objects: Objects) -> Path:
@@ -95,6 +95,8 @@ def train(world: World, prepared: Prepared) -> Path:
     if world.is_main:
         broken.list_in(folder / "skipped.txt")
     try:
+        if config.engine.convolution == "winograd":
+            use_winograd(state.model)
         with InterruptFlag() as interrupt:
             trainer = Trainer(prepared, folder, world, interrupt)
             if world.is_main:  # only now is a resumed run known to fit

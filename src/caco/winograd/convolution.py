@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 Result = TypeVar("Result")
 
-FILTER = torch.tensor(
+FILTER = np.array(
     [
         [1 / 4, 0, 0],
         [-1 / 6, -1 / 6, -1 / 6],
@@ -25,8 +25,7 @@ FILTER = torch.tensor(
         [1 / 24, 1 / 12, 1 / 6],
         [1 / 24, -1 / 12, 1 / 6],
         [0, 0, 1],
-    ],
-    dtype=torch.float64,
+    ]
 )
 """G: a transformed filter is G g Gᵀ."""
 INPUT = np.array(
@@ -45,31 +44,48 @@ OUTPUT = np.array(
 )
 """Aᵀ: an output tile is Aᵀ m A; with two rows of zeros, for the transforms take 6 × 6."""
 
-BLOCK, LEAST_TILES = 128, 32
-"""Tiles of a thread at a time: enough for fast products, few enough for its cache; and those for which one is woken."""
-LEAST_CHANNELS, LEAST_SIDE = 64, 4
-"""Below so many channels or pixels a side, the transforms take longer than the products they save."""
+BLOCK = 128
+"""Tiles that a thread takes at a time: enough for fast products, few enough for its cache."""
+LEAST_TILES = 32
+"""Tiles below which no further thread takes part."""
+LEAST_CHANNELS = 64
+"""Channels in and out below which the transforms take longer than the products they save."""
+LEAST_SIDE = 4
+"""Pixels of the shorter side of the maps below which most of a tile lies beyond the border."""
+MOST_PULLS = 2**28
+"""Bytes that the threads' gradients of one layer's transformed filters may take: each thread has its own."""
 
 
 class Convolution(nn.Conv2d):
     """A convolution of 3 × 3 with stride and padding 1, by Winograd's filtering where that pays."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return what nn.Conv2d returns, with other rounding (two or three times as much as its own)."""
-        usable = input.dtype == self.weight.dtype and input.dtype in (torch.float32, torch.float64)
-        if (
-            not usable
-            or input.device.type != "cpu"
-            or min(input.shape[2:]) < LEAST_SIDE
-            or torch.is_autocast_enabled("cpu")
-        ):
+        """Return what nn.Conv2d returns, with other rounding (docs/performance.md)."""
+        if not self._suits(input):
             return super().forward(input)
         output: Tensor = WinogradConvolution.apply(input, self.weight)
         return output if self.bias is None else output + self.bias[:, None, None]
 
+    def _suits(self, input: Tensor) -> bool:
+        """Return whether the input is one for Winograd's filtering; of wrong ones nn.Conv2d tells best what is wrong."""
+        return (
+            input.device.type == "cpu"
+            and input.dtype == self.weight.dtype
+            and input.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled("cpu")
+            and input.dim() == 4
+            and len(input) > 0
+            and input.shape[1] == self.in_channels
+            and min(input.shape[2:]) >= LEAST_SIDE
+        )
+
 
 def use_winograd(network: nn.Module) -> None:
-    """Let the network's convolutions that can be computed by Winograd's filtering be so, in place; names stay."""
+    """Let the network's convolutions that can be computed by Winograd's filtering be so, in place.
+
+    Only their class changes, so parameters, names, hooks and what an optimizer holds of them stay.
+    """
+    _pool()  # its threads start before others ask torch how many threads they may use
     for module in network.modules():
         if _fits(module):
             module.__class__ = Convolution
@@ -88,12 +104,12 @@ def can_use_winograd() -> bool:
 
 
 def suits_winograd(network: nn.Module) -> bool:
-    """Return whether `use_winograd` changes anything in the network."""
-    return any(_fits(module) for module in network.modules())
+    """Return whether `use_winograd` would change, or has changed, anything in the network."""
+    return any(_fits(module) or type(module) is Convolution for module in network.modules())
 
 
 def _fits(module: nn.Module) -> bool:
-    """Return whether a module is a plain convolution of 3 × 3, neither a subclass nor narrow."""
+    """Return whether a module is a convolution that suits: not narrow, and of no class that may do something else."""
     return (
         type(module) is nn.Conv2d
         and (module.kernel_size, module.stride, module.dilation) == ((3, 3), (1, 1), (1, 1))
@@ -104,15 +120,14 @@ def _fits(module: nn.Module) -> bool:
 
 
 class WinogradConvolution(torch.autograd.Function):
-    """The convolution of maps [B, C, H, W] with filters [O, C, 3, 3], stride and padding 1, no bias."""
+    """The convolution of maps [B, C, H, W] with filters [O, C, 3, 3], stride and padding 1, no bias; B > 0."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor) -> Tensor:
         maps = maps.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(maps, weight)
         filters = transform_filters(weight)
-        shape = len(maps), len(weight), *maps.shape[2:]
-        result = torch.empty(shape, dtype=maps.dtype, memory_format=torch.channels_last)
+        result = _empty_maps(maps, len(weight))
 
         def convolve(images: slice) -> None:
             for block, inputs, products in _blocks(maps, images, len(weight)):
@@ -128,38 +143,40 @@ class WinogradConvolution(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         maps, weight = ctx.saved_tensors
         outputs = grad_outputs[0].contiguous(memory_format=torch.channels_last)
-        wants_maps, wants_weight = ctx.needs_input_grad
         filters = transform_filters(weight)
-        result = torch.empty_like(maps)
+        maps_gradient = _empty_maps(maps, maps.shape[1]) if ctx.needs_input_grad[0] else None
+        wants_weight = ctx.needs_input_grad[1]
 
-        def pull_back(images: slice) -> Tensor:
-            pull = torch.zeros_like(filters)
+        def pull_back(images: slice) -> Tensor | None:
+            """Fill the gradient of these images; return their part of that of the transformed filters."""
+            filters_gradient = torch.zeros_like(filters) if wants_weight else None
             for block, inputs, products in _blocks(maps, images, len(weight)):
                 outputs_to_tiles(outputs[block], products)
-                if wants_weight:
+                if filters_gradient is not None:
                     inputs_to_tiles(maps[block], inputs)
-                    pull.baddbmm_(products.transpose(1, 2), inputs)
-                if wants_maps:
+                    filters_gradient.baddbmm_(products.transpose(1, 2), inputs)
+                if maps_gradient is not None:
                     torch.bmm(products, filters, out=inputs)
-                    tiles_to_inputs(inputs, result[block])
-            return pull
+                    tiles_to_inputs(inputs, maps_gradient[block])
+            return filters_gradient
 
-        pulls = in_threads(pull_back, maps)
-        for other in pulls[1:]:
-            pulls[0].add_(other)
-        return result if wants_maps else None, filters_back(pulls[0]) if wants_weight else None
+        most = MOST_PULLS // (filters.numel() * filters.element_size()) if wants_weight else len(maps)
+        parts = [part for part in in_threads(pull_back, maps, most) if part is not None]
+        for part in parts[1:]:  # in the order of the images, whichever thread was first: the same sum every time
+            parts[0] += part
+        return maps_gradient, filters_back(parts[0]) if parts else None
 
 
 def transform_filters(weight: Float[Tensor, "O C 3 3"]) -> Float[Tensor, "36 O C"]:
-    """Return G g Gᵀ of every filter g."""
-    both = torch.kron(FILTER, FILTER).to(weight.dtype)
-    return (both @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2])
+    """Return G g Gᵀ of every filter g, as one product: of G ⊗ G with the nine numbers of each."""
+    pairs = torch.from_numpy(np.kron(FILTER, FILTER)).to(weight.dtype)
+    return (pairs @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2])
 
 
-def filters_back(pull: Float[Tensor, "36 O C"]) -> Float[Tensor, "O C 3 3"]:
+def filters_back(gradient: Float[Tensor, "36 O C"]) -> Float[Tensor, "O C 3 3"]:
     """Return Gᵀ u G: the transpose of `transform_filters`, which makes a filter's gradient of a transformed one's."""
-    both = torch.kron(FILTER, FILTER).to(pull.dtype)
-    return (both.T @ pull.flatten(1)).view(3, 3, *pull.shape[1:]).permute(2, 3, 0, 1)
+    pairs = torch.from_numpy(np.kron(FILTER, FILTER)).to(gradient.dtype)
+    return (pairs.T @ gradient.flatten(1)).view(3, 3, *gradient.shape[1:]).permute(2, 3, 0, 1)
 
 
 def inputs_to_tiles(maps: Tensor, tiles: Tensor) -> None:
@@ -183,10 +200,16 @@ def outputs_to_tiles(maps: Tensor, tiles: Tensor) -> None:
 
 
 def _transform(name: str, maps: Tensor, tiles: Tensor, matrix: np.ndarray, side: int) -> None:
+    """Call a function of `tiles.py` on what torch holds; which of the two is filled is in its name."""
     from caco.winograd import tiles as compiled  # numba takes a second to import
 
     pixels = maps.detach().permute(0, 2, 3, 1).numpy()
     getattr(compiled, name)(pixels, tiles.numpy(), np.ascontiguousarray(matrix, pixels.dtype), side)
+
+
+def _empty_maps(like: Tensor, channels: int) -> Tensor:
+    shape = len(like), channels, *like.shape[2:]
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _tiles_of(maps: Tensor) -> int:
@@ -209,28 +232,45 @@ def _blocks(maps: Tensor, images: slice, outputs: int) -> Iterator[tuple[slice, 
         )
 
 
-def in_threads(work: Callable[[slice], Result], maps: Tensor) -> list[Result]:
+def in_threads(work: Callable[[slice], Result], maps: Tensor, most: int | None = None) -> list[Result]:
     """Return what `work` makes of each part of the images: one for each of torch's threads, if there are enough tiles.
 
     In its thread torch computes alone: with all threads in every product they would wait for each other all the time.
+    most: parts, at most (at least one).
     """
-    images, threads = len(maps), torch.get_num_threads()
-    parts = max(min(threads, images, images * _tiles_of(maps) // LEAST_TILES), 1)
+    images, (pool, threads) = len(maps), _pool()
+    enough = images * _tiles_of(maps) // LEAST_TILES
+    parts = max(min(threads, images, enough, threads if most is None else most), 1)
     bounds = [images * part // parts for part in range(parts + 1)]
     slices = [slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
-    return list(_pool(threads).map(work, slices))
+    return list(pool.map(work, slices))
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Return threads in each of which torch computes alone."""
+_POOLS: dict[int, ThreadPoolExecutor] = {}
+_POOLS_LOCK = threading.Lock()
+
+
+def _pool() -> tuple[ThreadPoolExecutor, int]:
+    """Return as many threads as torch uses in this one, in each of which it computes alone; and their number."""
+    with _POOLS_LOCK:  # the number is read inside, too: while threads start it is 1 for those that have none yet
+        threads = torch.get_num_threads()
+        if threads not in _POOLS:
+            _POOLS[threads] = _start(threads)
+        return _POOLS[threads], threads
+
+
+def _start(threads: int) -> ThreadPoolExecutor:
     started = threading.Barrier(threads)
 
-    def start(_: int) -> None:
-        torch.set_num_threads(1)  # of this thread, but also of all that are yet to come
+    def alone(_: int) -> None:
+        torch.set_num_threads(1)  # of this thread for good, and of all that come until it is set again
         started.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="winograd")
-    list(pool.map(start, range(threads)))
+    list(pool.map(alone, range(threads)))
     torch.set_num_threads(threads)
     return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_POOLS.clear)  # a child has no threads but its first

@@ -12,7 +12,8 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
-# Sums may be reordered and multiply-adds fused: what vector code needs. Numbers that are not finite stay what they are.
+# Sums may be reordered and multiply-adds fused: what vector code needs. Numbers that are not finite may come: inf or NaN
+# in a pixel makes NaN of the tiles it is in.
 OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 
 STEP, SIDE = 4, 6
