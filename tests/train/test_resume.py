@@ -3,17 +3,16 @@
 import contextlib
 import io
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Command
 from PIL import Image
 
 from caco.cli import main
@@ -46,13 +45,6 @@ def pretrain(photos: Path, out: Path, *more: str) -> list[str]:
         *("--encoder.projector", "16", "--encoder.embedding", "8", "--monitor.log-steps", "2", "--device", "cpu"),
         *("--monitor.knn-epochs", "2", "--monitor.checkpoint-minutes", "0", "--workers", "2", *more),
     ]
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start the command in a process of its own, to be stopped."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "caco", *arguments]
-    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -97,7 +89,7 @@ def assert_identical(one, other, where: str) -> None:
         assert one == other, where
 
 
-def begun(out: Path, process: subprocess.Popen[str], checkpoints_before: set[str]) -> bool:
+def begun(out: Path, process: Command, checkpoints_before: set[str]) -> bool:
     """Wait until the process has written a checkpoint of its own, or ended; return whether it still runs."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -114,11 +106,11 @@ def test_killed_at_random_moments_many_times(photos, uninterrupted, tmp_path):
     while kills < 40:
         before = {path.name for path in (out / "checkpoints").glob("step-*.pt")}
         resume = ["--resume"] if (out / "config.json").exists() and before else ["--overwrite"]
-        process = start(pretrain(photos, out, *resume))
+        process = Command(pretrain(photos, out, *resume))
         if begun(out, process, before) and kills < 4:
             time.sleep(generator.uniform(0, 0.25))
             process.kill()
-        error = process.communicate()[1]
+        error = process.finish()
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, error
@@ -131,12 +123,12 @@ def test_killed_at_random_moments_many_times(photos, uninterrupted, tmp_path):
 def test_killed_before_the_first_checkpoint(photos, uninterrupted, tmp_path, moment):
     """`kill -9` as soon as the run's folder has its settings, or its first record: the same run begins anew."""
     out = tmp_path / "early"
-    process = start(pretrain(photos, out, "--monitor.checkpoint-minutes", "1000", "--monitor.knn-epochs", "5"))
+    process = Command(pretrain(photos, out, "--monitor.checkpoint-minutes", "1000", "--monitor.knn-epochs", "5"))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not ((out / moment).exists() and (out / moment).stat().st_size):
         time.sleep(0.002)
     process.kill()
-    process.communicate()
+    process.finish()
     assert not list((out / "checkpoints").glob("*.pt")), "killed too late"
     again = ["pretrain", "--out", str(out), "--resume"]
     refused = run([*again, "--lr", "0.7"])
@@ -155,20 +147,20 @@ def test_killed_before_the_first_checkpoint(photos, uninterrupted, tmp_path, mom
 def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, number, told):
     out = tmp_path / "stopped"
     # No timed checkpoints: what is resumed from is what the signal saved, in the middle of an epoch.
-    process = start(pretrain(photos, out, "--monitor.checkpoint-minutes", "1000"))
+    process = Command(pretrain(photos, out, "--monitor.checkpoint-minutes", "1000"))
     deadline = time.monotonic() + 120
     metrics = out / "metrics.jsonl"
     while time.monotonic() < deadline and not (metrics.exists() and b'"train"' in metrics.read_bytes()):
         time.sleep(0.002)
     process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
+    error = process.finish(60)
     assert process.returncode == 75, error
     assert "saved" in error and "--resume" in error and "Traceback" not in error
     assert told in error and told in (out / "train.log").read_text()
     saved = sorted((out / "checkpoints").glob("step-*.pt"))
     assert saved
-    resumed = start(["pretrain", "--out", str(out), "--resume", "--monitor.checkpoint-minutes", "0"])
-    assert resumed.communicate()[1] and resumed.returncode == 0
+    resumed = Command(["pretrain", "--out", str(out), "--resume", "--monitor.checkpoint-minutes", "0"])
+    assert resumed.finish() and resumed.returncode == 0
     assert_equal_runs(uninterrupted, out)
 
 
@@ -179,13 +171,13 @@ def test_a_run_goes_on_as_it_was_computed(photos, tmp_path, engine):
     more = (*engine, "--backbone", "resnet10_narrow", "--views.size", "32")
     done = run(pretrain(photos, whole, *more))
     assert done.returncode == 0, done.stderr
-    process = start(pretrain(photos, out, *more))
+    process = Command(pretrain(photos, out, *more))
     deadline = time.monotonic() + 120
     metrics = out / "metrics.jsonl"
     while time.monotonic() < deadline and not (metrics.exists() and b'"knn"' in metrics.read_bytes()):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
+    error = process.finish(60)
     assert process.returncode == 75, error
     resumed = run(["pretrain", "--out", str(out), "--resume"])
     assert resumed.returncode == 0, resumed.stderr
