@@ -40,7 +40,7 @@ import caco.distributed.launch
 # first start, and what they print is not captured by a test's capfd.
 if "forkserver" in multiprocessing.get_all_start_methods():
     caco.distributed.launch.START_METHOD = "forkserver"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["caco.train.run", "caco.judge"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["caco.commands", "caco.train.run", "caco.judge"])
 
 
 SLOWEST = (
