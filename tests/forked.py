@@ -32,9 +32,6 @@ class Command:
         """The exit status, or the negative number of the signal that ended it; None while it runs."""
         return self._process.exitcode
 
-    def poll(self) -> int | None:
-        return self.returncode
-
     def kill(self) -> None:
         self._process.kill()
 

@@ -92,11 +92,11 @@ def assert_identical(one, other, where: str) -> None:
 def begun(out: Path, process: Command, checkpoints_before: set[str]) -> bool:
     """Wait until the process has written a checkpoint of its own, or ended; return whether it still runs."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.returncode is None:
         if {path.name for path in (out / "checkpoints").glob("step-*.pt")} - checkpoints_before:
             return True
         time.sleep(0.005)
-    return process.poll() is None
+    return process.returncode is None
 
 
 def test_killed_at_random_moments_many_times(photos, uninterrupted, tmp_path):
