@@ -81,9 +81,3 @@ def golden():
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the largest deviation as a share of the reference's largest value."""
     return float((ours.detach() - reference).abs().max() / reference.abs().max())
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """What a test draws is the same whichever tests ran before."""
-    torch.manual_seed(0)
