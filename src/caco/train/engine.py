@@ -150,7 +150,8 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
     return choices[min(range(len(choices)), key=handicapped)]
 
 
-ROUNDS = 5
+ROUNDS, FEW = 5, 8
+"""Turns of all images, and the images of the first look."""
 HOPELESS = 4.0
 """How many times as long as the fastest one a choice may take, as bfloat16 does on a CPU that only imitates it."""
 
@@ -158,16 +159,17 @@ HOPELESS = 4.0
 def measure(backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int) -> list[float]:
     """Return the seconds of a forward and backward pass for each choice: the least of ROUNDS that take turns.
 
-    The least, since other programs only ever make it longer. A choice that is HOPELESS after a turn is not timed again."""
-    best = [float("inf")] * len(choices)
-    for turn in range(1 + ROUNDS):
-        fastest_so_far = min(best)
-        for number, trial in enumerate(choices):
-            if turn > 1 and best[number] > HOPELESS * fastest_so_far:
-                continue
-            taken = seconds(backbone, trial, device, size, batch, rounds=1)
-            if turn:  # the first makes kernels and buffers
-                best[number] = min(best[number], taken)
+    The least, since other programs only ever make it longer. Of a choice that is HOPELESS with a few images, that is all
+    that is timed."""
+    few = min(batch, FEW)
+    # Of two passes the least: the first makes kernels, and may compile.
+    best = [seconds(backbone, trial, device, size, few, rounds=2) * batch / few for trial in choices]
+    tried = [number for number, taken in enumerate(best) if taken <= HOPELESS * min(best) and taken != float("inf")]
+    for number in tried:
+        best[number] = float("inf")
+    for _ in range(ROUNDS):
+        for number in tried:
+            best[number] = min(best[number], seconds(backbone, choices[number], device, size, batch, rounds=1))
     return best
 
 
