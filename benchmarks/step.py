@@ -37,7 +37,7 @@ from caco.train.heap import keep_heap
 from caco.train.prepare import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, rates_at, train_step
-from caco.winograd.convolution import use_winograd
+from caco.winograd.network import use_winograd
 
 
 def configuration(options: argparse.Namespace, precision: str) -> Pretrain:

@@ -24,7 +24,7 @@ from caco.train.engine import (
     seconds,
     try_compiling,
 )
-from caco.winograd.convolution import can_use_winograd
+from caco.winograd.network import can_use_winograd
 
 CPU = torch.device("cpu")
 CONFIG = Pretrain(data="textures", views=Views(size=32))

@@ -22,7 +22,7 @@ from caco.data.order import epoch_order
 from caco.errors import CacoError, UsageError
 from caco.recipes import find_recipe
 from caco.train.run_folder import read_config
-from caco.winograd.convolution import can_use_winograd
+from caco.winograd.network import can_use_winograd
 
 SMALL = {
     "epochs": 2,

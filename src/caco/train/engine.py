@@ -16,7 +16,7 @@ from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.precision import PRECISIONS, autocast, has_fast_bfloat16
 from caco.train.state import random_state, set_random_state
-from caco.winograd.convolution import LEAST_CHANNELS, suits_winograd, use_winograd
+from caco.winograd.network import LEAST_CHANNELS, suits_winograd, use_winograd
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -150,8 +150,10 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
     return choices[min(range(len(choices)), key=handicapped)]
 
 
-ROUNDS, FEW = 5, 8
-"""Turns of all images, and the images of the first look."""
+ROUNDS = 5
+"""Turns in which the choices are timed."""
+FEW = 8
+"""Images of the first look at each choice."""
 HOPELESS = 4.0
 """How many times as long as the fastest one a choice may take, as bfloat16 does on a CPU that only imitates it."""
 
@@ -160,7 +162,8 @@ def measure(backbone: nn.Module, choices: Sequence[Trial], device: torch.device,
     """Return the seconds of a forward and backward pass for each choice: the least of ROUNDS that take turns.
 
     The least, since other programs only ever make it longer. Of a choice that is HOPELESS with a few images, that is all
-    that is timed."""
+    that is timed.
+    """
     few = min(batch, FEW)
     # Of two passes the least: the first makes kernels, and may compile.
     best = [seconds(backbone, trial, device, size, few, rounds=2) * batch / few for trial in choices]
@@ -213,9 +216,9 @@ def seconds(
 
 
 def _speeds(choices: Sequence[Trial], times: Sequence[float], images: int) -> str:
-    """Return how many images a second each choice takes, in words."""
-    rates = zip(choices, times, strict=True)
-    return "measured, images/s: " + ", ".join(f"{trial} {images / taken:,.0f}" for trial, taken in rates)
+    """Return how many images a second each choice takes, in words; of one that could not be computed (`seconds`) that."""
+    rates = ["failed" if taken == float("inf") else f"{images / taken:,.0f}" for taken in times]
+    return "measured, images/s: " + ", ".join(f"{trial} {rate}" for trial, rate in zip(choices, rates, strict=True))
 
 
 def layout_of(config: Pretrain) -> torch.memory_format:

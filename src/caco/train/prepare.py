@@ -37,7 +37,7 @@ from caco.train.start import load_start, start_from
 from caco.train.state import TrainingState
 from caco.train.step import warm_start_steps
 from caco.weights import BackboneCard
-from caco.winograd.convolution import can_use_winograd
+from caco.winograd.network import can_use_winograd
 
 RANDOM_STRIDE = 0x5851F42D4C957F2D
 """Between the seeds of two processes: no process of a run has the seed of another run that one may compare it with."""

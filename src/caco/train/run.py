@@ -29,7 +29,7 @@ from caco.train.run_folder import (
 )
 from caco.train.trainer import Trainer
 from caco.weights import load_torch, read_weights, save_backbone
-from caco.winograd.convolution import use_direct, use_winograd
+from caco.winograd.network import use_direct, use_winograd
 
 
 def run_pretraining(world: World, config: Pretrain, objects: Objects) -> Path:

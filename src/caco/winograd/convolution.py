@@ -1,4 +1,4 @@
-"""Winograd's convolution as torch and networks see it: a function with its gradient, and the module that uses it."""
+"""Winograd's convolution as torch sees it: a function of maps and filters, with its gradient."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Result = TypeVar("Result")
@@ -48,75 +47,8 @@ BLOCK = 128
 """Tiles that a thread takes at a time: enough for fast products, few enough for its cache."""
 LEAST_TILES = 32
 """Tiles below which no further thread takes part."""
-LEAST_CHANNELS = 64
-"""Channels in and out below which the transforms take longer than the products they save."""
-LEAST_SIDE = 4
-"""Pixels of the shorter side of the maps below which most of a tile lies beyond the border."""
-MOST_PULLS = 2**28
+MOST_GRADIENT_BYTES = 2**28
 """Bytes that the threads' gradients of one layer's transformed filters may take: each thread has its own."""
-
-
-class Convolution(nn.Conv2d):
-    """A convolution of 3 × 3 with stride and padding 1, by Winograd's filtering where that pays."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return what nn.Conv2d returns, with other rounding (docs/performance.md)."""
-        if not self._suits(input):
-            return super().forward(input)
-        output: Tensor = WinogradConvolution.apply(input, self.weight)
-        return output if self.bias is None else output + self.bias[:, None, None]
-
-    def _suits(self, input: Tensor) -> bool:
-        """Return whether the input is one for Winograd's filtering; of wrong ones nn.Conv2d tells best what is wrong."""
-        return (
-            input.device.type == "cpu"
-            and input.dtype == self.weight.dtype
-            and input.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled("cpu")
-            and input.dim() == 4
-            and len(input) > 0
-            and input.shape[1] == self.in_channels
-            and min(input.shape[2:]) >= LEAST_SIDE
-        )
-
-
-def use_winograd(network: nn.Module) -> None:
-    """Let the network's convolutions that can be computed by Winograd's filtering be so, in place.
-
-    Only their class changes, so parameters, names, hooks and what an optimizer holds of them stay.
-    """
-    _pool()  # its threads start before others ask torch how many threads they may use
-    for module in network.modules():
-        if _fits(module):
-            module.__class__ = Convolution
-
-
-def use_direct(network: nn.Module) -> None:
-    """Undo `use_winograd`."""
-    for module in network.modules():
-        if type(module) is Convolution:
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
-
-
-def can_use_winograd() -> bool:
-    """Return whether what it needs is installed."""
-    return find_spec("numba") is not None
-
-
-def suits_winograd(network: nn.Module) -> bool:
-    """Return whether `use_winograd` would change, or has changed, anything in the network."""
-    return any(_fits(module) or type(module) is Convolution for module in network.modules())
-
-
-def _fits(module: nn.Module) -> bool:
-    """Return whether a module is a convolution that suits: not narrow, and of no class that may do something else."""
-    return (
-        type(module) is nn.Conv2d
-        and (module.kernel_size, module.stride, module.dilation) == ((3, 3), (1, 1), (1, 1))
-        and module.padding in ((1, 1), 1, "same")
-        and (module.groups, module.padding_mode) == (1, "zeros")
-        and min(module.in_channels, module.out_channels) >= LEAST_CHANNELS
-    )
 
 
 class WinogradConvolution(torch.autograd.Function):
@@ -160,7 +92,7 @@ class WinogradConvolution(torch.autograd.Function):
                     tiles_to_inputs(inputs, maps_gradient[block])
             return filters_gradient
 
-        most = MOST_PULLS // (filters.numel() * filters.element_size()) if wants_weight else len(maps)
+        most = MOST_GRADIENT_BYTES // (filters.numel() * filters.element_size()) if wants_weight else None
         parts = [part for part in in_threads(pull_back, maps, most) if part is not None]
         for part in parts[1:]:  # in the order of the images, whichever thread was first: the same sum every time
             parts[0] += part
@@ -238,7 +170,7 @@ def in_threads(work: Callable[[slice], Result], maps: Tensor, most: int | None =
     In its thread torch computes alone: with all threads in every product they would wait for each other all the time.
     most: parts, at most (at least one).
     """
-    images, (pool, threads) = len(maps), _pool()
+    images, (pool, threads) = len(maps), thread_pool()
     enough = images * _tiles_of(maps) // LEAST_TILES
     parts = max(min(threads, images, enough, threads if most is None else most), 1)
     bounds = [images * part // parts for part in range(parts + 1)]
@@ -250,7 +182,7 @@ _POOLS: dict[int, ThreadPoolExecutor] = {}
 _POOLS_LOCK = threading.Lock()
 
 
-def _pool() -> tuple[ThreadPoolExecutor, int]:
+def thread_pool() -> tuple[ThreadPoolExecutor, int]:
     """Return as many threads as torch uses in this one, in each of which it computes alone; and their number."""
     with _POOLS_LOCK:  # the number is read inside, too: while threads start it is 1 for those that have none yet
         threads = torch.get_num_threads()

@@ -1,8 +1,7 @@
-"""Winograd's convolution against the direct one: results, gradients, rounding, and the networks that use it."""
+"""Winograd's convolution against the direct one: results, gradients, rounding, threads."""
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -12,41 +11,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from maps import maps_of, relative
 from torch.nn import functional as F
 
-from caco.backbone import create_backbone
-from caco.checkpointing import checkpoint_blocks
 from caco.winograd import convolution
 from caco.winograd.convolution import (
     FILTER,
     INPUT,
     OUTPUT,
-    Convolution,
     WinogradConvolution,
     filters_back,
     inputs_to_tiles,
     outputs_to_tiles,
-    suits_winograd,
     tiles_to_inputs,
     tiles_to_outputs,
     transform_filters,
-    use_direct,
-    use_winograd,
 )
 
 pytest.importorskip("numba")
 
 SHAPES = [(2, 64, 64, 32, 32), (3, 5, 7, 9, 6), (1, 3, 2, 4, 7), (70, 8, 4, 5, 1), (5, 6, 6, 1, 3)]
 """Images, channels in and out, height, width: whole tiles, parts of tiles, more images than a thread takes at a time."""
-
-
-def maps_of(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-
-def relative(found: torch.Tensor, true: torch.Tensor) -> float:
-    return float((found.double() - true).norm() / true.norm())
 
 
 @pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
@@ -223,119 +208,9 @@ def test_the_gradient_of_large_filters_takes_few_parts(monkeypatch):
     maps, weight = maps_of(64, 8, 8, 8).requires_grad_(), torch.randn(8, 8, 3, 3, dtype=torch.float64)
     weight.requires_grad_()
     true = torch.autograd.grad(F.conv2d(maps, weight, padding=1).square().sum(), (maps, weight))
-    monkeypatch.setattr(convolution, "MOST_PULLS", 1)
+    monkeypatch.setattr(convolution, "MOST_GRADIENT_BYTES", 1)
     found = torch.autograd.grad(WinogradConvolution.apply(maps, weight).square().sum(), (maps, weight))
     assert all(relative(one, other) < 1e-13 for one, other in zip(found, true, strict=True))
-
-
-def test_a_network_computes_the_same_and_keeps_its_names():
-    torch.manual_seed(0)
-    direct = create_backbone("resnet18", 32).double().train()
-    winograd = copy.deepcopy(direct)
-    use_winograd(winograd)
-    replaced = [name for name, module in winograd.named_modules() if type(module) is Convolution]
-    assert len(replaced) == 13 and "conv1" not in replaced and "layer2.0.conv1" not in replaced  # 3 channels, stride 2
-    assert list(winograd.state_dict()) == list(direct.state_dict())
-    view = maps_of(4, 3, 32, 32)
-    outputs = []
-    for network in (direct, winograd, copy.deepcopy(winograd)):
-        output = network(view)
-        output.square().mean().backward()
-        outputs.append(output.detach())
-    assert relative(outputs[1], outputs[0]) < 1e-12 and torch.equal(outputs[1], outputs[2])
-    for (name, one), other in zip(direct.named_parameters(), winograd.parameters(), strict=True):
-        assert relative(other.grad, one.grad) < 1e-10, name
-    use_direct(winograd)
-    assert not any(type(module) is Convolution for module in winograd.modules()) and suits_winograd(winograd)
-
-
-def test_what_it_does_not_suit_stays():
-    """Other strides, groups, dilations, borders and narrow ones, and what a subclass may do otherwise."""
-
-    class Scaled(nn.Conv2d):
-        pass
-
-    others = [
-        nn.Conv2d(64, 64, 3, stride=2, padding=1),
-        nn.Conv2d(64, 64, 3),
-        nn.Conv2d(64, 64, 3, padding=2, dilation=2),
-        nn.Conv2d(64, 64, 3, padding=1, groups=64),
-        nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(64, 64, 1),
-        nn.Conv2d(16, 64, 3, padding=1),
-        Scaled(64, 64, 3, padding=1),
-    ]
-    for other in others:
-        assert not suits_winograd(other), other
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_convolution_falls_back_where_it_does_not_pay(bias):
-    torch.manual_seed(0)
-    direct = nn.Conv2d(64, 64, 3, padding="same", bias=bias)
-    winograd = copy.deepcopy(direct)
-    use_winograd(winograd)
-    small, large = maps_of(2, 64, 2, 2, dtype=torch.float32), maps_of(2, 64, 8, 8, dtype=torch.float32)
-    assert torch.equal(winograd(small), direct(small))
-    assert not torch.equal(winograd(large), direct(large))
-    assert relative(winograd(large).detach(), direct(large).detach().double()) < 4e-6
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(winograd(large), direct(large))
-
-
-def test_wrong_and_odd_inputs_are_torchs_own():
-    torch.manual_seed(0)
-    direct = nn.Conv2d(64, 64, 3, padding=1)
-    winograd = copy.deepcopy(direct)
-    use_winograd(winograd)
-    for odd in (torch.randn(64, 8, 8), torch.randn(0, 64, 8, 8)):  # one image without a batch; a batch without images
-        assert torch.equal(winograd(odd), direct(odd))
-    with pytest.raises(RuntimeError, match="to have 64 channels, but got 32 channels"):
-        winograd(torch.randn(2, 32, 8, 8))
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_layouts_expanded_gradients_and_frozen_filters(frozen):
-    torch.manual_seed(0)
-    direct = nn.Conv2d(64, 64, 3, padding=1).double()
-    direct.weight.requires_grad_(not frozen)
-    winograd = copy.deepcopy(direct)
-    use_winograd(winograd)
-    gradients = []
-    for module in (direct, winograd):
-        maps = torch.arange(2 * 64 * 9 * 6, dtype=torch.float64).sin().view(2, 64, 9, 6).requires_grad_()  # contiguous
-        module(maps).sum().backward()  # an expanded gradient
-        gradients.append([maps.grad, module.bias.grad, *([] if frozen else [module.weight.grad])])
-    assert all(relative(one, other) < 1e-12 for one, other in zip(*gradients, strict=True))
-    assert (winograd.weight.grad is None) == frozen
-
-
-def test_hooks_parameters_and_optimizers_stay_and_parametrized_ones_are_left():
-    plain, normalised = (
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(64, 64, 3, padding=1)),
-    )
-    calls: list[int] = []
-    plain.register_forward_hook(lambda *given: calls.append(1))
-    network, weight = nn.Sequential(plain, normalised), plain.weight
-    kind = type(normalised)
-    use_winograd(network)
-    network(torch.randn(1, 64, 8, 8))
-    assert type(plain) is Convolution and plain.weight is weight and calls == [1]
-    assert type(normalised) is kind
-
-
-def test_checkpointed_blocks_compute_the_same():
-    torch.manual_seed(0)
-    plain = create_backbone("resnet18", 32).double().train()
-    use_winograd(plain)
-    checkpointed = copy.deepcopy(plain)
-    checkpoint_blocks(checkpointed)
-    view, gradients = maps_of(2, 3, 32, 32), []
-    for network in (plain, checkpointed):
-        network(view).square().mean().backward()
-        gradients.append([parameter.grad for parameter in network.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 PROGRAM = """
