@@ -13,7 +13,10 @@ from jaxtyping import install_import_hook
 
 import caco
 
-COMPILED = ("caco.data.kernel", "caco.winograd.tiles")
+COMPILED = (
+    "caco.data.kernel",
+    *(f"caco.winograd.{name}" for name in ("filters", "passes", "products", "tiles", "transforms", "vectors")),
+)
 """Functions that numba compiles cannot be wrapped, which jaxtyping's release for Python 3.10 does in spite of no_type_check."""
 
 
@@ -23,6 +26,17 @@ def checked_modules() -> list[str]:
     names = [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in root.rglob("*.py")]
     return [name for name in names if not name.startswith(COMPILED) and not name.endswith(".__init__")]
 
+
+def remove_stale_code() -> None:
+    """Delete what numba compiled of sources that have changed: it looks at a function's own file only, not at what that uses."""
+    folder = Path(caco.__file__).parent / "winograd"
+    changed = max(path.stat().st_mtime for path in folder.glob("*.py"))
+    for path in (folder / "__pycache__").glob("*.nb?"):
+        if path.stat().st_mtime < changed:
+            path.unlink(missing_ok=True)
+
+
+remove_stale_code()
 
 if find_spec("beartype"):
     install_import_hook(checked_modules(), "typechecker.checked")

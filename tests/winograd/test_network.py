@@ -22,7 +22,7 @@ def test_a_network_computes_the_same_and_keeps_its_names():
     winograd = copy.deepcopy(direct)
     use_winograd(winograd)
     replaced = [name for name, module in winograd.named_modules() if type(module) is Convolution]
-    assert len(replaced) == 13 and "conv1" not in replaced and "layer2.0.conv1" not in replaced  # 3 channels, stride 2
+    assert len(replaced) == 16 and "conv1" not in replaced and "layer2.0.conv1" in replaced  # 3 channels; stride 2
     assert list(winograd.state_dict()) == list(direct.state_dict())
     view = maps_of(4, 3, 32, 32)
     outputs = []
@@ -44,13 +44,15 @@ def test_what_it_does_not_suit_stays():
         pass
 
     others = [
-        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.Conv2d(64, 64, 3, stride=3, padding=1),
+        nn.Conv2d(64, 64, 3, stride=(1, 2), padding=1),
         nn.Conv2d(64, 64, 3),
         nn.Conv2d(64, 64, 3, padding=2, dilation=2),
         nn.Conv2d(64, 64, 3, padding=1, groups=64),
         nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(64, 64, 1),
         nn.Conv2d(16, 64, 3, padding=1),
+        nn.Conv2d(64, 72, 3, padding=1),
         Scaled(64, 64, 3, padding=1),
     ]
     for other in others:
@@ -63,8 +65,10 @@ def test_a_convolution_falls_back_where_it_does_not_pay(bias):
     direct = nn.Conv2d(64, 64, 3, padding="same", bias=bias)
     winograd = copy.deepcopy(direct)
     use_winograd(winograd)
-    small, large = maps_of(2, 64, 2, 2, dtype=torch.float32), maps_of(2, 64, 8, 8, dtype=torch.float32)
-    assert torch.equal(winograd(small), direct(small))
+    large = maps_of(2, 64, 8, 8, dtype=torch.float32)
+    for side in (2, 5, 6):  # most of a tile lies beyond the border
+        small = maps_of(2, 64, side, side, dtype=torch.float32)
+        assert torch.equal(winograd(small), direct(small))
     assert not torch.equal(winograd(large), direct(large))
     assert relative(winograd(large).detach(), direct(large).detach().double()) < 4e-6
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -112,9 +112,7 @@ def no_winograd(config: Pretrain, backbone: nn.Module, device: torch.device, num
         "it is for --precision fp32": config.precision == "bf16",
         "it is for --engine.layout channels_last": config.engine.layout == "contiguous",
         "it cannot be compiled (--engine.compile on)": config.engine.compile == "on",
-        f"no convolution of the backbone is one of 3 x 3, stride 1 and {LEAST_CHANNELS} channels": not suits_winograd(
-            backbone
-        ),
+        f"no convolution of the backbone is one of 3 x 3 and {LEAST_CHANNELS} channels": not suits_winograd(backbone),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,194 +14,126 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Result = TypeVar("Result")
-
-FILTER = np.array(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ]
-)
-"""G: a transformed filter is G g Gᵀ."""
-INPUT = np.array(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ]
-)
-"""Bᵀ: a transformed input tile is Bᵀ d B."""
-OUTPUT = np.array(
-    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1], [0] * 6, [0] * 6]
-)
-"""Aᵀ: an output tile is Aᵀ m A; with two rows of zeros, for the transforms take 6 × 6."""
-
-BLOCK = 128
-"""Tiles that a thread takes at a time: enough for fast products, few enough for its cache."""
-LEAST_TILES = 32
-"""Tiles below which no further thread takes part."""
+LEAST_TILES, LEAST_WEIGHTS = 32, 2**15
+"""Tiles, and numbers of filters, below which no further thread takes part."""
 MOST_GRADIENT_BYTES = 2**28
 """Bytes that the threads' gradients of one layer's transformed filters may take: each thread has its own."""
 
 
 class WinogradConvolution(torch.autograd.Function):
-    """The convolution of maps [B, C, H, W] with filters [O, C, 3, 3], stride and padding 1, no bias; B > 0."""
+    """The convolution of maps [B, C, H, W] with filters [O, C, 3, 3], padding 1, stride 1 or 2, no bias; B > 0.
+
+    C and O must be multiples of `panel_width`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+        from caco.winograd import passes  # numba takes a second to import
+
         maps = maps.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(maps, weight)
-        filters = transform_filters(weight)
-        result = _empty_maps(maps, len(weight))
+        ctx.stride = stride
+        height, width = (-(-side // stride) for side in maps.shape[2:])
+        result = _empty_maps(maps, len(weight), height, width)
+        arrays = _pixels(maps), transform_filters(weight.transpose(0, 1), stride).numpy(), _pixels(result)
 
-        def convolve(images: slice) -> None:
-            for block, inputs, products in _blocks(maps, images, len(weight)):
-                inputs_to_tiles(maps[block], inputs)
-                torch.bmm(inputs, filters.transpose(1, 2), out=products)
-                tiles_to_outputs(products, result[block])
+        def convolve(first: int, last: int) -> None:
+            passes.forward(*arrays, first, last, stride)
 
-        in_threads(convolve, maps)
+        in_threads(convolve, _parts_of_images(result))
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        from caco.winograd import passes
+
         maps, weight = ctx.saved_tensors
-        outputs = grad_outputs[0].contiguous(memory_format=torch.channels_last)
-        filters = transform_filters(weight)
-        maps_gradient = _empty_maps(maps, maps.shape[1]) if ctx.needs_input_grad[0] else None
-        wants_weight = ctx.needs_input_grad[1]
+        stride, (to_maps, to_filters) = ctx.stride, ctx.needs_input_grad[:2]
+        pull = grad_outputs[0].contiguous(memory_format=torch.channels_last)
+        filters = transform_filters(weight, stride)
+        parts = _parts_of_images(pull)
+        if to_filters:
+            parts = parts_of(len(maps), min(len(parts), MOST_GRADIENT_BYTES // filters.nbytes))
+        of_maps = _empty_maps(maps, *maps.shape[1:]) if to_maps else maps[:0]
+        of_filters = filters.new_empty(len(parts) if to_filters else 0, *filters.shape)
+        inputs = _pixels(maps), filters.numpy(), _pixels(pull)
 
-        def pull_back(images: slice) -> Tensor | None:
-            """Fill the gradient of these images; return their part of that of the transformed filters."""
-            filters_gradient = torch.zeros_like(filters) if wants_weight else None
-            for block, inputs, products in _blocks(maps, images, len(weight)):
-                outputs_to_tiles(outputs[block], products)
-                if filters_gradient is not None:
-                    inputs_to_tiles(maps[block], inputs)
-                    filters_gradient.baddbmm_(products.transpose(1, 2), inputs)
-                if maps_gradient is not None:
-                    torch.bmm(products, filters, out=inputs)
-                    tiles_to_inputs(inputs, maps_gradient[block])
-            return filters_gradient
+        def pull_back(first: int, last: int) -> None:
+            part = of_filters[parts.index((first, last))].numpy() if to_filters else inputs[1][:0]
+            passes.backward(*inputs, _pixels(of_maps), part, first, last, stride, to_maps, to_filters)
 
-        most = MOST_GRADIENT_BYTES // (filters.numel() * filters.element_size()) if wants_weight else None
-        parts = [part for part in in_threads(pull_back, maps, most) if part is not None]
-        for part in parts[1:]:  # in the order of the images, whichever thread was first: the same sum every time
-            parts[0] += part
-        return maps_gradient, filters_back(parts[0]) if parts else None
+        in_threads(pull_back, parts)
+        return of_maps if to_maps else None, filters_back(of_filters, stride) if to_filters else None, None
 
 
-def transform_filters(weight: Float[Tensor, "O C 3 3"]) -> Float[Tensor, "36 O C"]:
-    """Return G g Gᵀ of every filter g, as one product: of G ⊗ G with the nine numbers of each."""
-    pairs = torch.from_numpy(np.kron(FILTER, FILTER)).to(weight.dtype)
-    return (pairs @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2])
+def transform_filters(weight: Float[Tensor, "rows columns 3 3"], stride: int) -> Tensor:
+    """Return G g Gᵀ of every filter g: for each place a matrix of rows and columns, as `products.py` has them."""
+    from caco.winograd import filters
+    from caco.winograd.products import panel_width
+
+    width = panel_width(weight.element_size())
+    taps = weight.detach().permute(0, 2, 3, 1).contiguous()
+    result = taps.new_empty(36 if stride == 1 else 81, taps.shape[3] // width, len(taps), width)
+    arrays = taps.numpy(), result.numpy()
+    in_threads(lambda first, last: filters.filters_to_places(stride, *arrays, first, last), _parts_of_rows(taps))
+    return result
 
 
-def filters_back(gradient: Float[Tensor, "36 O C"]) -> Float[Tensor, "O C 3 3"]:
-    """Return Gᵀ u G: the transpose of `transform_filters`, which makes a filter's gradient of a transformed one's."""
-    pairs = torch.from_numpy(np.kron(FILTER, FILTER)).to(gradient.dtype)
-    return (pairs.T @ gradient.flatten(1)).view(3, 3, *gradient.shape[1:]).permute(2, 3, 0, 1)
+def filters_back(parts: Tensor, stride: int) -> Float[Tensor, "rows columns 3 3"]:
+    """Return Gᵀ u G of the sum of parts: the transpose of `transform_filters`."""
+    from caco.winograd import filters
+
+    result = parts.new_empty(parts.shape[3], 3, 3, parts.shape[2] * parts.shape[4])
+    arrays = parts.numpy(), result.numpy()
+    in_threads(lambda first, last: filters.places_to_filters(stride, *arrays, first, last), _parts_of_rows(result))
+    return result.permute(0, 3, 1, 2)
 
 
-def inputs_to_tiles(maps: Tensor, tiles: Tensor) -> None:
-    """Fill the tiles [36, T, C] with Bᵀ d B of the maps [B, C, H, W], which are channels_last."""
-    _transform("maps_to_tiles", maps, tiles, INPUT, 6)
+def _pixels(maps: Tensor) -> np.ndarray:
+    """Return maps that are channels_last as [B, H, W, C]."""
+    return maps.detach().permute(0, 2, 3, 1).numpy()
 
 
-def tiles_to_inputs(tiles: Tensor, maps: Tensor) -> None:
-    """Fill the maps by the transpose of `inputs_to_tiles`."""
-    _transform("tiles_to_maps", maps, tiles, INPUT.T, 6)
-
-
-def tiles_to_outputs(tiles: Tensor, maps: Tensor) -> None:
-    """Fill the maps [B, C, H, W], which are channels_last, with Aᵀ m A of the tiles [36, T, C]."""
-    _transform("tiles_to_maps", maps, tiles, OUTPUT, 4)
-
-
-def outputs_to_tiles(maps: Tensor, tiles: Tensor) -> None:
-    """Fill the tiles by the transpose of `tiles_to_outputs`."""
-    _transform("maps_to_tiles", maps, tiles, OUTPUT.T, 4)
-
-
-def _transform(name: str, maps: Tensor, tiles: Tensor, matrix: np.ndarray, side: int) -> None:
-    """Call a function of `tiles.py` on what torch holds; which of the two is filled is in its name."""
-    from caco.winograd import tiles as compiled  # numba takes a second to import
-
-    pixels = maps.detach().permute(0, 2, 3, 1).numpy()
-    getattr(compiled, name)(pixels, tiles.numpy(), np.ascontiguousarray(matrix, pixels.dtype), side)
-
-
-def _empty_maps(like: Tensor, channels: int) -> Tensor:
-    shape = len(like), channels, *like.shape[2:]
+def _empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    shape = len(like), channels, height, width
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _tiles_of(maps: Tensor) -> int:
-    """Return the number of tiles of an image."""
-    return -(-maps.shape[2] // 4) * -(-maps.shape[3] // 4)
+def _parts_of_images(results: Tensor) -> list[tuple[int, int]]:
+    tiles = len(results) * -(-results.shape[2] // 4) * -(-results.shape[3] // 4)
+    return parts_of(len(results), tiles // LEAST_TILES)
 
 
-def _blocks(maps: Tensor, images: slice, outputs: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield some of the images at a time, with room for their transformed inputs [36, T, C] and products [36, T, outputs]."""
-    tiles, channels = _tiles_of(maps), maps.shape[1]
-    size = min(max(BLOCK // tiles, 1), images.stop - images.start)
-    inputs, products = maps.new_empty(36 * size * tiles * channels), maps.new_empty(36 * size * tiles * outputs)
-    for first in range(images.start, images.stop, size):
-        block = slice(first, min(first + size, images.stop))
-        count = (block.stop - first) * tiles
-        yield (
-            block,
-            inputs[: 36 * count * channels].view(36, count, channels),
-            products[: 36 * count * outputs].view(36, count, outputs),
-        )
+def _parts_of_rows(filters: Tensor) -> list[tuple[int, int]]:
+    return parts_of(len(filters), filters.numel() // LEAST_WEIGHTS)
 
 
-def in_threads(work: Callable[[slice], Result], maps: Tensor, most: int | None = None) -> list[Result]:
-    """Return what `work` makes of each part of the images: one for each of torch's threads, if there are enough tiles.
+def parts_of(count: int, most: int) -> list[tuple[int, int]]:
+    """Return the first and last of each part of so many: one for each of torch's threads, or `most`, at least one."""
+    parts = max(min(torch.get_num_threads(), count, most), 1)
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return list(zip(bounds, bounds[1:], strict=False))
 
-    In its thread torch computes alone: with all threads in every product they would wait for each other all the time.
-    most: parts, at most (at least one).
-    """
-    images, (pool, threads) = len(maps), thread_pool()
-    enough = images * _tiles_of(maps) // LEAST_TILES
-    parts = max(min(threads, images, enough, threads if most is None else most), 1)
-    bounds = [images * part // parts for part in range(parts + 1)]
-    slices = [slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
-    return list(pool.map(work, slices))
+
+def in_threads(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
+    """Do each part of the work in a thread of its own."""
+    if len(parts) == 1:
+        work(*parts[0])
+    else:
+        list(_thread_pool(len(parts)).map(work, *zip(*parts, strict=True)))
 
 
 _POOLS: dict[int, ThreadPoolExecutor] = {}
 _POOLS_LOCK = threading.Lock()
 
 
-def thread_pool() -> tuple[ThreadPoolExecutor, int]:
-    """Return as many threads as torch uses in this one, in each of which it computes alone; and their number."""
-    with _POOLS_LOCK:  # the number is read inside, too: while threads start it is 1 for those that have none yet
-        threads = torch.get_num_threads()
+def _thread_pool(threads: int) -> ThreadPoolExecutor:
+    """Return so many threads."""
+    with _POOLS_LOCK:
         if threads not in _POOLS:
-            _POOLS[threads] = _start(threads)
-        return _POOLS[threads], threads
-
-
-def _start(threads: int) -> ThreadPoolExecutor:
-    started = threading.Barrier(threads)
-
-    def alone(_: int) -> None:
-        torch.set_num_threads(1)  # of this thread for good, and of all that come until it is set again
-        started.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="winograd")
-    list(pool.map(alone, range(threads)))
-    torch.set_num_threads(threads)
-    return pool
+            _POOLS[threads] = ThreadPoolExecutor(threads, thread_name_prefix="winograd")
+        return _POOLS[threads]
 
 
 if hasattr(os, "register_at_fork"):

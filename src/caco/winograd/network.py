@@ -7,22 +7,24 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from caco.winograd.convolution import WinogradConvolution, thread_pool
+from caco.winograd.convolution import WinogradConvolution
 
 LEAST_CHANNELS = 64
 """Channels in and out below which the transforms take longer than the products they save."""
-LEAST_SIDE = 4
-"""Pixels of the shorter side of the maps below which most of a tile lies beyond the border."""
+WHOLE_VECTORS = 32
+"""Of what channels must be a multiple: the widest panel there is (`products.py`)."""
+MOST_PRODUCTS = {1: 0.4, 2: 0.6}
+"""Of each stride: products, as a share of the direct convolution's, above which nothing is won: maps smaller than a tile."""
 
 
 class Convolution(nn.Conv2d):
-    """A convolution of 3 × 3 with stride and padding 1, by Winograd's filtering where that pays."""
+    """A convolution of 3 × 3 with stride 1 or 2 and padding 1, by Winograd's filtering where that pays."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what nn.Conv2d returns, with other rounding (docs/performance.md)."""
         if not self._suits(input):
             return super().forward(input)
-        output: Tensor = WinogradConvolution.apply(input, self.weight)
+        output: Tensor = WinogradConvolution.apply(input, self.weight, self.stride[0])
         return output if self.bias is None else output + self.bias[:, None, None]
 
     def _suits(self, input: Tensor) -> bool:
@@ -35,8 +37,15 @@ class Convolution(nn.Conv2d):
             and input.dim() == 4
             and len(input) > 0
             and input.shape[1] == self.in_channels
-            and min(input.shape[2:]) >= LEAST_SIDE
+            and _share_of_products(self.stride[0], *input.shape[2:]) <= MOST_PRODUCTS[self.stride[0]]
         )
+
+
+def _share_of_products(stride: int, height: int, width: int) -> float:
+    """Return the products of Winograd's filtering of maps as a share of those of the direct convolution."""
+    height, width = -(-height // stride), -(-width // stride)
+    tiles = -(-height // 4) * -(-width // 4)
+    return (36 if stride == 1 else 81) * tiles / (9 * height * width)
 
 
 def use_winograd(network: nn.Module) -> None:
@@ -44,7 +53,6 @@ def use_winograd(network: nn.Module) -> None:
 
     Only their class changes, so parameters, names, hooks and what an optimizer holds of them stay.
     """
-    thread_pool()  # its threads start before others ask torch how many threads they may use
     for module in network.modules():
         if _fits(module):
             module.__class__ = Convolution
@@ -71,8 +79,10 @@ def _fits(module: nn.Module) -> bool:
     """Return whether a module is a convolution that suits: not narrow, and of no class that may do something else."""
     return (
         type(module) is nn.Conv2d
-        and (module.kernel_size, module.stride, module.dilation) == ((3, 3), (1, 1), (1, 1))
-        and module.padding in ((1, 1), 1, "same")
+        and (module.kernel_size, module.dilation) == ((3, 3), (1, 1))
+        and module.stride in ((1, 1), (2, 2))
+        and module.padding in ((1, 1), "same")
         and (module.groups, module.padding_mode) == (1, "zeros")
         and min(module.in_channels, module.out_channels) >= LEAST_CHANNELS
+        and module.in_channels % WHOLE_VECTORS == module.out_channels % WHOLE_VECTORS == 0
     )

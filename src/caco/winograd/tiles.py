@@ -1,8 +1,10 @@
 """From maps to transformed tiles and back, compiled (numba): what is linear in Winograd's convolution.
 
-Maps are [B, H, W, C]. Every 4 × 4 pixels of an output are a tile; it needs the 6 × 6 pixels of the input around it, beyond
-the border zero. Transformed tiles are [36, T, C], T counting them image by image and row by row. The way back is the
-transpose of the way there, so each is the other's gradient. Python's types mean nothing to numba, hence the no_type_check.
+Maps are [B, H, W, C]. Every 4 × 4 pixels of an output are a tile; it needs the 6 × 6 pixels of the input around it (with
+stride 2, 9 × 9), beyond the border zero. Of a tile, the transforms of rows and columns make 36 (81) products' factors,
+for each channel: its places. Tiles lie as `products.py` has matrices: for each place there is a matrix of tiles and
+channels, in panels of channels. The way back is the transpose of the way there, so each is the other's gradient.
+Python's types mean nothing to numba, hence the no_type_check.
 """
 
 from __future__ import annotations
@@ -12,105 +14,144 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
-# Sums may be reordered and multiply-adds fused: what vector code needs. Numbers that are not finite may come: inf or NaN
-# in a pixel makes NaN of the tiles it is in.
-OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
+from caco.winograd import transforms
+from caco.winograd.products import ROWS
+from caco.winograd.transforms import inlined
+from caco.winograd.vectors import BYTES, load, load_all, store, store_all, zeros
 
-STEP, SIDE = 4, 6
-"""Pixels from one tile to the next, and along a side of a transformed tile."""
+INPUTS, OUTPUTS, INPUTS_BY_TWO, OUTPUTS_BY_TWO = range(4)
+"""Which maps: what goes into a convolution or comes out, with stride 1 or 2."""
+PIXELS, STEP, MARGIN, SIDE = (6, 4, 9, 4), (4, 4, 8, 4), (1, 0, 1, 0), (6, 6, 9, 9)
+"""Of each: pixels along a side of a tile, from a tile to the next, before the first pixel; places along a side."""
+CACHE_LINE = 64
 
 
-@njit(forceinline=True, **OPTIONS)
+@njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def weighted_sum(weights, row0, row1, row2, row3, row4, row5, result):
-    """result = the sum of six rows of channels. One result at a time, or the compiler makes no vector code of it."""
-    w0, w1, w2, w3, w4, w5 = weights[0], weights[1], weights[2], weights[3], weights[4], weights[5]
-    for c in range(len(result)):
-        result[c] = w0 * row0[c] + w1 * row1[c] + w2 * row2[c] + w3 * row3[c] + w4 * row4[c] + w5 * row5[c]
+def maps_to_tiles(kind, maps, first, last, tiles, room):
+    """Fill the tiles with the transform of the maps of images `first` to `last`.
 
-
-@njit(forceinline=True, **OPTIONS)
-@no_type_check
-def pixel(maps, image, row, column, zeros):
-    """One pixel's channels; beyond the border zeros."""
-    inside = 0 <= row < maps.shape[1] and 0 <= column < maps.shape[2]
-    return maps[image, row, column] if inside else zeros
-
-
-@njit(cache=True, **OPTIONS)
-@no_type_check
-def maps_to_tiles(maps, tiles, matrix, side):
-    """Fill the tiles with matrix · pixels · matrixᵀ, pixels the `side` × `side` ones of each tile.
-
-    matrix: [6, 6], its columns from `side` on zero.
+    tiles: flat, with room for so many tiles in each panel.
     """
-    images, height, width, channels = maps.shape
-    half, zeros = np.empty((SIDE, SIDE, channels), maps.dtype), np.zeros(channels, maps.dtype)
-    margin, tile = (side - STEP) // 2, 0
-    for image in range(images):
-        for top in range(-margin, height - margin, STEP):
-            for left in range(-margin, width - margin, STEP):
-                for j in range(side):
-                    row0 = pixel(maps, image, top, left + j, zeros)
-                    row1 = pixel(maps, image, top + 1, left + j, zeros)
-                    row2 = pixel(maps, image, top + 2, left + j, zeros)
-                    row3 = pixel(maps, image, top + 3, left + j, zeros)
-                    row4 = pixel(maps, image, top + 4, left + j, zeros) if side > 4 else zeros
-                    row5 = pixel(maps, image, top + 5, left + j, zeros) if side > 4 else zeros
-                    for i in range(SIDE):
-                        weighted_sum(matrix[i], row0, row1, row2, row3, row4, row5, half[i, j])
-                for i in range(SIDE):
-                    row4 = half[i, 4] if side > 4 else zeros
-                    row5 = half[i, 5] if side > 4 else zeros
-                    for j in range(SIDE):
-                        weighted_sum(
-                            matrix[j],
-                            half[i, 0],
-                            half[i, 1],
-                            half[i, 2],
-                            half[i, 3],
-                            row4,
-                            row5,
-                            tiles[SIDE * i + j, tile],
-                        )
-                tile += 1
-
-
-@njit(cache=True, **OPTIONS)
-@no_type_check
-def tiles_to_maps(maps, tiles, matrix, side):
-    """Fill the maps with the sum of matrix · tile · matrixᵀ over tiles, each where its `side` × `side` pixels are.
-
-    matrix: [6, 6], of which the first `side` rows count.
-    """
-    images, height, width, channels = maps.shape
-    half, result = np.empty((SIDE, SIDE, channels), maps.dtype), np.empty(channels, maps.dtype)
-    margin, tile = (side - STEP) // 2, 0
-    for image in range(images):
-        if side > STEP:
-            maps[image] = 0
-        for top in range(-margin, height - margin, STEP):
-            for left in range(-margin, width - margin, STEP):
-                for j in range(SIDE):
+    height, width, channels = maps.shape[1:]
+    pixels, side, lanes = PIXELS[kind], SIDE[kind], BYTES // maps.itemsize
+    patch, half = np.empty(81 * lanes, maps.dtype), np.empty(81 * lanes, maps.dtype)
+    where, source, tile, distance = np.empty(81, np.int64), maps.reshape(-1), 0, from_place_to_place(maps, room)
+    rows, columns = grid(kind, height, width)
+    for image in range(first, last):
+        for row in range(rows):
+            for column in range(columns):
+                locate(where, kind, image, row, column, height, width, channels)
+                for channel in range(0, channels, lanes):
+                    for pixel in range(pixels * pixels):
+                        inside = where[pixel] >= 0
+                        value = load(source, where[pixel] + channel) if inside else zeros(source)
+                        store(patch, pixel * lanes, value)
+                    for j in range(pixels):
+                        there(kind, patch, j * lanes, pixels * lanes, half, j * lanes, pixels * lanes)
+                    at = position(tile, channel, room, lanes)
                     for i in range(side):
-                        weighted_sum(
-                            matrix[i],
-                            tiles[j, tile],
-                            tiles[SIDE + j, tile],
-                            tiles[2 * SIDE + j, tile],
-                            tiles[3 * SIDE + j, tile],
-                            tiles[4 * SIDE + j, tile],
-                            tiles[5 * SIDE + j, tile],
-                            half[i, j],
-                        )
-                for i in range(max(0, -top), min(side, height - top)):
-                    one = half[i]
-                    for j in range(max(0, -left), min(side, width - left)):
-                        target = maps[image, top + i, left + j]
-                        if side > STEP:
-                            weighted_sum(matrix[j], one[0], one[1], one[2], one[3], one[4], one[5], result)
-                            for c in range(channels):
-                                target[c] += result[c]
-                        else:
-                            weighted_sum(matrix[j], one[0], one[1], one[2], one[3], one[4], one[5], target)
+                        there(kind, half, i * pixels * lanes, lanes, tiles, at + i * side * distance, distance)
                 tile += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+@no_type_check
+def tiles_to_maps(kind, tiles, room, maps, first, last):
+    """Fill the maps of images `first` to `last` with the transpose of `maps_to_tiles`: where tiles overlap, sums."""
+    height, width, channels = maps.shape[1:]
+    pixels, side, lanes = PIXELS[kind], SIDE[kind], BYTES // maps.itemsize
+    patch, half = np.empty(81 * lanes, maps.dtype), np.empty(81 * lanes, maps.dtype)
+    where, target, tile, distance = np.empty(81, np.int64), maps.reshape(-1), 0, from_place_to_place(maps, room)
+    rows, columns = grid(kind, height, width)
+    overlap = pixels > STEP[kind]
+    for image in range(first, last):
+        if overlap:
+            maps[image] = 0
+        for row in range(rows):
+            for column in range(columns):
+                locate(where, kind, image, row, column, height, width, channels)
+                for channel in range(0, channels, lanes):
+                    at = position(tile, channel, room, lanes)
+                    for j in range(side):
+                        back(kind, tiles, at + j * distance, side * distance, half, j * lanes, side * lanes)
+                    for i in range(pixels):
+                        back(kind, half, i * side * lanes, lanes, patch, i * pixels * lanes, lanes)
+                    for pixel in range(pixels * pixels):
+                        to = where[pixel] + channel
+                        if where[pixel] >= 0:
+                            value = load(patch, pixel * lanes)
+                            store(target, to, value + load(target, to) if overlap else value)
+                tile += 1
+
+
+@inlined
+@no_type_check
+def there(kind, source, at, step, target, to, by):
+    """Transform a row or column: one vector every `step` numbers of the source, one every `by` of the target."""
+    if kind == INPUTS:
+        store_all(target, to, by, transforms.inputs(load_all(source, at, step, 6)))
+    elif kind == OUTPUTS:
+        store_all(target, to, by, transforms.outputs_back(load_all(source, at, step, 4)))
+    elif kind == INPUTS_BY_TWO:
+        store_all(target, to, by, transforms.inputs_by_two(load_all(source, at, step, 9)))
+    else:
+        store_all(target, to, by, transforms.outputs_by_two_back(load_all(source, at, step, 4)))
+
+
+@inlined
+@no_type_check
+def back(kind, source, at, step, target, to, by):
+    """The transpose of `there`."""
+    if kind == INPUTS:
+        store_all(target, to, by, transforms.inputs_back(load_all(source, at, step, 6)))
+    elif kind == OUTPUTS:
+        store_all(target, to, by, transforms.outputs(load_all(source, at, step, 6)))
+    elif kind == INPUTS_BY_TWO:
+        store_all(target, to, by, transforms.inputs_by_two_back(load_all(source, at, step, 9)))
+    else:
+        store_all(target, to, by, transforms.outputs_by_two(load_all(source, at, step, 9)))
+
+
+@inlined
+@no_type_check
+def locate(where, kind, image, row, column, height, width, channels):
+    """Fill in where the pixels of a tile are in the flat maps, beyond the border -1."""
+    pixels = PIXELS[kind]
+    top, left = row * STEP[kind] - MARGIN[kind], column * STEP[kind] - MARGIN[kind]
+    for i in range(pixels):
+        for j in range(pixels):
+            y, x = top + i, left + j
+            inside = 0 <= y < height and 0 <= x < width
+            where[i * pixels + j] = ((image * height + y) * width + x) * channels if inside else -1
+
+
+@inlined
+@no_type_check
+def grid(kind, height, width):
+    """Return the rows and columns of tiles."""
+    step = STEP[kind]
+    return (height + step - 1) // step, (width + step - 1) // step
+
+
+@inlined
+@no_type_check
+def position(tile, channel, room, lanes):
+    """Return where a tile's vector of channels is in the matrix of a place."""
+    width = 2 * lanes
+    return (channel // width * room + tile) * width + channel % width
+
+
+@inlined
+@no_type_check
+def from_place_to_place(maps, room):
+    """Return the numbers from one place's matrix to the next: an odd number of cache lines, lest all use the same few."""
+    line = CACHE_LINE // maps.itemsize
+    return (room * maps.shape[3] // line | 1) * line
+
+
+@inlined
+@no_type_check
+def room_for(tiles):
+    """Return the rows of a panel of so many tiles: an odd number, for the same reason."""
+    return (tiles + ROWS - 1) // ROWS * ROWS | 1

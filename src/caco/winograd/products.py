@@ -1,0 +1,88 @@
+"""Products of matrices, compiled (numba), for many small ones: what a library needs to start is long against them.
+
+Python's types mean nothing to numba, hence the no_type_check.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+from numba import njit
+
+from caco.winograd.vectors import BYTES, add_all, add_products, store_all, zeros_all
+
+ROWS = 6
+"""Rows of a result that are computed together: with two vectors of columns, their sums fill the registers."""
+DEPTH = 256
+"""Terms that are added up at a time: so many rows of the right matrix, of two vectors, stay in the nearest cache."""
+
+
+def panel_width(itemsize: int) -> int:
+    """Return the columns of a panel, two vectors, for numbers of so many bytes."""
+    return 2 * BYTES // itemsize
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+@no_type_check
+def multiply(
+    left, left_at, left_panel,
+    right, right_at, right_panel,
+    result, result_at, result_panel,
+    rows, columns, depth,
+):  # fmt: skip
+    """result[rows, columns] = left[rows, depth] · right[depth, columns].
+
+    Each matrix is a part of a contiguous array of one dimension, from an index on: panels of `panel_width` columns, row
+    by row, one every `*_panel` numbers. Columns are whole panels, as terms are; rows are rounded up to ROWS, for which
+    there must be room.
+    """
+    lanes = BYTES // result.itemsize
+    width = 2 * lanes
+    for start in range(0, depth, DEPTH):
+        end = min(depth, start + DEPTH)
+        for panel in range(columns // width):
+            for first in range(0, rows, ROWS):
+                b = right_at + panel * right_panel + start * width
+                sums = zeros_all(result, 12)
+                for term in range(start, end, width):
+                    a = left_at + term // width * left_panel + first * width
+                    for _ in range(width):
+                        sums = add_products(sums, left, a, width, right, b)
+                        a += 1
+                        b += width
+                c = result_at + panel * result_panel + first * width
+                if start:
+                    add_all(result, c, lanes, sums)
+                else:
+                    store_all(result, c, lanes, sums)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+@no_type_check
+def multiply_transposed(
+    left, left_at, left_panel,
+    right, right_at, right_panel,
+    result, result_at, result_panel,
+    rows, columns, depth, add,
+):  # fmt: skip
+    """result[rows, columns] = leftᵀ[rows, depth] · right[depth, columns], or that is added to the result.
+
+    Matrices as in `multiply`; `left` has `depth` rows and `rows` columns, which are whole panels.
+    """
+    lanes = BYTES // result.itemsize
+    width = 2 * lanes
+    for left_columns in range(0, rows, width):
+        for panel in range(columns // width):
+            for first in range(0, width, 4):
+                a = left_at + left_columns // width * left_panel + first
+                b = right_at + panel * right_panel
+                sums = zeros_all(result, 8)
+                for _ in range(depth):
+                    sums = add_products(sums, left, a, 1, right, b)
+                    a += width
+                    b += width
+                c = result_at + panel * result_panel + (left_columns + first) * width
+                if add:
+                    add_all(result, c, lanes, sums)
+                else:
+                    store_all(result, c, lanes, sums)

@@ -1,0 +1,229 @@
+"""Vectors of neighbouring channels, as numba compiles them: one register's worth of numbers of an array at a time.
+
+A compiler makes vector code of a plain loop only where it can show that nothing it writes is read again; in Winograd's
+transforms, which read and write dozens of rows at once, it can't, and is three times slower. Here a vector is a value:
+`load` and `zeros` make one, `+`, `-` and `*` (by a number) compute with it, `store` puts it back; what has `_all` in its
+name does so with a tuple of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, no_type_check
+
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
+
+BYTES = 64 if binding.get_host_cpu_features().get("avx512f") else 32
+"""Of a vector: 16 or 8 numbers of float32."""
+FLAGS = ("contract", "reassoc", "nsz")
+"""Multiply-adds may be fused and sums reordered; numbers that are not finite may come."""
+
+
+class Vector(types.Type):
+    """BYTES of numbers of one type."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype}, {BYTES})")
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    """In LLVM, what a processor's register holds."""
+
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, _llvm_type(kind.dtype))
+
+
+def _llvm_type(dtype: types.Float) -> ir.VectorType:
+    return ir.VectorType({32: ir.FloatType(), 64: ir.DoubleType()}[dtype.bitwidth], BYTES * 8 // dtype.bitwidth)
+
+
+def _data(context: Any, builder: Any, array: Any, value: Any) -> Any:
+    return context.make_array(array)(context, builder, value).data
+
+
+def _load(builder: Any, array: Any, data: Any, index: Any) -> Any:
+    address = builder.bitcast(builder.gep(data, [index]), _llvm_type(array.dtype).as_pointer())
+    return builder.load(address, align=array.dtype.bitwidth // 8)
+
+
+def _store(builder: Any, array: Any, data: Any, index: Any, vector: Any) -> None:
+    address = builder.bitcast(builder.gep(data, [index]), _llvm_type(array.dtype).as_pointer())
+    builder.store(vector, address, align=array.dtype.bitwidth // 8)
+
+
+def _repeat(builder: Any, number: Any, kind: ir.VectorType) -> Any:
+    undefined, first = ir.Constant(kind, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None)
+    return builder.shuffle_vector(builder.insert_element(undefined, number, first), undefined, everywhere)
+
+
+@intrinsic
+@no_type_check
+def load(typing, array, index):
+    """Return the vector that starts at an index of a contiguous array of one dimension; nothing checks its bounds."""
+
+    def generate(context, builder, signature, arguments):
+        return _load(builder, array, _data(context, builder, array, arguments[0]), arguments[1])
+
+    return Vector(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+@no_type_check
+def store(typing, array, index, vector):
+    """Put a vector where `load` finds it."""
+
+    def generate(context, builder, signature, arguments):
+        _store(builder, array, _data(context, builder, array, arguments[0]), *arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@intrinsic(prefer_literal=True)
+@no_type_check
+def load_all(typing, array, index, step, count):
+    """Return `count` vectors as a tuple, `step` numbers from one to the next; the count is written as a number."""
+
+    def generate(context, builder, signature, arguments):
+        data, at = _data(context, builder, array, arguments[0]), arguments[1]
+        vectors = []
+        for _ in range(count.literal_value):
+            vectors.append(_load(builder, array, data, at))
+            at = builder.add(at, arguments[2])
+        return context.make_tuple(builder, signature.return_type, vectors)
+
+    result = types.UniTuple(Vector(array.dtype), count.literal_value)
+    return result(array, types.intp, types.intp, count), generate
+
+
+@intrinsic
+@no_type_check
+def store_all(typing, array, index, step, vectors):
+    """Put the vectors of a tuple where `load_all` finds them."""
+
+    def generate(context, builder, signature, arguments):
+        data, at = _data(context, builder, array, arguments[0]), arguments[1]
+        for number in range(vectors.count):
+            _store(builder, array, data, at, builder.extract_value(arguments[3], number))
+            at = builder.add(at, arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, vectors), generate
+
+
+@intrinsic
+@no_type_check
+def add_products(typing, sums, left, left_at, left_row, right, right_at):
+    """Return sums[r, v] + left[r] · right[v]: of one number of each row and of two neighbouring vectors.
+
+    sums: a tuple, row by row. The rows' numbers are one every left_row.
+    """
+
+    def generate(context, builder, signature, arguments):
+        kind, lanes = _llvm_type(left.dtype), _llvm_type(left.dtype).count
+        of_left = _data(context, builder, left, arguments[1])
+        of_right = _data(context, builder, right, arguments[4])
+        rights = [
+            _load(builder, right, of_right, builder.add(arguments[5], ir.Constant(arguments[5].type, lanes * number)))
+            for number in range(2)
+        ]
+        at, found = arguments[2], []
+        for row in range(sums.count // 2):
+            factor = _repeat(builder, builder.load(builder.gep(of_left, [at])), kind)
+            at = builder.add(at, arguments[3])
+            for number, vector in enumerate(rights):
+                before = builder.extract_value(arguments[0], 2 * row + number)
+                found.append(builder.fadd(before, builder.fmul(factor, vector, flags=FLAGS), flags=FLAGS))
+        return context.make_tuple(builder, sums, found)
+
+    return sums(sums, left, types.intp, types.intp, right, types.intp), generate
+
+
+@intrinsic
+@no_type_check
+def zeros(typing, array):
+    """Return a vector of zeros of an array's type."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(_llvm_type(array.dtype), None)
+
+    return Vector(array.dtype)(array), generate
+
+
+@no_type_check
+def _of_two(name):
+    """Return the operation of LLVM on two vectors."""
+
+    @intrinsic
+    def operation(typing, left, right):
+        def generate(context, builder, signature, arguments):
+            return getattr(builder, name)(*arguments, flags=FLAGS)
+
+        return left(left, right), generate
+
+    return operation
+
+
+_plus, _minus = _of_two("fadd"), _of_two("fsub")
+
+
+@intrinsic
+@no_type_check
+def _scaled(typing, factor, vector):
+    def generate(context, builder, signature, arguments):
+        kind = _llvm_type(vector.dtype)
+        number = context.cast(builder, arguments[0], factor, vector.dtype)
+        return builder.fmul(_repeat(builder, number, kind), arguments[1], flags=FLAGS)
+
+    return vector(factor, vector), generate
+
+
+@intrinsic(prefer_literal=True)
+@no_type_check
+def zeros_all(typing, array, count):
+    """Return `count` vectors of zeros as a tuple; the count is written as a number."""
+
+    def generate(context, builder, signature, arguments):
+        zero = ir.Constant(_llvm_type(array.dtype), None)
+        return context.make_tuple(builder, signature.return_type, [zero] * count.literal_value)
+
+    return types.UniTuple(Vector(array.dtype), count.literal_value)(array, count), generate
+
+
+@intrinsic
+@no_type_check
+def add_all(typing, array, index, step, vectors):
+    """Add the vectors of a tuple to those that `load_all` finds."""
+
+    def generate(context, builder, signature, arguments):
+        data, at = _data(context, builder, array, arguments[0]), arguments[1]
+        for number in range(vectors.count):
+            vector = builder.extract_value(arguments[3], number)
+            _store(builder, array, data, at, builder.fadd(_load(builder, array, data, at), vector, flags=FLAGS))
+            at = builder.add(at, arguments[2])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, vectors), generate
+
+
+@overload(operator.add)
+@no_type_check
+def _add(left, right):
+    return (lambda left, right: _plus(left, right)) if isinstance(left, Vector) else None
+
+
+@overload(operator.sub)
+@no_type_check
+def _subtract(left, right):
+    return (lambda left, right: _minus(left, right)) if isinstance(left, Vector) else None
+
+
+@overload(operator.mul)
+@no_type_check
+def _multiply(left, right):
+    return (lambda left, right: _scaled(left, right)) if isinstance(right, Vector) else None
