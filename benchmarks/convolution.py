@@ -3,7 +3,7 @@
     python benchmarks/convolution.py [--quick] [--out FILE.json]
 
 Both take turns in one process, with the kept heap that every run of caco has. Rounding: relative error of result and gradients
-against float64, the largest of the three. The first rows are those of a ResNet-18 at 32 px, the last are too narrow to gain.
+against float64, the largest of the three. The first seven rows are those of a ResNet-18 at 32 px, the last is too narrow to gain.
 """
 
 from __future__ import annotations
@@ -19,36 +19,41 @@ from torch.nn import functional as F
 from caco.train.heap import keep_heap
 from caco.winograd.convolution import WinogradConvolution
 
-SHAPES = ((64, 32), (128, 16), (256, 8), (512, 4), (64, 56), (256, 14), (64, 8), (32, 16), (16, 32))
-"""Channels in and out, pixels a side."""
+SHAPES = (
+    *((64, 64, 32, 1), (128, 128, 16, 1), (256, 256, 8, 1), (512, 512, 4, 1)),
+    *((64, 128, 32, 2), (128, 256, 16, 2), (256, 512, 8, 2)),
+    *((64, 64, 56, 1), (128, 128, 56, 2), (256, 256, 14, 1), (64, 64, 8, 1), (32, 32, 16, 1)),
+)
+"""Channels in and out, pixels a side of what goes in, stride."""
 
-Convolution = Callable[[Tensor, Tensor], Tensor]
+Convolution = Callable[[Tensor, Tensor, int], Tensor]
 CONVOLUTIONS: dict[str, Convolution] = {
-    "direct": lambda maps, weight: F.conv2d(maps, weight, padding=1),
+    "direct": lambda maps, weight, stride: F.conv2d(maps, weight, padding=1, stride=stride),
     "winograd": WinogradConvolution.apply,
 }
 
 
-def tensors(images: int, channels: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return maps, filters as torch draws them, and the gradient of the result."""
+def tensors(images: int, inputs: int, outputs: int, side: int, stride: int) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Return maps, filters as torch draws them, the stride, and the gradient of the result."""
     maps, pull = (
-        torch.randn(images, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2)
+        torch.randn(images, channels, pixels, pixels).contiguous(memory_format=torch.channels_last)
+        for channels, pixels in ((inputs, side), (outputs, side // stride))
     )
-    weight = torch.nn.Conv2d(channels, channels, 3).weight.detach().contiguous(memory_format=torch.channels_last)
-    return maps.requires_grad_(), weight.requires_grad_(), pull
+    weight = torch.nn.Conv2d(inputs, outputs, 3).weight.detach().contiguous(memory_format=torch.channels_last)
+    return maps.requires_grad_(), weight.requires_grad_(), stride, pull
 
 
-def both_ways(convolution: Convolution, maps: Tensor, weight: Tensor, pull: Tensor) -> tuple[Tensor, ...]:
-    result = convolution(maps, weight)
+def both_ways(convolution: Convolution, maps: Tensor, weight: Tensor, stride: int, pull: Tensor) -> tuple[Tensor, ...]:
+    result = convolution(maps, weight, stride)
     return result.detach(), *torch.autograd.grad(result, (maps, weight), pull)
 
 
-def rounding(convolution: Convolution, maps: Tensor, weight: Tensor, pull: Tensor) -> float:
+def rounding(convolution: Convolution, maps: Tensor, weight: Tensor, stride: int, pull: Tensor) -> float:
     """Return the largest error of result and gradients, of the first eight images."""
     maps, pull = maps[:8].detach().requires_grad_(), pull[:8]
     exact = [tensor.detach().double().requires_grad_() for tensor in (maps, weight)]
-    truth = both_ways(CONVOLUTIONS["direct"], exact[0], exact[1], pull.double())
-    found = both_ways(convolution, maps, weight, pull)
+    truth = both_ways(CONVOLUTIONS["direct"], exact[0], exact[1], stride, pull.double())
+    found = both_ways(convolution, maps, weight, stride, pull)
     return max(float((one - other).norm() / other.norm()) for one, other in zip(found, truth, strict=True))
 
 
@@ -61,12 +66,12 @@ def main() -> None:
     torch.manual_seed(0)
     print(describe())
     rows, results = [], {}
-    for channels, side in SHAPES:
-        given = tensors(images, channels, side)
+    for inputs, outputs, side, stride in SHAPES:
+        given = tensors(images, inputs, outputs, side, stride)
         seconds = take_turns({name: partial(both_ways, one, *given) for name, one in CONVOLUTIONS.items()}, rounds)
         direct, winograd = (seconds[name].median for name in CONVOLUTIONS)
         errors = {name: rounding(one, *given) for name, one in CONVOLUTIONS.items()}
-        shape = f"{channels} channels, {side} px"
+        shape = f"{inputs} to {outputs} channels, {side} px" + (", stride 2" if stride == 2 else "")
         results[shape] = {"seconds": {name: taken.as_json() for name, taken in seconds.items()}, "errors": errors}
         rows.append(
             (
