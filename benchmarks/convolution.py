@@ -31,8 +31,6 @@ SHAPES = (
 )
 """Channels in and out, pixels a side of what goes in, stride."""
 
-WIDTH = panel_width(4)
-
 Convolution = Callable[[Tensor, Tensor, int], Tensor]
 CONVOLUTIONS: dict[str, Convolution] = {
     "direct": lambda maps, weight, stride: F.conv2d(maps, weight, padding=1, stride=stride),
@@ -92,7 +90,7 @@ def in_panels(matrices: Tensor) -> np.ndarray:
 
 @njit(nogil=True)
 def multiply_all(left, right, result, tiles, channels):  # type: ignore[no-untyped-def]
-    width = WIDTH
+    width = panel_width(4)
     for place in range(36):
         multiply(
             left, place * tiles * channels, tiles * width,

@@ -58,6 +58,14 @@ def test_gradients_are_those_of_finite_differences(stride):
     assert torch.autograd.gradcheck(WinogradConvolution.apply, (maps, weight, stride), fast_mode=True)
 
 
+@pytest.mark.parametrize("shape", [(32, 20), (20, 32)])
+def test_channels_that_fill_no_panel_are_refused(shape):
+    """Compiled code would write beyond its arrays."""
+    inputs, outputs = shape
+    with pytest.raises(ValueError, match="channels must be multiples of"):
+        WinogradConvolution.apply(maps_of(2, inputs, 6, 6), torch.randn(outputs, inputs, 3, 3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("wanted", ["maps", "weight"])
 def test_only_what_is_asked_for_has_a_gradient(wanted):
     torch.manual_seed(0)

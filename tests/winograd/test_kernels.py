@@ -70,8 +70,12 @@ def test_in_one_dimension_they_make_a_convolution(stride):
             np.testing.assert_allclose(found, expected, atol=1e-15)
 
 
-KINDS = [tiles.INPUTS, tiles.OUTPUTS, tiles.INPUTS_BY_TWO, tiles.OUTPUTS_BY_TWO]
-MATRICES = ["inputs", "outputs", "inputs by two", "outputs by two"]
+KINDS = {
+    transforms.INPUTS: "inputs",
+    transforms.OUTPUTS: "outputs",
+    transforms.INPUTS_BY_TWO: "inputs by two",
+    transforms.OUTPUTS_BY_TWO: "outputs by two",
+}
 CHANNELS = 32
 
 
@@ -79,7 +83,7 @@ def places_of(kind: int, maps: np.ndarray) -> np.ndarray:
     """Return the transformed tiles [places, T, C], out of their panels."""
     rows, columns = tiles.grid(kind, *maps.shape[1:3])
     count = rows * columns * len(maps)
-    room, places = tiles.room_for(count), tiles.SIDE[kind] ** 2
+    room, places = tiles.room_for(count), transforms.SIDE[kind] ** 2
     distance = tiles.from_place_to_place(maps, room)
     flat = np.full(places * distance, np.nan)
     tiles.maps_to_tiles(kind, maps, 0, len(maps), flat, room)
@@ -95,9 +99,9 @@ def test_tiles_are_cut_out_and_transformed(kind):
     pixels, step, margin = tiles.PIXELS[kind], tiles.STEP[kind], tiles.MARGIN[kind]
     padded = F.pad(torch.from_numpy(maps).permute(0, 3, 1, 2), (margin,) * 4)
     cut = F.unfold(padded, pixels, stride=step).view(2, CHANNELS, pixels, pixels, -1).permute(2, 3, 0, 4, 1).numpy()
-    inputs, there, back = PAIRS[MATRICES[kind]]
+    inputs, there, back = PAIRS[KINDS[kind]]
     one = matrix(there, inputs) if margin else matrix(back, 4)
-    expected = np.einsum("ik,klntc,jl->ijntc", one, cut, one).reshape(tiles.SIDE[kind] ** 2, -1, CHANNELS)
+    expected = np.einsum("ik,klntc,jl->ijntc", one, cut, one).reshape(transforms.SIDE[kind] ** 2, -1, CHANNELS)
     np.testing.assert_allclose(places_of(kind, maps), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -108,7 +112,7 @@ def test_tiles_go_back_by_the_transpose(kind):
     maps, returned = draw.normal(size=(2, 2, 7, 13, CHANNELS))
     count = np.prod(tiles.grid(kind, 7, 13)) * 2
     room = tiles.room_for(count)
-    flat = np.zeros(tiles.SIDE[kind] ** 2 * tiles.from_place_to_place(maps, room))
+    flat = np.zeros(transforms.SIDE[kind] ** 2 * tiles.from_place_to_place(maps, room))
     pull = draw.normal(size=flat.shape)
     tiles.maps_to_tiles(kind, maps, 0, 2, flat, room)
     tiles.tiles_to_maps(kind, pull, room, returned, 0, 2)

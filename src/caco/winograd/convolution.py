@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+PLACES = {1: 36, 2: 81}
+"""Products of a tile of 4 × 4 outputs, for each stride; the direct convolution has 144."""
 LEAST_TILES, LEAST_WEIGHTS = 32, 2**15
 """Tiles, and numbers of filters, below which no further thread takes part."""
 MOST_GRADIENT_BYTES = 2**28
@@ -23,7 +25,7 @@ MOST_GRADIENT_BYTES = 2**28
 class WinogradConvolution(torch.autograd.Function):
     """The convolution of maps [B, C, H, W] with filters [O, C, 3, 3], padding 1, stride 1 or 2, no bias; B > 0.
 
-    C and O must be multiples of `panel_width`.
+    C and O are multiples of `panel_width`; ValueError if they are not.
     """
 
     @staticmethod
@@ -73,8 +75,10 @@ def transform_filters(weight: Float[Tensor, "rows columns 3 3"], stride: int) ->
     from caco.winograd.products import panel_width
 
     width = panel_width(weight.element_size())
+    if any(channels % width for channels in weight.shape[:2]):  # nothing that follows checks where it writes
+        raise ValueError(f"filters of {tuple(weight.shape)}: channels must be multiples of {width}")
     taps = weight.detach().permute(0, 2, 3, 1).contiguous()
-    result = taps.new_empty(36 if stride == 1 else 81, taps.shape[3] // width, len(taps), width)
+    result = taps.new_empty(PLACES[stride], taps.shape[3] // width, len(taps), width)
     arrays = taps.numpy(), result.numpy()
     in_threads(lambda first, last: filters.filters_to_places(stride, *arrays, first, last), _parts_of_rows(taps))
     return result

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from caco.winograd.convolution import WinogradConvolution
+from caco.winograd.convolution import PLACES, WinogradConvolution
 
 LEAST_CHANNELS = 64
 """Channels in and out below which the transforms take longer than the products they save."""
@@ -45,7 +45,7 @@ def _share_of_products(stride: int, height: int, width: int) -> float:
     """Return the products of Winograd's filtering of maps as a share of those of the direct convolution."""
     height, width = -(-height // stride), -(-width // stride)
     tiles = -(-height // 4) * -(-width // 4)
-    return (36 if stride == 1 else 81) * tiles / (9 * height * width)
+    return PLACES[stride] * tiles / (9 * height * width)
 
 
 def use_winograd(network: nn.Module) -> None:

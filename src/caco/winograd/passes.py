@@ -10,20 +10,9 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
-from caco.winograd.products import multiply, multiply_transposed
-from caco.winograd.tiles import (
-    INPUTS,
-    INPUTS_BY_TWO,
-    OUTPUTS,
-    OUTPUTS_BY_TWO,
-    from_place_to_place,
-    grid,
-    maps_to_tiles,
-    room_for,
-    tiles_to_maps,
-)
-from caco.winograd.transforms import inlined
-from caco.winograd.vectors import BYTES
+from caco.winograd.products import multiply, multiply_transposed, panel_width
+from caco.winograd.tiles import from_place_to_place, grid, maps_to_tiles, room_for, tiles_to_maps
+from caco.winograd.transforms import INPUTS, INPUTS_BY_TWO, OUTPUTS, OUTPUTS_BY_TWO, inlined
 
 BLOCK = 192
 """Tiles at a time, about."""
@@ -36,7 +25,7 @@ def forward(maps, filters, results, first, last, stride):
 
     filters: [places, O / w, C, w], transformed, w numbers in a panel.
     """
-    width, channels, outputs = 2 * BYTES // maps.itemsize, maps.shape[3], results.shape[3]
+    width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], results.shape[3]
     inputs_kind, outputs_kind = kinds(stride)
     images, room = block_of(results, first, last, outputs_kind)
     size, flat = channels * outputs, filters.reshape(-1)
@@ -63,7 +52,7 @@ def backward(maps, filters, pulls, maps_gradient, filters_gradient, first, last,
 
     pulls: the results' gradient, [B, H', W', O]. filters and their gradient: [places, C / w, O, w], transformed.
     """
-    width, channels, outputs = 2 * BYTES // maps.itemsize, maps.shape[3], pulls.shape[3]
+    width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], pulls.shape[3]
     inputs_kind, outputs_kind = kinds(stride)
     images, room = block_of(pulls, first, last, outputs_kind)
     size = channels * outputs
@@ -97,7 +86,7 @@ def backward(maps, filters, pulls, maps_gradient, filters_gradient, first, last,
 @inlined
 @no_type_check
 def kinds(stride):
-    """Return what `tiles.py` calls the maps that go in and those that come out."""
+    """Return what `transforms.py` calls the maps that go in and those that come out."""
     return (INPUTS, OUTPUTS) if stride == 1 else (INPUTS_BY_TWO, OUTPUTS_BY_TWO)
 
 

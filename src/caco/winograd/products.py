@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import no_type_check
 
 from numba import njit
+from numba.extending import register_jitable
 
 from caco.winograd.vectors import BYTES, add_all, add_products, store_all, zeros_all
 
@@ -17,9 +18,17 @@ DEPTH = 256
 """Terms that are added up at a time: so many rows of the right matrix, of two vectors, stay in the nearest cache."""
 
 
+@register_jitable
 def panel_width(itemsize: int) -> int:
     """Return the columns of a panel, two vectors, for numbers of so many bytes."""
     return 2 * BYTES // itemsize
+
+
+@njit(forceinline=True, error_model="numpy")
+@no_type_check
+def position(row, column, rows, width):
+    """Return where a number is in a matrix whose panels of so many rows follow each other."""
+    return (column // width * rows + row) * width + column % width
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -36,14 +45,14 @@ def multiply(
     by row, one every `*_panel` numbers. Columns are whole panels, as terms are; rows are rounded up to ROWS, for which
     there must be room.
     """
-    lanes = BYTES // result.itemsize
-    width = 2 * lanes
+    width = panel_width(result.itemsize)
+    lanes = width // 2
     for start in range(0, depth, DEPTH):
         end = min(depth, start + DEPTH)
         for panel in range(columns // width):
             for first in range(0, rows, ROWS):
                 b = right_at + panel * right_panel + start * width
-                sums = zeros_all(result, 12)
+                sums = zeros_all(result, 12)  # two for each of ROWS
                 for term in range(start, end, width):
                     a = left_at + term // width * left_panel + first * width
                     for _ in range(width):
@@ -69,14 +78,14 @@ def multiply_transposed(
 
     Matrices as in `multiply`; `left` has `depth` rows and `rows` columns, which are whole panels.
     """
-    lanes = BYTES // result.itemsize
-    width = 2 * lanes
+    width = panel_width(result.itemsize)
+    lanes = width // 2
     for left_columns in range(0, rows, width):
         for panel in range(columns // width):
             for first in range(0, width, 4):
                 a = left_at + left_columns // width * left_panel + first
                 b = right_at + panel * right_panel
-                sums = zeros_all(result, 8)
+                sums = zeros_all(result, 8)  # two for each of four rows, which a panel is a multiple of
                 for _ in range(depth):
                     sums = add_products(sums, left, a, 1, right, b)
                     a += width

@@ -14,16 +14,14 @@ from typing import no_type_check
 import numpy as np
 from numba import njit
 
-from caco.winograd import transforms
-from caco.winograd.products import ROWS
-from caco.winograd.transforms import inlined
-from caco.winograd.vectors import BYTES, load, load_all, store, store_all, zeros
+from caco.winograd.products import ROWS, panel_width, position
+from caco.winograd.transforms import SIDE, back, inlined, there
+from caco.winograd.vectors import BYTES, load, store, zeros
 
-INPUTS, OUTPUTS, INPUTS_BY_TWO, OUTPUTS_BY_TWO = range(4)
-"""Which maps: what goes into a convolution or comes out, with stride 1 or 2."""
-PIXELS, STEP, MARGIN, SIDE = (6, 4, 9, 4), (4, 4, 8, 4), (1, 0, 1, 0), (6, 6, 9, 9)
-"""Of each: pixels along a side of a tile, from a tile to the next, before the first pixel; places along a side."""
+PIXELS, STEP, MARGIN = (6, 4, 0, 9, 4), (4, 4, 0, 8, 4), (1, 0, 0, 1, 0)
+"""Of maps of each kind (`transforms.py`): pixels along a side of a tile, from a tile to the next, before the first pixel."""
 CACHE_LINE = 64
+"""Bytes."""
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -49,7 +47,7 @@ def maps_to_tiles(kind, maps, first, last, tiles, room):
                         store(patch, pixel * lanes, value)
                     for j in range(pixels):
                         there(kind, patch, j * lanes, pixels * lanes, half, j * lanes, pixels * lanes)
-                    at = position(tile, channel, room, lanes)
+                    at = position(tile, channel, room, panel_width(maps.itemsize))
                     for i in range(side):
                         there(kind, half, i * pixels * lanes, lanes, tiles, at + i * side * distance, distance)
                 tile += 1
@@ -72,7 +70,7 @@ def tiles_to_maps(kind, tiles, room, maps, first, last):
             for column in range(columns):
                 locate(where, kind, image, row, column, height, width, channels)
                 for channel in range(0, channels, lanes):
-                    at = position(tile, channel, room, lanes)
+                    at = position(tile, channel, room, panel_width(maps.itemsize))
                     for j in range(side):
                         back(kind, tiles, at + j * distance, side * distance, half, j * lanes, side * lanes)
                     for i in range(pixels):
@@ -83,34 +81,6 @@ def tiles_to_maps(kind, tiles, room, maps, first, last):
                             value = load(patch, pixel * lanes)
                             store(target, to, value + load(target, to) if overlap else value)
                 tile += 1
-
-
-@inlined
-@no_type_check
-def there(kind, source, at, step, target, to, by):
-    """Transform a row or column: one vector every `step` numbers of the source, one every `by` of the target."""
-    if kind == INPUTS:
-        store_all(target, to, by, transforms.inputs(load_all(source, at, step, 6)))
-    elif kind == OUTPUTS:
-        store_all(target, to, by, transforms.outputs_back(load_all(source, at, step, 4)))
-    elif kind == INPUTS_BY_TWO:
-        store_all(target, to, by, transforms.inputs_by_two(load_all(source, at, step, 9)))
-    else:
-        store_all(target, to, by, transforms.outputs_by_two_back(load_all(source, at, step, 4)))
-
-
-@inlined
-@no_type_check
-def back(kind, source, at, step, target, to, by):
-    """The transpose of `there`."""
-    if kind == INPUTS:
-        store_all(target, to, by, transforms.inputs_back(load_all(source, at, step, 6)))
-    elif kind == OUTPUTS:
-        store_all(target, to, by, transforms.outputs(load_all(source, at, step, 6)))
-    elif kind == INPUTS_BY_TWO:
-        store_all(target, to, by, transforms.inputs_by_two_back(load_all(source, at, step, 9)))
-    else:
-        store_all(target, to, by, transforms.outputs_by_two(load_all(source, at, step, 9)))
 
 
 @inlined
@@ -132,14 +102,6 @@ def grid(kind, height, width):
     """Return the rows and columns of tiles."""
     step = STEP[kind]
     return (height + step - 1) // step, (width + step - 1) // step
-
-
-@inlined
-@no_type_check
-def position(tile, channel, room, lanes):
-    """Return where a tile's vector of channels is in the matrix of a place."""
-    width = 2 * lanes
-    return (channel // width * room + tile) * width + channel % width
 
 
 @inlined

@@ -4,7 +4,8 @@ Four outputs in a row. F(4, 3): six inputs, six products. With stride 2, the fil
 places, F(4, 2) with five products, and its middle tap those at odd places, four products: nine inputs, nine products.
 In each case what is transposed makes the gradients.
 
-Each takes and returns a tuple of vectors. Python's types mean nothing to numba, hence the no_type_check.
+Each formula takes and returns a tuple of vectors; `there` and `back` choose it by what is transformed, and read and write.
+Python's types mean nothing to numba, hence the no_type_check.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from typing import no_type_check
 
 from numba import njit
 
+from caco.winograd.vectors import load_all, store_all
+
 inlined = njit(forceinline=True, error_model="numpy")
+
+INPUTS, OUTPUTS, FILTERS, INPUTS_BY_TWO, OUTPUTS_BY_TWO, FILTERS_BY_TWO = range(6)
+"""What is transformed: what goes into a convolution, what comes out of it, its filters; with stride 1 or 2."""
+SIDE = (6, 6, 6, 9, 9, 9)
+"""Of each: numbers in a row of what is multiplied."""
 
 
 @inlined
@@ -138,3 +146,39 @@ def filters_by_two_back(u):
         u[5] + u[6] + u[7] + u[8],
         b - a + (1 / 3) * u[3] + u[4],
     )
+
+
+@inlined
+@no_type_check
+def there(kind, source, at, step, target, to, by):
+    """Transform a row or column: one vector every `step` numbers of the source, one every `by` of the target."""
+    if kind == INPUTS:
+        store_all(target, to, by, inputs(load_all(source, at, step, 6)))
+    elif kind == OUTPUTS:
+        store_all(target, to, by, outputs_back(load_all(source, at, step, 4)))
+    elif kind == FILTERS:
+        store_all(target, to, by, filters(load_all(source, at, step, 3)))
+    elif kind == INPUTS_BY_TWO:
+        store_all(target, to, by, inputs_by_two(load_all(source, at, step, 9)))
+    elif kind == OUTPUTS_BY_TWO:
+        store_all(target, to, by, outputs_by_two_back(load_all(source, at, step, 4)))
+    else:
+        store_all(target, to, by, filters_by_two(load_all(source, at, step, 3)))
+
+
+@inlined
+@no_type_check
+def back(kind, source, at, step, target, to, by):
+    """The transpose of `there`."""
+    if kind == INPUTS:
+        store_all(target, to, by, inputs_back(load_all(source, at, step, 6)))
+    elif kind == OUTPUTS:
+        store_all(target, to, by, outputs(load_all(source, at, step, 6)))
+    elif kind == FILTERS:
+        store_all(target, to, by, filters_back(load_all(source, at, step, 6)))
+    elif kind == INPUTS_BY_TWO:
+        store_all(target, to, by, inputs_by_two_back(load_all(source, at, step, 9)))
+    elif kind == OUTPUTS_BY_TWO:
+        store_all(target, to, by, outputs_by_two(load_all(source, at, step, 9)))
+    else:
+        store_all(target, to, by, filters_by_two_back(load_all(source, at, step, 9)))

@@ -101,19 +101,28 @@ def load_all(typing, array, index, step, count):
     return result(array, types.intp, types.intp, count), generate
 
 
-@intrinsic
 @no_type_check
-def store_all(typing, array, index, step, vectors):
-    """Put the vectors of a tuple where `load_all` finds them."""
+def _putting(adds):
+    """Return what puts the vectors of a tuple where `load_all` finds them, or adds them to what is there."""
 
-    def generate(context, builder, signature, arguments):
-        data, at = _data(context, builder, array, arguments[0]), arguments[1]
-        for number in range(vectors.count):
-            _store(builder, array, data, at, builder.extract_value(arguments[3], number))
-            at = builder.add(at, arguments[2])
-        return context.get_dummy_value()
+    @intrinsic
+    def put_all(typing, array, index, step, vectors):
+        def generate(context, builder, signature, arguments):
+            data, at = _data(context, builder, array, arguments[0]), arguments[1]
+            for number in range(vectors.count):
+                vector = builder.extract_value(arguments[3], number)
+                if adds:
+                    vector = builder.fadd(_load(builder, array, data, at), vector, flags=FLAGS)
+                _store(builder, array, data, at, vector)
+                at = builder.add(at, arguments[2])
+            return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.intp, vectors), generate
+        return types.void(array, types.intp, types.intp, vectors), generate
+
+    return put_all
+
+
+store_all, add_all = _putting(adds=False), _putting(adds=True)
 
 
 @intrinsic
@@ -193,22 +202,6 @@ def zeros_all(typing, array, count):
         return context.make_tuple(builder, signature.return_type, [zero] * count.literal_value)
 
     return types.UniTuple(Vector(array.dtype), count.literal_value)(array, count), generate
-
-
-@intrinsic
-@no_type_check
-def add_all(typing, array, index, step, vectors):
-    """Add the vectors of a tuple to those that `load_all` finds."""
-
-    def generate(context, builder, signature, arguments):
-        data, at = _data(context, builder, array, arguments[0]), arguments[1]
-        for number in range(vectors.count):
-            vector = builder.extract_value(arguments[3], number)
-            _store(builder, array, data, at, builder.fadd(_load(builder, array, data, at), vector, flags=FLAGS))
-            at = builder.add(at, arguments[2])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.intp, vectors), generate
 
 
 @overload(operator.add)
