@@ -5,10 +5,10 @@
 
 Embeddings of two views are given; nothing is learnt from them. Contestants, each with fresh memory in its own process:
 
-- streamed: what caco does (`caco.bank`), in fp32 and with bfloat16 products (under autocast), on a GPU with attention's
-  kernels, and there once more without them;
+- streamed: what caco does (`caco.bank`), in fp32 and with bfloat16 products (under autocast; streamed-bf16), on a GPU with
+  attention's kernels, and there once more without them;
 - dense: the plain form with one matrix of queries and slots, the oracle of the tests (`tests/dense_bank.py`);
-- published order: the operations in the published code's order, as docs/method.md tells them: each view by itself, the bank
+- published-order: the operations in the published code's order, as docs/method.md tells them: each view by itself, the bank
   normalised anew for each use, softmax and cross-entropy apart, the bank's gradient written out by hand.
 
 On a CPU caco keeps freed memory, as its runs do (with `--give-back` it does not, which shows what is really held: a kept
@@ -39,8 +39,8 @@ from caco.train.heap import keep_heap
 
 TEMPERATURE = 0.08
 RATE, MOMENTUM = 3.0, 0.9
-WITHOUT_ATTENTION = "streamed, bf16 products, without attention"
-CONTESTANTS = ("streamed", "streamed, bf16 products", WITHOUT_ATTENTION, "dense", "published order")
+WITHOUT_ATTENTION = "streamed-bf16-without-attention"
+CONTESTANTS = ("streamed", "streamed-bf16", WITHOUT_ATTENTION, "dense", "published-order")
 
 
 def embeddings(batch: int, width: int, device: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -106,10 +106,10 @@ def contestant(
     queries, keys = embeddings(batch, width, device)
     work: dict[str, Callable[[], None]] = {
         "streamed": lambda: streamed(bank, queries, keys, torch.float32),
-        "streamed, bf16 products": lambda: streamed(bank, queries, keys, torch.bfloat16),
+        "streamed-bf16": lambda: streamed(bank, queries, keys, torch.bfloat16),
         WITHOUT_ATTENTION: lambda: streamed(bank, queries, keys, torch.bfloat16),
         "dense": lambda: dense(bank, queries, keys),
-        "published order": lambda: published_order(bank, queries, keys),
+        "published-order": lambda: published_order(bank, queries, keys),
     }
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Everything that wants a GPU: tests, steps against the limit, bank, memory table, data, evaluation.
+"""Everything that wants a GPU: tests, steps against the limit, bank, memory table, data, evaluation, tests of whole runs.
 
 A call takes as many parts as fit into 8 minutes, and names the others.
 
@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+WHOLE_RUNS = "killed"
+"""What tests of whole runs, which take longest, have in their names."""
 RESNET50 = "--backbone resnet50 --size 224 --embedding 256 --projector 2048 --precision bf16"
 
 
@@ -37,11 +39,11 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
         "step-resnet50": (150, f"step.py {RESNET50} --batch {batch} --rounds 3 --steps 3"),
         "step-resnet18-compiled": (200, f"step.py --batch 512 --steps 20 --precision bf16 {compiled}"),
         "step-resnet50-compiled": (250, f"step.py {RESNET50} --batch {batch} --rounds 3 --steps 3 {compiled}"),
-        "multi-crop": (80, f"step.py {RESNET50} --batch 256 --rounds 3 --steps 3 --small 6 --no-stages"),
+        "multi-crop": (150, f"step.py {RESNET50} --batch 256 --rounds 3 --steps 3 --small 6 --no-stages"),
     }
     memory = {
         f"memory-{batch}{'-checkpointing' * again}-{accumulate}": (
-            60,
+            120,
             f"step.py {RESNET50} --batch {batch} --rounds 2 --no-limit --no-stages --accumulate {accumulate}"
             + " --checkpointing" * again,
         )
@@ -49,7 +51,10 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
     }
     others = {
         "bank": (150, "bank.py --slots 65536 1048576 --width 128 --batch 512 --rounds 5"),
-        "bank-4-million": (90, "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed"),
+        "bank-4-million": (
+            150,
+            "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed streamed-bf16",
+        ),
         "data": (240, "data.py --parts augment"),
         "evaluate": (180, "evaluate.py"),
     }
@@ -108,11 +113,13 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began, seen = time.monotonic(), {}
-    commands = {"tests": (300, [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")])}
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests"), "-k"]
+    commands = {"tests": (200, [*tests, f"not {WHOLE_RUNS}"])}
     for name, (limit, command) in parts(options.quick, largest_batch(options.device)).items():
         out = ["--device", options.device, "--out", str(options.out / f"{name}.json")]
         script, *arguments = command.split()
         commands[name] = (limit, [sys.executable, str(HERE / script), *arguments, *out])
+    commands["tests-of-runs"] = (350, [*tests, WHOLE_RUNS])
     if unknown := set(options.only or ()) - set(commands):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(commands)}")
     for name, (limit, line) in commands.items():
@@ -141,7 +148,7 @@ def run(name: str, limit: int, line: list[str], log: Path) -> dict[str, object]:
         )
         try:
             status = process.wait(limit)
-            outcome = "done" if status == 0 or (name == "tests" and status == 5) else f"failed with {status}"
+            outcome = "done" if status == 0 or ("tests" in name and status == 5) else f"failed with {status}"
         except subprocess.TimeoutExpired:
             outcome = f"stopped after {limit} s"
         finally:

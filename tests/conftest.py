@@ -4,6 +4,7 @@ Where beartype is not installed (a lent GPU machine, which nothing can be fetche
 """
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,6 +57,20 @@ if "forkserver" in multiprocessing.get_all_start_methods():
     caco.distributed.launch.START_METHOD = "forkserver"
     multiprocessing.get_context("forkserver").set_forkserver_preload(["caco.commands", "caco.train.run", "caco.judge"])
 
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Let only tests that are marked with gpu see one; all others have the same machine everywhere, as have their processes."""
+    if item.get_closest_marker("gpu"):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        return (yield)
+
+
+torch.cuda.is_available()  # before a test hides it: a process that has once been told of no GPU never finds one
 
 SLOWEST = (
     "test_runs",

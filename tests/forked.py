@@ -58,5 +58,6 @@ def _run(arguments: list[str], error: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(error, os.O_WRONLY), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell starts it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # `launch` may have started the server, where it waits
     sys.argv = ["caco", *arguments]
     sys.exit(main(arguments))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 import caco
+from caco.backbone import create_backbone
 from caco.config import Demo
 from caco.data.arrays import ArraySource
 from caco.demo import demo
@@ -65,6 +66,8 @@ def test_everything_announced_is_there():
         ({"views": 32}, 'views=32: is a group of options, such as views={"size": …}'),
         ({"precision": "fp16"}, "precision='fp16': must be auto|fp32|bf16."),
         ({"epochs": "ten"}, "epochs='ten': must be int"),
+        ({"epochs": float("nan")}, "epochs=nan: must be int"),
+        ({"batch_size": float("inf")}, "batch_size=inf: must be int"),
         ({"views": {"size": "big"}}, "views.size='big': must be int"),
         ({"recipe": "cifr"}, "Did you mean cifar"),
         ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
@@ -347,6 +350,16 @@ def test_a_run_is_resumed_without_naming_its_data(tmp_path):
     before = path.read_bytes()
     path.unlink()
     assert caco.pretrain(out=tmp_path / "run", resume=True).read_bytes() == before
+
+
+def test_a_file_that_does_not_say_its_model_is_loaded_by_its_name(tmp_path):
+    module = create_backbone("test_resnet", 32).eval()
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UsageError, match=r"name it with --backbone \(Python: backbone=\)"):
+        caco.load_backbone(tmp_path / "weights.pth")
+    again, images = caco.load_backbone(tmp_path / "weights.pth", backbone="test_resnet"), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(images), module(images))
 
 
 def test_paths_may_be_paths_everywhere(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from caco.backbone import create_backbone
-from caco.checkpointing import checkpoint_blocks, repeated_blocks
+from caco.checkpointing import checkpoint_blocks, keep_all_activations, repeated_blocks
 from caco.errors import UsageError
 
 
@@ -28,6 +28,15 @@ def test_same_features_gradients_and_statistics(name, size, blocks):
         assert torch.equal(one, other), key
     for (key, one), other in zip(plain.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-7, msg=key)
+
+
+def test_it_is_undone():
+    plain = create_backbone("resnet18", 32)
+    own = plain.layer1[0].forward = plain.layer2[0].forward  # a block with a forward of its own
+    checkpoint_blocks(plain)
+    keep_all_activations(plain)
+    assert [name for name, part in plain.named_modules() if "forward" in vars(part)] == ["layer1.0"]
+    assert plain.layer1[0].forward is own
 
 
 def test_fewer_activations_are_kept():

@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from caco import cli
 from caco.after_training import Embed, Knn, Linear
 from caco.cli import COMMANDS, main
 from caco.config import Pretrain
@@ -63,6 +65,12 @@ def test_version(capsys):
 
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"caco {caco.__version__}\n"
+
+
+def test_the_program_tells_the_same_exit_statuses_as_the_reference():
+    told = re.search(r"Exit status: (.*)\.", cli.__doc__, re.DOTALL)[1].split("·")
+    table = (Path(__file__).parents[1] / "docs/commands.md").read_text()
+    assert [status.split()[0] for status in told] == re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

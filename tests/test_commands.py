@@ -3,12 +3,15 @@
 import json
 import shlex
 import shutil
+import signal
+import time
 
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
 from colour_photos import CLASSES, make_photos
+from forked import Command
 from PIL import Image
 
 import caco
@@ -476,6 +479,7 @@ def test_a_stopped_demo_tells_how_to_get_its_table(tmp_path, monkeypatch):
     from caco.errors import Interrupted
 
     def stopped(config):
+        assert config.distributed.processes == 1  # whatever number of GPUs there are
         raise Interrupted(
             f"stopped by Ctrl-C at step 3 and saved to here; go on with: caco pretrain --out {config.out} --resume"
         )
@@ -489,3 +493,46 @@ def test_a_stopped_demo_tells_how_to_get_its_table(tmp_path, monkeypatch):
         f"stopped by Ctrl-C at step 3 and saved to here; go on with: caco pretrain --out {out} --resume ("
     )
     assert said.endswith(f"for the demo's table: caco demo --out {out} --overwrite)")
+
+
+def test_a_stopped_demo_in_a_folder_with_a_blank_is_pasted_as_it_was_called(tmp_path):
+    out = tmp_path / "my first"
+    process = Command(["demo", "--out", str(out), "--seed", "3"])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.finish()
+    assert process.returncode == 75, said
+    assert f"go on with: caco pretrain --out '{out}' --resume (which only pre-trains" in said
+    assert said.endswith(f"for the demo's table: caco demo --out '{out}' --seed 3 --overwrite)\n")
+
+
+def test_a_run_below_its_own_images_goes_on_after_its_report(photos, tmp_path, monkeypatch, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path / "photos")
+    finished = caco.pretrain(".", "runs/my first", **TINY)
+    before = finished.read_bytes()
+    finished.unlink()  # as if it had been stopped before the end
+    caco.report("runs/my first", images=10)
+    assert (tmp_path / "photos/runs/my first/gallery.png").exists()
+    assert caco.pretrain(out="runs/my first", resume=True).read_bytes() == before
+    assert "30 images" in capsys.readouterr().err
+
+
+DOUBLED = ("crane", "dog", "crane")
+
+
+def test_two_classes_of_one_name_are_judged_apart():
+    """As in ImageNet, which has two cranes. What the second looks like decides, not what it is called."""
+    labels = np.arange(60) % 3
+    pixels = np.random.default_rng(0).integers(0, 60, (60, 8, 8, 3)) + 150 * np.eye(3)[labels][:, None, None]
+    train, val = (
+        ArraySource(pixels[part].astype(np.uint8), labels[part], DOUBLED) for part in (slice(0, 30), slice(30, 60))
+    )
+    assert caco.knn("pixels", train, val=val, size=8, neighbours=3)["top1"] == 100.0
+    result = caco.linear("pixels", train, val=val, size=8, epochs=30)
+    assert result["top1"] == 100.0
+    assert result["per_class"] == {"crane (class 0)": 100.0, "dog": 100.0, "crane (class 2)": 100.0}

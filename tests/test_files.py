@@ -101,3 +101,20 @@ def test_an_error_that_is_none_of_the_systems_comes_as_it_is(tmp_path):
     with pytest.raises(RuntimeError, match="no file's fault") as caught, replacing(tmp_path / "file"):
         raise RuntimeError("no file's fault")
     assert caught.value.__cause__ is None and names(tmp_path) == []
+
+
+def test_a_system_that_opens_no_folders(tmp_path, monkeypatch):
+    """Windows refuses to open one, and so to sync it; a file is whole or not there all the same."""
+    opened = os.open
+
+    def as_windows(path, *arguments, **named):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **named)
+
+    path = tmp_path / "file.bin"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", as_windows)
+        patch.setattr(os, "name", "nt")
+        replace_file(path, b"content")
+    assert path.read_bytes() == b"content"

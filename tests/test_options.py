@@ -7,10 +7,10 @@ from typing import Literal, Union
 
 import pytest
 
-from caco.after_training import Knn
+from caco.after_training import Knn, Linear
 from caco.config import Pretrain
 from caco.errors import UsageError
-from caco.options import checked, flatten, from_dictionary, override, parse
+from caco.options import checked, flatten, from_dictionary, override, parse, words
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,9 @@ def test_values_from_python_are_fitted(tmp_path):
         ("inner.size", "big", "inner.size='big': must be int"),
         ("inner.size", 1.5, "inner.size=1.5: must be int"),
         ("inner.size", True, "must be int"),
+        ("inner.size", float("nan"), "inner.size=nan: must be int"),
+        ("steps", float("inf"), "steps=inf: must be int"),
+        ("neighbours", float("-inf"), "neighbours=-inf: must be int"),
         ("inner.area", 0.5, "must be 2 x float"),
         ("inner.area", (0.1, 0.2, 0.3), "must be 2 x float"),
         ("neighbours", (), "neighbours"),
@@ -188,6 +191,13 @@ def test_wrong_values_from_python_are_usage_errors(name, value, words):
     with pytest.raises(UsageError) as caught:
         checked(Outer, {name: value})
     assert words in str(caught.value)
+
+
+def test_what_is_typed_for_options():
+    """The words that differ from another's; what stands without a flag, and empty texts, are left out."""
+    typed = list(words(Linear(run="runs/first", data="a b", lr=0.5, mean=(0.5, 0.4, 0.3), download=True), Linear()))
+    assert typed == [("--data", "a b"), ("--mean", "0.5", "0.4", "0.3"), ("--download",), ("--lr", "0.5")]
+    assert list(words(Linear(), Linear(run="runs/first", data="photos"))) == []
 
 
 def test_the_real_commands_parse_their_own_defaults():

@@ -344,6 +344,12 @@ def test_other_content(tmp_path):
     torch.save({"epoch": 3, "name": "x"}, path)
     with pytest.raises(UsageError, match="holds no weights; its entries are epoch, name"):
         read_weights(path)
+    for content in ({0: torch.zeros(1)}, {"state_dict": {0: torch.zeros(1)}}):
+        torch.save(content, path)
+        with pytest.raises(UsageError, match="holds no weights; its entries are 0$"):
+            read_weights(path)
+    torch.save({0: torch.zeros(1), "module.conv1.weight": torch.ones(1)}, path)
+    assert read_weights(path) == ({"conv1.weight": torch.ones(1)}, None)
     torch.save({}, path)
     with pytest.raises(UsageError, match="its entries are none"):
         read_weights(path)

@@ -36,7 +36,7 @@ class Evaluation:
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, in the same way."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, ..."""
+    """auto (NVIDIA's GPU, else the CPU), cpu, cuda, cuda:1, mps (never tried), ..."""
     precision: Precision = "auto"
     """Arithmetic of the encoder; auto: bf16 on GPUs that have it, else fp32."""
     batch_size: int = 256
@@ -112,6 +112,8 @@ class Export:
     """timm, torchvision: a state dict of the backbone; reference: the published checkpoint, with bank and projector."""
     out: str = ""
     """File to write: .safetensors or .pth; reference: .pth.tar."""
+    backbone: str = ""
+    """timm name, for a FILE that does not say it; NAME.TAG also says how pictures are prepared."""
 
 
 @dataclass(frozen=True)
@@ -123,4 +125,4 @@ class Report:
     images: int = 2000
     """Images looked at for the galleries, at most."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, ..."""
+    """auto (NVIDIA's GPU, else the CPU), cpu, cuda, cuda:1, mps (never tried), ..."""

@@ -146,14 +146,15 @@ def report(run: str | Path, **options: Any) -> Path:
     return commands.report(_config(Report(), run, options))
 
 
-def load_backbone(path: str | Path) -> nn.Module:
+def load_backbone(path: str | Path, *, backbone: str = "") -> nn.Module:
     """Return the backbone of a run folder or file, in eval mode: [B, 3, S, S] → [B, num_features].
 
+    backbone: a timm name, for a file that does not say it; NAME.TAG also says how pictures are prepared.
     How a picture is prepared for it, timm can tell: `timm.data.create_transform(**timm.data.resolve_model_data_config(it))`.
     """
     from caco.evaluate.encoder import find_weights
 
-    return _load_backbone(find_weights(Path(path)))[0]
+    return _load_backbone(find_weights(Path(path)), backbone)[0]
 
 
 def load_weights(module: nn.Module, path: str | Path) -> nn.Module:

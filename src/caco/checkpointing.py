@@ -26,6 +26,17 @@ def checkpoint_blocks(backbone: nn.Module) -> None:
         block.forward = partial(_again_in_backward, block, block.forward)
 
 
+def keep_all_activations(network: nn.Module) -> None:
+    """Undo `checkpoint_blocks`."""
+    for module in network.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _again_in_backward:
+            del module.forward
+            block, before = forward.args
+            if before != type(block).forward.__get__(block):  # it had one of its own
+                block.forward = before
+
+
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the innermost elements of nn.Sequential that have several layers with parameters of their own."""
     for child in module.children():

@@ -1,6 +1,7 @@
 """The `caco` command: parse, run, and turn every error into one line and an exit status.
 
-Exit status: 0 done · 1 the work failed · 2 wrong usage, nothing was done · 75 stopped by a signal and saved.
+Exit status: 0 done · 1 the work failed · 2 wrong usage, nothing was done · 75 stopped by a signal and saved · 76 another process
+of the run was lost · 130 stopped by Ctrl-C without saving.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def exit_status(work: Callable[[], int | None], program: str) -> int:
     """Do the work and return its exit status (None: 0); an error becomes one line that begins with the program's name."""
     print_any_name()
     try:
-        status = work() or 0
+        status = _told_of_memory(work) or 0
         sys.stdout.flush()  # here it can still be told that nothing was written
         return status
     except SystemExit as done:  # argparse, after --help
@@ -77,6 +78,17 @@ def exit_status(work: Callable[[], int | None], program: str) -> int:
         return CacoError.exit_status
     finally:
         _give_up_unwritten()
+
+
+def _told_of_memory(work: Callable[[], int | None]) -> int | None:
+    """Do the work. Raises CacoError when memory runs out."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError):
+        from caco.memory import out_of_memory_is_told  # here: torch comes with it
+
+        with out_of_memory_is_told():
+            raise
 
 
 def _give_up_unwritten() -> None:

@@ -76,7 +76,7 @@ def _embed(world: World, options: Embed, objects: Objects) -> Path | None:
 def export(options: Export) -> Path:
     """Write the encoder in another format; say how to load it, and return the file's path."""
     path = check_export_path(options.out, options.format)
-    how = export_encoder(Path(options.run), options.format, path)
+    how = export_encoder(Path(options.run), options.format, path, options.backbone)
     if options.format != "reference":  # which says itself how many epochs are done
         say_unfinished(options.run)
     print(f"{path} is written; load it with\n  {how}")

@@ -236,7 +236,7 @@ class Pretrain:
     bank_size: int = 4096
     """Number of slots in the bank."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, ..."""
+    """auto (NVIDIA's GPU, else the CPU), cpu, cuda, cuda:1, mps (never tried), ..."""
     precision: Precision = "auto"
     """Arithmetic of the encoder; auto: bf16 on GPUs that have it; on a CPU fp32, or bf16 if a long run is 1.5 times faster."""
     workers: Union[int, Auto] = "auto"

@@ -10,9 +10,10 @@ from typing import Any
 from caco import commands, judge
 from caco.after_training import Knn, Linear, Report
 from caco.checks import check
-from caco.config import Demo, Pretrain
-from caco.errors import Interrupted, UsageError, program
+from caco.config import Demo, DistributedOptions, Pretrain
+from caco.errors import Interrupted, UsageError, command_line, program
 from caco.files import replace_json
+from caco.options import words
 from caco.recipes import find_recipe
 
 TRAIN, TEST = "textures:5000", "textures:2000"
@@ -27,7 +28,13 @@ def demo(options: Demo) -> dict[str, Any]:
         raise UsageError(f"--out {options.out} holds a run; delete it with --overwrite, or choose another folder")
     began = time.monotonic()
     config = replace(
-        find_recipe("demo"), data=TRAIN, val=TEST, out=options.out, seed=options.seed, overwrite=options.overwrite
+        find_recipe("demo"),
+        data=TRAIN,
+        val=TEST,
+        out=options.out,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        distributed=DistributedOptions(processes=1),  # whose batch any number of GPUs need not divide
     )
     check(config)
     print(
@@ -36,7 +43,8 @@ def demo(options: Demo) -> dict[str, Any]:
     try:
         commands.pretrain(config)
     except Interrupted as stopped:
-        anew = f"{program()} demo --out {options.out} --overwrite"
+        given = words(replace(options, overwrite=True), Demo())
+        anew = command_line("demo", *(word for option in given for word in option))
         raise Interrupted(f"{stopped} (which only pre-trains; for the demo's table: {anew})") from stopped
     trained = time.monotonic()
     rows = {

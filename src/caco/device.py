@@ -10,12 +10,15 @@ from caco.errors import UsageError, did_you_mean
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for "auto" (a GPU if there is one) or a torch device name. Raises UsageError."""
+    """Return the device for "auto" or a torch device name. Raises UsageError.
+
+    auto: NVIDIA's GPU if there is one, else the CPU. Apple's (mps) has to be asked for: nothing here was ever tried on one.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             exact_products(torch.device("cuda"))
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -42,5 +45,8 @@ def exact_products(device: torch.device) -> None:
     for TF32. Convolutions of an encoder in fp32 keep what torch has set.
     """
     if device.type == "cuda":
+        warnings.filterwarnings(
+            "ignore", "Please use the new API settings"
+        )  # torch 2.9 has two that exclude each other
         torch.set_float32_matmul_precision("highest")
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch's compiler advises against it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -40,6 +41,11 @@ def did_you_mean(name: str, choices: Iterable[str], most: int = 3) -> str:
 def program() -> str:
     """Return the name to call caco by here: as it was called, where the shell does not find it by its name."""
     return "caco" if shutil.which("caco") or Path(sys.argv[0]).name != "caco" else sys.argv[0]
+
+
+def command_line(*arguments: str) -> str:
+    """Return a command of caco to paste into a shell."""
+    return shlex.join([program(), *arguments])
 
 
 def counted(number: int, word: str) -> str:

@@ -79,6 +79,8 @@ def _give_second_name(temporary: Path, name: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -112,6 +114,16 @@ def one_at_a_time(lock: Path) -> Iterator[bool]:
         except OSError:  # a network file system without locks
             held = False
         yield held
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a folder holds a run, of any version of caco, by its config.json; other programs have one, too."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"recipe", "bank_size", "backbone"} <= content.keys()
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 
 from caco.after_training import Knn, Linear
-from caco.data.labels import Relabelled, Subset, say_shared, where_labels_come_from
+from caco.data.labels import Relabelled, Subset, names_of_several, say_shared, where_labels_come_from
 from caco.data.source import ImageSource
 from caco.deliver.judgements import HELD_OUT, check_beside, circumstances, how_to_repeat, keep
 from caco.distributed.launch import launch
@@ -106,7 +107,7 @@ def _linear(world: World, options: Linear, objects: Objects) -> dict[str, Any] |
         "epochs": result.epochs,
         "per_class": {
             name: _number(round(100 * share, 4))
-            for name, share in zip(train.classes, result.per_class.tolist(), strict=True)
+            for name, share in zip(_told_apart(train.classes), result.per_class.tolist(), strict=True)
         },
         "rates_tried": [{name: _number(value) for name, value in vars(trial).items()} for trial in result.trials],
     }
@@ -205,6 +206,12 @@ def _described(
         **prepared_as(encoder),
         "broken": [f"{key}: {reason}" for key, reason in broken],
     }
+
+
+def _told_apart(classes: Sequence[str]) -> list[str]:
+    """Return the names of classes, with the class's number behind each that several have: ImageNet has two cranes."""
+    doubled = names_of_several(classes)
+    return [f"{name} (class {number})" if name in doubled else name for number, name in enumerate(classes)]
 
 
 def _number(value: float) -> float | None:

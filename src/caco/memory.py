@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -24,13 +25,43 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_main_memory() -> int:
-    """Return the bytes of main memory that are free or easily freed (Linux), else half of all there is."""
+    """Return the bytes of main memory that are free or easily freed to this process (Linux), else half of all there is."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
+        fields = _fields(Path("/proc/meminfo"))
+        free = int(fields["MemAvailable:"]) * 1024
+    except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min([free, *free_in_groups()])
+
+
+def free_in_groups(processes: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Yield the bytes that are left to this process by each limit it is under: of a container, a job, a user (cgroups)."""
+    try:
+        groups = [line.split(":", 2) for line in processes.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers == "":
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # In a container the path may be the host's, and its own group be at the top.
+        inner = top / path.strip("/")
+        for folder in (inner, *inner.parents[: len(inner.relative_to(top).parts)]):
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in names[:2])
+                if limit != "max":
+                    cache = int(_fields(folder / "memory.stat").get(names[2], 0))
+                    yield max(int(limit) - int(used) + cache, 0)
+            except (OSError, ValueError):  # the top of all has no limit
+                continue
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """Return the first word of each line of a file, and the second."""
+    return dict(line.split()[:2] for line in path.read_text(encoding="ascii").splitlines())
 
 
 def in_words(size: int) -> str:

@@ -114,8 +114,9 @@ def words(values: Any, before: Any = None) -> Iterator[tuple[str, ...]]:
     before: leave out what is the same there. Positional options and empty texts are left out.
     """
     same = {} if before is None else flatten(before)
+    positional = {field.name for field in dataclasses.fields(values) if "positional" in field.metadata}
     for name, value in flatten(values).items():
-        if value in ("", ()) or (name in same and same[name] == value):
+        if name in positional or value in ("", ()) or (name in same and same[name] == value):
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -193,7 +194,7 @@ def _fitted(name: str, hint: Any, value: Any) -> Any:
     elif hint is bool and isinstance(value, bool):
         return value
     elif hint in (int, float) and isinstance(value, numbers.Number) and not isinstance(value, bool):
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # no whole number is like nan or infinity
             if hint(value) == value or value != value:
                 return hint(value)
     wanted = {bool: "True or False", str: "text or a path"}.get(hint) or _argument(hint)["metavar"]

@@ -111,7 +111,7 @@ def load_backbone(
         return module.eval(), card
     if card is None:
         if not backbone:
-            raise UsageError(f"{path} does not say which model it holds; name it with --backbone")
+            raise UsageError(f"{path} does not say which model it holds; name it with --backbone (Python: backbone=)")
         card = _named_card(backbone, tensors, size)
     if backbone and backbone != card.backbone:
         raise UsageError(f"{path} holds a {card.backbone}, not a {backbone}")
@@ -188,13 +188,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], BackboneCard | None]:
     content = load_torch(path)
     card = _card(content["card"], path) if isinstance(content.get("card"), dict) else None
     state = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), content)
-    tensors = strip_prefix({key: value for key, value in state.items() if isinstance(value, Tensor)})
+    tensors = strip_prefix(state)
     if not tensors:
         raise UsageError(f"{path} holds no weights; its entries are {', '.join(map(str, list(state)[:5])) or 'none'}")
     return tensors, card or known_card(content, tensors)
 
 
-def known_card(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BackboneCard | None:
+def known_card(content: Mapping[Any, Any], tensors: Mapping[str, Tensor]) -> BackboneCard | None:
     """Return the card of a file that names its model as the published ones do ("arch"); None if that name is not known."""
     arch = content.get("arch")
     if not isinstance(arch, str) or not is_model(arch):
@@ -202,17 +202,18 @@ def known_card(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Bac
     return BackboneCard(backbone=arch, stem=stem_in(arch, tensors))
 
 
-def strip_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the backbone's part of a state dict under plain names."""
+def strip_prefix(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return the backbone's part of a state dict under plain names; only tensors by a name, not a number, are weights."""
+    tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for prefix in PREFIXES:
         if prefix == "module.encoder." and f"{prefix}conv1.weight" not in tensors:
             continue  # not SimSiam's: part of a transformer
         if any(key.startswith(prefix) for key in tensors):
             return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return dict(tensors)
+    return tensors
 
 
-def load_torch(path: Path) -> dict[str, Any]:
+def load_torch(path: Path) -> dict[Any, Any]:
     """Return the dictionary in a torch file, safely. Raises UsageError for anything else."""
     try:
         with open(path, "rb") as file:

@@ -166,6 +166,27 @@ def test_a_process_that_compiles_makes_the_views_of_one_that_need_not(copy_of_ca
     assert views_of_a_new_process(folder / "cache", PYTHONPATH=str(folder)) == first
 
 
+def test_an_installation_and_a_home_that_cannot_be_written_to(copy_of_caco, tmp_path):
+    """As in a container: a temporary folder takes what is compiled, and goes with the process."""
+    folder, first = copy_of_caco
+    blocked = [folder / "caco" / part / "__pycache__" for part in (".", "data", "data/kernel")]
+    for path in blocked:
+        shutil.rmtree(path, ignore_errors=True)
+        path.touch()  # what is to be a folder is a file: that stops root, too
+    try:
+        nowhere = {
+            "HOME": "/dev/null",
+            "XDG_CACHE_HOME": "/dev/null",
+            "TMPDIR": str(tmp_path),
+            "PYTHONPATH": str(folder),
+        }
+        assert views_of_a_new_process(Path(""), **nowhere, NUMBA_CACHE_DIR="") == first
+    finally:
+        for path in blocked:
+            path.unlink()
+    assert not list(tmp_path.glob("caco-*"))
+
+
 def test_a_change_of_a_stage_reaches_the_views(copy_of_caco):
     """numba itself would load what it compiled before, as long as the file that calls the stage is the same."""
     folder, before = copy_of_caco
@@ -187,5 +208,5 @@ def test_the_kernel_knows_all_sources_that_it_is_compiled_from():
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     # No stage takes anything from these: the entry itself, packages, and what `parameters` uses in Python.
-    others = {"caco", "caco.data", "caco.data.kernel", "caco.data.kernel.views", "caco.views"}
+    others = {"caco", "caco.compiled_code", "caco.data", "caco.data.kernel", "caco.data.kernel.views", "caco.views"}
     assert {module.__name__ for module in kernel.STAGES} == set(loaded) - others

@@ -43,6 +43,16 @@ def test_a_class_unknown_to_the_training_images():
         Relabelled(source([0, 1], ("dgo", "ant")), ("ant", "dog"))
 
 
+def test_two_classes_of_one_name():
+    """They stay two where both sources have the same classes; else no name tells which is meant."""
+    doubled = ("crane", "dog", "crane")
+    assert Relabelled(source([0, 1, 2], doubled), doubled).labels.tolist() == [0, 1, 2]
+    with pytest.raises(UsageError, match="several classes of the training images are called 'crane'"):
+        Relabelled(source([0, 1], ("dog", "crane")), doubled)
+    with pytest.raises(UsageError, match="several classes of pictures are called 'crane'; give each a name of its own"):
+        Relabelled(source([0, 1, 2], doubled), ("crane", "dog"))
+
+
 def test_no_labels():
     unlabelled = ArraySource(np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(UsageError, match="no labels"):

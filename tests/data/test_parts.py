@@ -63,6 +63,14 @@ def test_folders_that_are_no_parts(tmp_path: Path, names: tuple[str, ...]) -> No
     assert keys(open_source(images(tmp_path, *names))) == sorted(names)
 
 
+@pytest.mark.parametrize("names", [("train_1/a.png", "train_2/b.png"), ("set/val2014/a.png", "set/val2017/b.png")])
+def test_pieces_of_one_part(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """They are taken together, as Parquet files of such names are; and they are no classes."""
+    source = open_source(images(tmp_path, *names))
+    assert keys(source) == sorted(names)
+    assert source.labels is None and source.classes == ()
+
+
 @pytest.mark.parametrize(
     ("names", "pattern"),
     [

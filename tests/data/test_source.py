@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from caco.config import Pretrain
 from caco.data import parquet, shards
 from caco.data.arrays import ArraySource
 from caco.data.decode import BrokenImage
@@ -25,6 +26,7 @@ from caco.data.source import ImageSource, open_source
 from caco.data.torchvision_sets import SETS
 from caco.errors import UsageError
 from caco.files import one_at_a_time
+from caco.train.run_folder import write_config
 
 COLOURS = [(250, 0, 0), (0, 240, 0), (0, 0, 230), (90, 90, 90), (0, 200, 200), (120, 0, 120)]
 
@@ -109,9 +111,22 @@ class TestFolder:
         for name in (".hidden.png", ".git/x.png", "__MACOSX/dog/a.png", "dog/._b.png", "dog/readme.md", "cat/noending"):
             write(class_folders / name, image_bytes(0))
         (class_folders / "dog" / "folder.png").mkdir()
-        os.mkfifo(class_folders / "dog" / "pipe.png")  # to open it would wait for ever
+        for name in ("pipe.png", "config.json"):
+            os.mkfifo(class_folders / "dog" / name)  # to open it would wait for ever
         os.symlink("pipe.png", class_folders / "dog" / "to a pipe.png")
         assert len(open_source(class_folders)) == 4
+
+    def test_runs_below_are_left_out(self, class_folders: Path, tmp_path: Path) -> None:
+        """`cd photos; caco pretrain --data . --out runs/first`: pictures of its report are none of its own images."""
+        write(class_folders / "cat" / "config.json", b'{"model_type": "bert"}')  # another program's
+        before = open_source(class_folders, index_cache=tmp_path / "index.npz")
+        run = class_folders / "runs" / "my first"
+        write_config(run, Pretrain(data=".", out="runs/my first"))
+        write(run / "gallery.png", image_bytes(0))
+        after = open_source(class_folders, index_cache=tmp_path / "index.npz")
+        assert keys(after) == keys(before) and len(after) == 4
+        assert after.classes == ("cat", "dog")
+        assert keys(open_source(run)) == ["gallery.png"]  # who names the folder itself means it
 
     def test_links_that_lead_nowhere_end_nothing(self, class_folders: Path) -> None:
         """Those with an image's ending count as broken images, like any file that cannot be read; others are not images."""

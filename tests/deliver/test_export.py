@@ -230,6 +230,26 @@ def test_what_a_file_cannot_give_is_said(run, tmp_path, capsys):
     assert f"python linear.py -a resnet18 --pretrained {tmp_path / 'a.pth.tar'}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("format", ["timm", "torchvision"])
+def test_a_file_that_does_not_say_its_model_is_exported_by_its_name(tmp_path, capsys, format):
+    module, file, out = create_backbone("resnet18", 224).eval(), tmp_path / "r18.pth", tmp_path / "a.safetensors"
+    torch.save(module.state_dict(), file)
+    line = ["export", str(file), "--out", str(out), "--format", format]
+    assert main(line) == 2
+    assert "does not say which model it holds; name it with --backbone" in capsys.readouterr().err
+    assert main([*line, "--backbone", "resnet18"]) == 0
+    again, images = loaded_as_told(capsys.readouterr().out), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images).flatten(1), module(images))
+
+
+@pytest.mark.parametrize(("format", "name"), [("timm", "a.pth"), ("reference", "a.pth.tar")])
+def test_a_name_that_is_not_the_runs_is_refused(run, tmp_path, format, name):
+    with pytest.raises(UsageError, match="holds a resnet18, not a resnet50"):
+        caco.export(run, format=format, out=tmp_path / name, backbone="resnet50")
+    assert not (tmp_path / name).exists()
+
+
 def test_a_small_stem_is_not_torchvisions(tmp_path):
     module = create_backbone("resnet18", 32, "small")
     save_backbone(tmp_path / "b.safetensors", module, BackboneCard("resnet18", stem="small", size=32, resize=32))

@@ -2,12 +2,15 @@
 
 import dataclasses
 import html
+import io
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +101,41 @@ def test_the_verdict_takes_them_into_account(run, photos):
     assert "Nearest neighbours: 100.0 % of 30 images right; " in header
     assert "No better than an untrained encoder, as far as these images tell" in header  # all get colours right
     assert "on the images it was trained on" in header
+
+
+def shards(folder, photos, count):
+    """Write photos into tar files with their labels, the first into the first file and so on in turns."""
+    folder.mkdir()
+    for number in range(count):
+        with tarfile.open(folder / f"shard-{number:03}.tar", "w") as tar:
+            for path in sorted(photos.rglob("*.jpg"))[number::count]:
+                tar.add(path, f"{path.stem}.jpg")
+                member = tarfile.TarInfo(f"{path.stem}.cls")
+                member.size = len(path.parent.name)
+                tar.addfile(member, io.BytesIO(path.parent.name.encode()))
+
+
+def test_one_of_the_shards_it_was_trained_on(tmp_path, photos, monkeypatch):
+    """Training images by a relative pattern, judged ones by the whole path of one of its files; a third kept apart."""
+    shards(tmp_path / "set", photos, 3)
+    monkeypatch.chdir(tmp_path / "set")
+    caco.pretrain("shard-{000..001}.tar", "run", **TINY)
+    said = {}
+    for number in (1, 2):
+        for judged in ("run", "random", "pixels"):
+            caco.knn(judged, "shard-000.tar", val=tmp_path / "set" / f"shard-{number:03}.tar", beside="run")
+        (comparison,) = (one for one in read_comparisons(Path("run")) if f"-{number:03}" in one.val)
+        said[number] = comparison.seen
+    assert said == {1: True, 2: False}
+    assert results(caco.report("run", device="cpu"))[0].count("; the run was trained on these images") == 1
+
+
+def test_of_arrays_nobody_can_tell_whether_it_was_trained_on_them(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
+    source = ArraySource(pixels, np.arange(40) % 2)
+    caco.pretrain(source, tmp_path / "run", **TINY)
+    caco.knn(tmp_path / "run", source, val=source)
+    assert "; the run may have been trained on these images" in results(caco.report(tmp_path / "run", device="cpu"))[0]
 
 
 def test_missing_baselines_are_asked_for_as_the_run_was_judged(run, photos):

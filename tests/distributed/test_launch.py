@@ -4,6 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from caco.distributed.launch import threads_each
+from caco.distributed.world import own_cores
 
 CALL = """
 import numpy as np
@@ -68,3 +72,15 @@ def test_a_module_with_a_head_that_is_not_used_trains_in_two_processes(tmp_path,
     done = run(SPARE, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "trained backbone.safetensors" in done.stdout
+
+
+def test_processes_share_the_threads_they_may_have():
+    """No more each than OMP_NUM_THREADS says (here 1), however many cores there are."""
+    assert torch.get_num_threads() == 1 and threads_each(1) == 1
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(64)
+        assert threads_each(1) == min(64, len(own_cores()))
+        assert threads_each(10**6) == 1
+    finally:
+        torch.set_num_threads(before)

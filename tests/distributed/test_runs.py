@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -173,6 +174,30 @@ def test_torchrun_restarts_a_sharded_run_after_a_kill(photos, alone, tmp_path):
     assert len(json.loads((out / "environment.json").read_text())) == 2
     assert last_checkpoint(out)["model"]["bank.weight"].shape == (24, 8)
     assert_same_run(alone, out)
+
+
+def test_a_restarted_run_needs_its_folder_on_the_main_machine_only(photos, tmp_path):
+    """Two machines, each in a folder of its own, are started again by torchrun: only the first has the run."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    assert main(pretrain(photos, here / "run")) == 0
+    (here / "run/export/backbone.safetensors").unlink()
+    max((here / "run/checkpoints").glob("step-*.pt")).unlink()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    places = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "1"}
+    machines = [
+        subprocess.Popen(
+            [*CACO, *pretrain(photos, Path("run"))],
+            **{"cwd": folder, "env": {**ENVIRONMENT, **meeting, **places, "RANK": str(rank)}},
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True},
+        )
+        for rank, folder in enumerate((here, there))
+    ]
+    said = [finish(machine) for machine in machines]
+    assert f"resumed at step {EPOCHS * (IMAGES // BATCH) - 1}" in said[0]
+    assert (here / "run/export/backbone.safetensors").exists() and list(there.iterdir()) == []
 
 
 def test_a_signal_saves_and_another_number_of_processes_goes_on(photos, alone, tmp_path):

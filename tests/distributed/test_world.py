@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from caco.config import DistributedOptions
+from caco.device import choose_device
 from caco.distributed.launch import launch
 from caco.distributed.membership import Membership, find_membership, first_host
 from caco.distributed.network import interface_towards, own_address_towards
@@ -23,7 +24,9 @@ TWO = DistributedOptions(processes=2)
 
 def test_a_process_started_alone_has_no_place():
     assert find_membership({}) is None
-    assert find_membership({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
+    one_of_one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    assert find_membership(one_of_one) is None
+    assert find_membership({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None  # a job's script
 
 
 def test_place_from_torchrun():
@@ -33,7 +36,7 @@ def test_place_from_torchrun():
 
 def test_place_from_slurm():
     environment = {
-        **{"SLURM_NTASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "2"},
+        **{"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "2"},
         **{"SLURM_JOB_ID": "4120007", "SLURM_JOB_NODELIST": "gpu[03-05,9]"},
     }
     assert find_membership(environment) == Membership(rank=6, size=8, local_rank=2, address="gpu03", port=20007)
@@ -43,7 +46,7 @@ def test_place_from_slurm():
 
 def test_torchrun_inside_slurm_comes_first():
     torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
-    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NODELIST": "n1"}
+    slurm = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NODELIST": "n1"}
     assert find_membership({**slurm, **torchrun}) == Membership(rank=1, size=2, local_rank=1, address="a", port=7)
 
 
@@ -183,6 +186,11 @@ def test_more_processes_than_gpus_are_told_before_anything_starts(monkeypatch):
         ):
             launch(exchange, TWO, device)
     assert launch(exchange, TWO, "cpu") is not None
+
+
+def test_an_apple_gpu_has_to_be_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cpu")
 
 
 def test_products_on_a_gpu_are_exact_where_the_environment_asks_for_tf32():

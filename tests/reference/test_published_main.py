@@ -153,6 +153,12 @@ def test_the_same_command_goes_on_with_its_run(tree, tmp_path, capsys):
     one, other = last_checkpoint(run_folder(whole)), last_checkpoint(folder)
     assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
     assert torch.equal(one["Memory_Bank"]["v"], other["Memory_Bank"]["v"])
+    for path in (folder / "checkpoints").glob("step-*.pt"):
+        path.unlink()  # somebody has made room; the result is there
+    starts = (folder / "environment.json").read_text()
+    assert main.main([*readme("imagenet-200-b1024"), *smaller(tree, parts)]) == 0
+    assert "nothing to do" in capsys.readouterr().err and (folder / "environment.json").read_text() == starts
+    assert torch.equal(last_checkpoint(folder)["Memory_Bank"]["v"], other["Memory_Bank"]["v"])
 
 
 def test_resume_from_a_published_checkpoint_goes_on_at_its_epoch(tree, checkpoint, tmp_path, capsys):

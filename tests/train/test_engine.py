@@ -13,6 +13,7 @@ from torch import nn
 
 from caco.backbone import create_backbone
 from caco.config import EngineOptions, Pretrain, Views
+from caco.errors import UsageError
 from caco.train import engine
 from caco.train.engine import (
     Trial,
@@ -139,7 +140,8 @@ def test_winograd_is_tried_only_where_it_can_be_had(monkeypatch):
         return [float(number + 1) for number in range(len(choices))]
 
     monkeypatch.setattr(engine, "measure", measure)
-    monkeypatch.setattr(engine, "can_compile", lambda device: False)
+    monkeypatch.setattr(engine, "can_compile", lambda device: True)
+    monkeypatch.setattr(engine, "try_compiling", lambda *rest: (False, ""))
 
     def is_tried(config: Pretrain, backbone: nn.Module, **options) -> bool:
         tried.clear()
@@ -262,6 +264,14 @@ def test_a_trial_that_does_not_fit_is_left():
     ]
     keeps, words = try_compiling(TooLarge(), Trial("fp32", "channels_last"), CPU, 8, 4)
     assert not keeps and "does not fit into memory" in words
+
+
+def test_a_compiler_that_is_asked_for_and_lacks_is_told_before_anything_starts():
+    import torch._inductor.config as inductor
+
+    config = replace(CONFIG, engine=EngineOptions(compile="on"))
+    with inductor.patch({"cpp.cxx": ("/nowhere/compiler",)}), pytest.raises(UsageError, match="compile on needs a C"):
+        choose_engine(config, nn.Identity(), CPU, passes=4, batch=8)
 
 
 def test_a_compiler_that_fails_is_told_and_left():

@@ -163,3 +163,9 @@ def test_views(gpu):
             view = make_views(images, rows, statistics, augmentation.size, Stages.of_augmentation(augmentation))
             assert view.shape == (16, 3, augmentation.size, augmentation.size)
             assert view.device == GPU and view.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_sums_on_an_apple_gpu_which_has_no_float64():
+    with FakeTensorMode():
+        assert Meters(16, torch.device("mps")).sums.dtype == torch.float32
+        assert Meters(16, GPU).sums.dtype == torch.float64

@@ -1,6 +1,7 @@
 """What a run writes down: one JSON object a line, cut back on a resume, and console lines that are kept."""
 
 import json
+import os
 
 import pytest
 
@@ -65,6 +66,23 @@ def test_a_full_disk_is_told_with_the_file(tmp_path, name):
     with pytest.raises(CacoError, match=rf"{name} cannot be written: No space left on device; free some space there"):
         journal.note("words") if name == "train.log" else journal.record_speed(1, 1.0, 0.0)
     journal.close()  # says nothing else in the place of that error
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "speed.jsonl", "train.log"])
+def test_a_file_that_cannot_be_opened_is_told(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CacoError, match=rf"{name} cannot be written: Is a directory"):
+        Journal(tmp_path)
+
+
+def test_records_that_cannot_be_brought_to_the_disk_are_told(tmp_path):
+    journal = Journal(tmp_path)
+    nowhere = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(nowhere, journal._metrics.fileno())  # as if the disk had gone: that device refuses to sync
+    os.close(nowhere)
+    with pytest.raises(CacoError, match=r"metrics\.jsonl cannot be written: Invalid argument"):
+        journal.sync()
+    journal.close()
 
 
 def test_said_on_the_console_and_in_the_log(tmp_path, capsys):

@@ -1,12 +1,16 @@
 """Which images refer and which ask in the kNN check, and what it returns."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from colour_photos import make_photos
 from torch import nn
 
 from caco.config import MonitorOptions, Views
 from caco.data.arrays import ArraySource
+from caco.data.source import open_source
 from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.train.monitor import create_monitor, knn_is_due
@@ -74,6 +78,20 @@ def test_unlabelled_training_images_use_val_alone_leaving_each_out():
     assert check.queries is None
     share = pytest.approx(100 * 29 / 30)  # of the three that vote for picture 7, none is of its class
     assert check(Brightness()) == {"top1": share, "top5": share, "queries": 30, "reference": 30}
+
+
+def test_training_images_that_ask_are_told(tmp_path, capsys):
+    """A labelled part of an unlabelled whole: a loose picture beside the folders takes its labels away."""
+    photos = make_photos(tmp_path / "photos", 4)
+    whole, others = open_source(photos), open_source(make_photos(tmp_path / "others", 4))
+    shutil.copy(photos / "red" / "002.jpg", photos / "loose.jpg")
+    unlabelled = open_source(photos)
+    assert unlabelled.labels is None
+    assert monitor(unlabelled, whole).queries is None
+    shared = f"--val {photos} shares 12 files with --data {photos}: images that the run is trained on"
+    assert capsys.readouterr().err.startswith(shared)
+    monitor(unlabelled, others)
+    assert capsys.readouterr().err == ""
 
 
 def test_without_labels_there_is_no_check():

@@ -2,11 +2,15 @@
 
 import copy
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,7 +23,8 @@ from torch import nn
 import caco
 from caco.data.arrays import ArraySource
 from caco.data.order import epoch_order
-from caco.errors import CacoError, UsageError
+from caco.data.source import open_source
+from caco.errors import CacoError, Interrupted, UsageError
 from caco.recipes import find_recipe
 from caco.train.run_folder import read_config
 from caco.winograd.network import can_use_winograd
@@ -341,23 +346,119 @@ def test_a_run_outlives_a_new_one_that_cannot_start(tmp_path, wrong):
     assert {path: path.read_bytes() for path in before} == before
 
 
+class GoesAway:
+    """The images of a folder whose disk is taken away when the first has been read."""
+
+    def __init__(self, folder):
+        self.folder, self.away, self.source = folder, folder.with_name("away"), open_source(folder)
+        self.name, self.labels, self.classes = self.source.name, self.source.labels, self.source.classes
+
+    def __len__(self):
+        return len(self.source)
+
+    def key(self, index):
+        return self.source.key(index)
+
+    def load(self, index):
+        pixels = self.source.load(index)
+        self.folder.rename(self.away)
+        return pixels
+
+
 def test_a_check_that_fails_costs_no_epoch(tmp_path):
-    """The kNN check cannot read its images; put right, the run goes on to what it would have been."""
+    """The kNN check cannot read its images; put right, or without it, the run goes on to what it would have been."""
     photos, val = folder_of(tmp_path / "photos"), folder_of(tmp_path / "val", 8)
     options = {"backbone": "test_resnet", **SMALL, "epochs": 1}
     caco.pretrain(photos, tmp_path / "whole", val=val, **options)
-    good = {path: path.read_bytes() for path in val.rglob("*.png")}
-    for path in good:
-        path.write_bytes(b"broken")
-    with pytest.raises(CacoError, match="can be read"):
-        caco.pretrain(photos, tmp_path / "run", val=val, **options)
+    going = GoesAway(val)
+    with pytest.raises(
+        CacoError, match="the kNN check after epoch 1 failed: none of the 8 images of .* can be read"
+    ) as told:
+        caco.pretrain(photos, tmp_path / "run", val=going, **options)
+    assert str(told.value).endswith(
+        ". Add --monitor.knn-epochs 0 (no kNN checks), or --val with other labelled images, to: "
+        f"caco.pretrain(val=labelled, out='{tmp_path}/run', resume=True) in Python"
+    )
     assert (tmp_path / "run/checkpoints/step-00000005.pt").exists()  # 2 of the warm start, 3 of the epoch
-    for path, content in good.items():
-        path.write_bytes(content)
+    shutil.copytree(tmp_path / "run", tmp_path / "without")
+    caco.pretrain(photos, tmp_path / "without", val=photos, resume=True, **{**options, "monitor": {"knn_epochs": 0}})
+    going.away.rename(val)
     caco.pretrain(photos, tmp_path / "run", val=val, resume=True, **options)
+    assert (tmp_path / "without/export/backbone.safetensors").exists()
     for name in ("metrics.jsonl", "export/backbone.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert records(tmp_path / "run", "knn") and (tmp_path / "run/checkpoints/best.pt").exists()
+
+
+def test_val_that_cannot_be_read_is_told_before_the_run_begins(tmp_path):
+    """Of a run that goes on, too. One good image is enough; without kNN checks none is needed."""
+    photos, val = folder_of(tmp_path / "photos"), folder_of(tmp_path / "val", 8)
+    options = {"backbone": "test_resnet", **SMALL, "epochs": 1}
+    first, *others = sorted(val.rglob("*.png"), reverse=True)
+    for path in others:
+        path.write_bytes(b"broken")
+    path = caco.pretrain(photos, tmp_path / "run", val=val, **options)
+    path.unlink()
+    first.write_bytes(b"broken")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
+    for out, resume in (("run", True), ("new", False)):
+        with pytest.raises(UsageError) as told:
+            caco.pretrain(photos, tmp_path / out, val=val, resume=resume, **options)
+        assert str(told.value).startswith(f"--val: none of the 8 images of {val} can be read; the first, 0/0.png: ")
+        assert str(told.value).endswith(". Name other labelled images, or add --monitor.knn-epochs 0 (no kNN checks)")
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (tmp_path / "new").exists()
+    caco.pretrain(photos, tmp_path / "new", val=val, **{**options, "monitor": {"knn_epochs": 0}})
+
+
+def test_a_run_from_a_later_epoch_names_its_steps_as_they_are(tmp_path, capfd):
+    """While the bank is filled, no step has been taken of the training, which begins at step 3 of 6."""
+    options = {**SMALL, "epochs": 2, "start_epoch": 1, "backbone": "test_resnet"}
+    caco.pretrain(ArraySource(pictures()), tmp_path / "run", **options)
+    said = capfd.readouterr().err
+    assert "24 images of array: 1 of 2 epochs, 3 steps of 8 after a warm start of 2, " in said
+    options |= {"optimizer": {"name": "sgd", "warmup_epochs": 0, "final_lr": 1e30}, "monitor": {"log_steps": 1}}
+    options["bank"] = {"warm_start_steps": 6}
+    with pytest.raises(CacoError, match=r"not finite at warm-start step [1-6]; the run stops"):
+        caco.pretrain(ArraySource(pictures()), tmp_path / "wild", lr=1e30, **options)
+
+
+def press_ctrl_c_when_begun(out):
+    """Do so as soon as the run in a folder has written a record."""
+
+    def wait_and_press():
+        deadline = time.monotonic() + 60
+        while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=wait_and_press, daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    ("given", "go_on"),
+    [
+        ({}, "caco pretrain --out '{out}' --resume"),
+        ({"data": ArraySource(pictures())}, "caco.pretrain(data=images, out='{out}', resume=True) in Python"),
+        (
+            {"val": ArraySource(pictures(), np.arange(24) % 2, ("0", "1")), "backbone": wide()},
+            "caco.pretrain(val=labelled, backbone=module, out='{out}', resume=True) in Python",
+        ),
+    ],
+    ids=["names", "images", "module"],
+)
+def test_a_stopped_run_tells_how_it_goes_on(tmp_path, given, go_on):
+    """A folder's name with a blank is quoted; a shell cannot name what was given as an object."""
+    out = tmp_path / "my first"
+    start = {**SMALL, "start_epoch": 1, "backbone": "test_resnet", "bank": {"warm_start_steps": 1000}}
+    press_ctrl_c_when_begun(out)
+    with pytest.raises(Interrupted) as told:
+        caco.pretrain(**{"data": folder_of(tmp_path / "photos"), "out": out, **start, **given})
+    assert re.search(r"at warm-start step \d+ and saved to", str(told.value))
+    assert str(told.value).endswith(f"; go on with: {go_on.format(out=out)}")
+    assert re.search(r"at warm-start step \d+ and saved$", (out / "train.log").read_text().strip())
 
 
 def test_a_folder_for_each_image_is_no_class(tmp_path, capfd):

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from caco.checks import check
 from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten, override
+from caco.train import run_folder
 from caco.train.lock import LOCK, RunLock
 from caco.train.run_folder import (
     FREE_TO_CHANGE,
@@ -289,12 +293,44 @@ def test_more_epochs_are_another_run_from_its_weights():
             check_same_mathematics(saved, Pretrain(out="runs/first", epochs=other))
 
 
+def test_that_command_is_pasted_as_it_is_and_a_module_needs_python():
+    saved = Pretrain(epochs=60)
+    with pytest.raises(UsageError, match=r"--recipe 'my run' --weights 'my run' .* --data 'my photos' --out FOLDER$"):
+        check_same_mathematics(saved, Pretrain(data="my photos", out="my run", epochs=90))
+    with pytest.raises(UsageError, match=r"caco\.pretrain\(\.\.\., backbone=module, recipe='my run', .*\) in Python$"):
+        check_same_mathematics(saved, Pretrain(data="array", out="my run", epochs=90, backbone="own"))
+
+
 def test_all_changes_are_named_at_once():
     with pytest.raises(UsageError) as caught:
         check_same_mathematics(Pretrain(), Pretrain(lr=1.0, seed=5))
     assert str(caught.value) == (
         "--resume cannot change --lr 1.0 (the run has 0.3); --seed 5 (the run has 0); start a new run for that"
     )
+
+
+COMMIT = "from caco.train import run_folder; print(run_folder.__file__, run_folder._commit())"
+
+
+@pytest.mark.parametrize(
+    ("place", "is_told"), [("src", True), (".venv/lib/site-packages", False), ("vendor/caco/src", False)]
+)
+def test_the_commit_is_that_of_cacos_own_source(tmp_path, place, is_told):
+    """Not that of a repository of the user's, below which caco is installed."""
+    package = Path(run_folder.__file__).parents[1]
+    shutil.copytree(package, tmp_path / place / "caco", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def answer(*command):
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / place), "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+
+    answer("git", "init")
+    answer("git", "add", "--all", "--force")
+    answer("git", "-c", "user.name=me", "-c", "user.email=me@example.org", "commit", "--message", "mine")
+    head = answer("git", "rev-parse", "--short=12", "HEAD").strip()
+    file, commit = answer(sys.executable, "-c", COMMIT).rsplit(maxsplit=1)
+    assert Path(file).is_relative_to(tmp_path)
+    assert commit == (head if is_told else "None")
 
 
 @pytest.mark.parametrize("content", ["{", "5", ""])

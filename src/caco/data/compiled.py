@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from types import FunctionType
 
 import torch
 from jaxtyping import Float, UInt8
@@ -21,14 +22,24 @@ class DeviceViews:
     """
 
     def __init__(
-        self, augmentation: Augmentation, mean: Sequence[float], std: Sequence[float], *, compiled: bool
+        self,
+        augmentation: Augmentation,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        compiled: bool,
+        backend: str = "inductor",
     ) -> None:
+        """backend: torch.compile's."""
         self.augmentation, self.mean, self.std = augmentation, mean, std
         self.stages = Stages.of_augmentation(augmentation)  # the graph is the same for all its batches
         self._compiled: Callable[..., Tensor] | None = None
         self._has_worked = False
         if compiled:
-            self._compiled = torch.compile(make_views, dynamic=False, fullgraph=True)
+            # A copy, since torch keeps only so many graphs (8) of a function, whoever compiles it.
+            code, closure = make_views.__code__.replace(), make_views.__closure__
+            own = FunctionType(code, make_views.__globals__, closure=closure)
+            self._compiled = torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
 
     def __call__(self, images: UInt8[Tensor, "B H W 3"], parameters: ViewParameters) -> Float[Tensor, "B 3 S S"]:
         """Return one view of each image, float32 [B, 3, S, S], channels_last; nothing waits for the device.

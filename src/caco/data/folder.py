@@ -12,8 +12,9 @@ from pathlib import Path
 from caco.data.decode import ENDINGS
 from caco.data.encoded import EncodedSource, Labels, labels_by_name, read_bytes
 from caco.data.index import Index, read_index, write_index
-from caco.data.parts import check_one_part, check_one_part_of_files
+from caco.data.parts import check_one_part, check_one_part_of_files, part_of
 from caco.errors import UsageError
+from caco.files import holds_run
 
 CONTAINERS = ("parquet", "tar")
 UNREAD = frozenset(
@@ -74,11 +75,11 @@ def ending(name: str) -> str:
 
 
 def list_folder(root: str) -> Listing:
-    """Return everything below a folder, except hidden files and folders and `__MACOSX`.
+    """Return everything below a folder, except hidden files and folders, `__MACOSX`, and folders that hold a run of caco.
 
-    Links are followed, but not back into a folder they are inside of. One with an image's ending that leads nowhere is
-    listed: it counts as a broken image, and no picture is missed in silence. Nothing is opened. Raises UsageError for a
-    folder that may not be read.
+    A run may write below its own images, and its pictures (gallery.png) are none of them. Links are followed, but not back
+    into a folder they are inside of. One with an image's ending that leads nowhere is listed: it counts as a broken image,
+    and no picture is missed in silence. No image is opened. Raises UsageError for a folder that may not be read.
     """
     images: list[str] = []
     containers: list[str] = []
@@ -91,7 +92,7 @@ def list_folder(root: str) -> Listing:
         try:
             status = os.stat(folder)
             identity = (status.st_dev, status.st_ino)
-            if identity in above:
+            if identity in above or (prefix and holds_run(Path(folder))):
                 continue
             stamps[folder] = (status.st_mtime_ns, 0)  # taken before the folder is read: a later change will show
             with os.scandir(folder) as entries:
@@ -129,7 +130,8 @@ def _leads_to(entry: os.DirEntry[str]) -> str:
 def folder_source(root: Path, name: str, index_cache: Path | None = None) -> FileSource | list[Path]:
     """Return the images below a folder, or the paths of the Parquet or tar files it holds instead.
 
-    Labels are the sorted names of the first-level folders if there are at least two and no image lies outside them.
+    Labels are the sorted names of the first-level folders if there are at least two, no image lies outside them, and they
+    are not pieces of one part of a set (train_1, train_2).
     Raises UsageError if there is nothing to train on, or no telling what is meant: images and files that hold images, or
     the parts of a set.
     """
@@ -180,12 +182,12 @@ def say_left_out(source: object) -> None:
 
 
 def _folder_labels(names: Sequence[str]) -> tuple[Labels, tuple[str, ...]]:
-    """Return labels by first-level folder, or none if an image is outside all of them or there is only one."""
+    """Return labels by first-level folder; none if an image is outside all of them, there is only one, or all are pieces."""
     firsts = [path.partition("/")[0] for path in names if "/" in path]
     if len(firsts) < len(names):
         return None, ()
     labels, classes = labels_by_name(firsts)
-    if len(classes) < 2:
+    if len(classes) < 2 or all(map(part_of, classes)):
         return None, ()
     return labels, classes
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,14 +41,18 @@ class Relabelled:
     """A source with the classes of another: the same images, labels renumbered."""
 
     def __init__(self, source: ImageSource, classes: tuple[str, ...]) -> None:
-        """Raises UsageError when `source` has no labels, or a class that is not among `classes`."""
+        """Raises UsageError when `source` has no labels, a class that is not among `classes`, or other classes with one
+        name for two of them."""
         if source.labels is None:
             raise UsageError(f"{source.name} has no labels ({where_labels_come_from(source)})")
         unknown = [name for name in source.classes if name not in classes]
         if unknown:
             near = did_you_mean(unknown[0], classes)
             raise UsageError(f"{source.name} has the class {unknown[0]!r}, which the training images lack.{near}")
-        numbers = np.array([classes.index(name) for name in source.classes], dtype=np.int64)
+        numbers = np.arange(len(classes), dtype=np.int64)
+        if source.classes != classes:
+            _check_each_has_a_name(source, classes)
+            numbers = np.array([classes.index(name) for name in source.classes], dtype=np.int64)
         self.name, self.classes = source.name, classes
         self.labels = numbers[source.labels]
         self._source = source
@@ -59,6 +65,22 @@ class Relabelled:
 
     def load(self, index: int) -> Pixels:
         return self._source.load(index)
+
+
+def _check_each_has_a_name(source: ImageSource, classes: tuple[str, ...]) -> None:
+    """Raise UsageError when classes cannot be matched by name: two of the source's, or of `classes`, share one."""
+    for where, names in ((source.name, source.classes), ("the training images", classes)):
+        doubled = names_of_several(names)
+        if doubled:
+            raise UsageError(
+                f"{source.name} has other classes than the training images, and by name they cannot be matched: "
+                f"several classes of {where} are called {doubled[0]!r}; give each a name of its own"
+            )
+
+
+def names_of_several(classes: Sequence[str]) -> list[str]:
+    """Return the names that more than one class has."""
+    return [name for name, count in Counter(classes).items() if count > 1]
 
 
 class Subset:

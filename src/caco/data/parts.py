@@ -21,17 +21,23 @@ _FOLDER = re.compile(rf"({'|'.join(_PARTS)})[\W_]*(\d+|images?|set|data|split)?"
 """A folder that is a part as a whole: "train", "val2017", "test_images"; not "train station"."""
 
 
-def check_one_part(name: str, images: Sequence[str]) -> None:
-    """Raise UsageError if a folder's images, sorted names relative to it, lie in folders that are parts of a set.
+def part_of(folder: str) -> str:
+    """Return which part of a set a folder is by its name: "train", "val", "test", or an empty text for none."""
+    match = _FOLDER.fullmatch(folder.lower())
+    return _PARTS[match[1]] if match else ""
 
-    Folders that all images are in are looked into: `photos/set/train` and `photos/set/val` are parts of `photos`, too.
+
+def check_one_part(name: str, images: Sequence[str]) -> None:
+    """Raise UsageError if a folder's images, sorted names relative to it, lie in different parts of a set.
+
+    Pieces of one part (`train_1`, `train_2`) are taken together. Folders that all images are in are looked into:
+    `photos/set/train` and `photos/set/val` are parts of `photos`, too.
     """
     above = os.path.commonpath([os.path.dirname(images[0]), os.path.dirname(images[-1])])
     start = len(above) + 1 if above else 0
     folders = sorted({image[start:].partition("/")[0] for image in images if "/" in image[start:]})
-    parts = [folder for folder in folders if _FOLDER.fullmatch(folder.lower())]
-    several = len({_PARTS[match[1]] for folder in parts if (match := _FOLDER.fullmatch(folder.lower()))}) > 1
-    if several or len(parts) == len(folders) > 1:
+    parts = [folder for folder in folders if part_of(folder)]
+    if len(set(map(part_of, parts))) > 1:
         example = "/".join([name.rstrip("/"), *([above] if above else []), _first(parts)])
         raise UsageError(f"{name} holds the parts {', '.join(parts)} of a set: say which, such as {example}")
 

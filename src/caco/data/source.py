@@ -62,11 +62,12 @@ def open_source(
 ) -> ImageSource:
     """Return the images that `data` names, in an order that is the same on every machine: by path.
 
-    data: a folder of images (labels: its sub-folders, if all images are in one of at least two); an image; a `.txt`
-        list of images, one a line; Parquet files in Hugging Face's image layout or WebDataset tar shards: a file, a
-        folder of them, or a pattern (`*`, `**`, `{000..010}`, `{a,b}`); the name of a torchvision set, if need be with
-        its part after a colon (`stl10:unlabeled`); `textures` or `textures:COUNT`; a sequence of paths of one kind. A path
-        that exists goes before a name. (What a Python caller has as an object: `datasets.own_source`.)
+    data: a folder of images (labels: its sub-folders, if all images are in one of at least two), without what is hidden
+        or in the folder of a run; an image; a `.txt` list of images, one a line; Parquet files in Hugging Face's image
+        layout or WebDataset tar shards: a file, a folder of them, or a pattern (`*`, `**`, `{000..010}`, `{a,b}`); the name
+        of a torchvision set, if need be with its part after a colon (`stl10:unlabeled`); `textures` or `textures:COUNT`; a
+        sequence of paths of one kind. A path that exists goes before a name. (What a Python caller has as an object:
+        `datasets.own_source`.)
     split: "train", "val" or "test": the part of a named set. Folders and files are taken as they are.
     download: allow torchvision to download a set that is not there.
     index_cache: a file (`.npz`) that keeps the listing of a folder or of shards; when it is stale: `index.read_index`.

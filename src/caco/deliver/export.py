@@ -31,14 +31,17 @@ def check_export_path(path: str, kind: str) -> Path:
     return Path(path)
 
 
-def export(run: Path, kind: str, out: Path) -> str:
+def export(run: Path, kind: str, out: Path, backbone: str = "") -> str:
     """Write a run's or file's encoder to `out` as "timm", "torchvision" or "reference"; return how to load it: code to paste.
 
     timm, torchvision: a state dict of the backbone, by that library's names. reference: the published checkpoint, with
-    both encoders and the bank, which needs a checkpoint of a run. Raises UsageError when there is nothing of that kind.
+    both encoders and the bank, which needs a checkpoint of a run. backbone: timm name, for a file that does not say it.
+    Raises UsageError when there is nothing of that kind, or the file holds another model.
     """
     if kind == "reference":
         snapshot = latest_snapshot(run)
+        if backbone not in ("", snapshot.arch):
+            raise UsageError(f"{run} holds a {snapshot.arch}, not a {backbone}")
         write_published(out, snapshot)
         if snapshot.arch == "own":
             return 'torch.load(…)["state_dict"]: the module is your own, which the published programs do not know'
@@ -46,7 +49,7 @@ def export(run: Path, kind: str, out: Path) -> str:
         return f"python linear.py -a {snapshot.arch} --pretrained {out}{known}"
     weights = find_weights(run)
     _check_is_known(weights)
-    module, card = load_backbone(weights)
+    module, card = load_backbone(weights, backbone)
     _check_is_theirs(card, kind, weights)
     if kind == "torchvision":
         _check_torchvision(module, card)
@@ -83,9 +86,14 @@ def latest_snapshot(run: Path) -> Snapshot:
 def write_reference(run: Path, epochs: int) -> Path:
     """Write a finished run's last checkpoint where the published code would (epochs from 0), and the best by kNN.
 
-    Returns the path of the last, `checkpoint_0199.pth.tar` after 200 epochs.
+    Returns the path of the last, `checkpoint_0199.pth.tar` after 200 epochs. If it was written before and the run's own is
+    deleted since, both stay. Raises UsageError when neither is there.
     """
     path = run / f"checkpoint_{epochs - 1:04d}.pth.tar"
+    if not CheckpointFolder(run / "checkpoints", keep=1).paths():
+        if not path.exists():
+            raise UsageError(f"the last checkpoint of {run} is gone, so {path} cannot be written")
+        return path
     write_published(path, latest_snapshot(run))
     best = run / "checkpoints" / "best.pt"
     write_published(run / "checkpoint_best.pth.tar", latest_snapshot(best if best.exists() else run))

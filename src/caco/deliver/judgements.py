@@ -24,6 +24,7 @@ from caco.evaluate.encoder import BASELINES, UsableEncoder
 from caco.files import replace_json
 from caco.objects import NO_OBJECTS, Objects
 from caco.options import words
+from caco.seen import TrainedOn
 from caco.train.run_folder import read_config
 
 FOLDER = "results"
@@ -141,6 +142,8 @@ class Comparison:
     val_images: int
     size: int
     classes: int
+    seen: bool | None
+    """Whether the run was trained on any of the judged images; None where that cannot be told."""
     judged: tuple[Judged, ...]
     options: tuple[str, ...] | None
     """With which another encoder is judged in the same way, as typed; None where that takes Python."""
@@ -151,14 +154,6 @@ class Comparison:
         judged = {judged.baseline for judged in self.judged}
         return [name for name in (BASELINES if self.judge == "knn" else ("random",)) if name not in judged]
 
-    def is_of(self, data: str) -> bool:
-        """Return whether the judged images are among those that --data names, on which a run was trained."""
-        whole = Path(place(data))
-        if self.val.startswith(HELD_OUT):
-            return self.data == str(whole)
-        # Where it does not exist it is a name, and a set by name has a part of its own for val.
-        return whole.exists() and Path(self.val).is_relative_to(whole)
-
     @property
     def own(self) -> Judged | None:
         """The result of the run itself, if it was judged."""
@@ -168,8 +163,9 @@ class Comparison:
 def read_comparisons(folder: Path) -> list[Comparison]:
     """Return all results kept in a run's folder, those that can be compared together; kNN first, the run's own first.
 
-    A file that cannot be read, or is none of ours, is left out.
+    A file that cannot be read, or is none of ours, is left out. Raises UsageError when the folder holds no run.
     """
+    trained_on = TrainedOn(read_config(folder).data)
     groups: dict[str, list[tuple[Judged, Comparison]]] = {}
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
@@ -181,7 +177,9 @@ def read_comparisons(folder: Path) -> list[Comparison]:
     found = []
     for members in groups.values():
         members.sort(key=lambda member: (not member[0].own, -member[0].top1))
-        found.append(replace(members[0][1], judged=tuple(judged for judged, _ in members)))
+        first = members[0][1]
+        images = (first.data, "train") if first.val.startswith(HELD_OUT) else (first.val, "val")
+        found.append(replace(first, seen=trained_on.has(*images), judged=tuple(judged for judged, _ in members)))
     return sorted(found, key=lambda comparison: (comparison.judge, comparison.own is None, comparison.data))
 
 
@@ -196,6 +194,7 @@ def _comparison(record: Mapping[str, Any]) -> Comparison:
         val_images=record["val_images"],
         size=record["size"],
         classes=record["classes"],
+        seen=None,
         judged=(),
         options=_options(record),
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from caco.config import Pretrain
 from caco.data.source import ImageSource, open_source
-from caco.errors import CacoError, program
+from caco.errors import CacoError, command_line
 from caco.evaluate.encoder import BASELINES
 
 
@@ -24,16 +23,16 @@ def next_steps(options: Pretrain, own_backbone: bool = False, images: ImageSourc
         return f"  caco.load_weights(module, {run!r})   in Python: the module is your own"
     if images is not None:
         return f"  caco.load_backbone({run!r})   in Python: the images are your own"
-    embed = _line("embed", run, "--data", data, "--out", "features.npz")
+    embed = command_line("embed", run, "--data", data, "--out", "features.npz")
     if _is_labelled(options):
         judged = ["--data", data, *(["--val", val] if val else [])]
     elif val:
         judged = ["--data", val]
     else:
         hint = "To judge it, name labelled images, a folder for each class: caco knn RUN --data FOLDER"
-        return "\n".join([f"  {embed}", f"  {_line('report', run)}", hint])
+        return "\n".join([f"  {embed}", f"  {command_line('report', run)}", hint])
     compared = commands_to_compare(run, judged)
-    lines = [*compared, _line("linear", run, *judged), embed, _line("report", run)]
+    lines = [*compared, command_line("linear", run, *judged), embed, command_line("report", run)]
     return "\n".join(f"  {line}" for line in lines)
 
 
@@ -41,8 +40,8 @@ def commands_to_compare(
     run: str, judged: Sequence[str], others: Sequence[str] = BASELINES, *, judge: str = "knn", itself: bool = True
 ) -> list[str]:
     """Return the commands that judge a run (unless not itself) and others beside it. judged: the images, as options."""
-    own = [_line(judge, run, *judged)] if itself else []
-    return own + [_line(judge, other, "--beside", run, *judged) for other in others]
+    own = [command_line(judge, run, *judged)] if itself else []
+    return own + [command_line(judge, other, "--beside", run, *judged) for other in others]
 
 
 def _is_labelled(options: Pretrain) -> bool:
@@ -50,7 +49,3 @@ def _is_labelled(options: Pretrain) -> bool:
     with contextlib.suppress(CacoError):  # moved away meanwhile: the run is finished all the same
         return open_source(options.data, index_cache=Path(options.out) / "index.npz").labels is not None
     return False
-
-
-def _line(*arguments: str) -> str:
-    return shlex.join([program(), *arguments])

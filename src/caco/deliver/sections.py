@@ -93,7 +93,7 @@ def results(
 ) -> str:
     """Return what caco knn and caco linear have found, and the commands for what has not been judged yet."""
     name, title = "results", "How good it is"
-    tables = "".join(_comparison_table(comparison, config, summary) for comparison in comparisons)
+    tables = "".join(_comparison_table(comparison, summary) for comparison in comparisons)
     commands, hint = _commands_to_compare(run, config, source, comparisons)
     lead = RESULTS if comparisons else "It has not been judged by labels yet."
     if hint:
@@ -129,7 +129,7 @@ def _commands_to_compare(
     return commands, ":" if missing else ""
 
 
-def _comparison_table(comparison: Comparison, config: Pretrain, summary: RunSummary) -> str:
+def _comparison_table(comparison: Comparison, summary: RunSummary) -> str:
     rows = []
     for judged in comparison.judged:
         low, high = judged.interval
@@ -141,9 +141,10 @@ def _comparison_table(comparison: Comparison, config: Pretrain, summary: RunSumm
     images, others = comparison.val, f"{comparison.train_images:,} of {comparison.data}"
     if comparison.val.startswith(HELD_OUT):
         images, others = f"{comparison.data}, {comparison.val}", f"the other {comparison.train_images:,}"
+    seen = {True: "; the run was trained on these images", None: "; the run may have been trained on these images"}
     detail = (
         f"{counted(comparison.val_images, 'image')} of {images}, judged by {others}; {comparison.classes:,} classes, "
-        f"at {comparison.size} px{'; the run was trained on these images' if comparison.is_of(config.data) else ''}"
+        f"at {comparison.size} px{seen.get(comparison.seen, '')}"
     )
     table = page.result_table(("", "top-1", "95 % interval", "top-5"), rows, comparison.own is not None)
     return f'<div class="row"><h3>{escape(comparison.how)}<small>{escape(detail)}</small></h3>{table}</div>'

@@ -13,9 +13,11 @@ from caco.deliver.records import RunSummary, uninformed_loss
 from caco.errors import counted
 from caco.evaluate.confidence import is_above
 from caco.evaluate.health import Finding, faults
+from caco.seen import TrainedOn
 from caco.train.step import remarks_on_rates
 
 SEEN = "on the images it was trained on"
+PERHAPS_SEEN = "on images it may have been trained on"
 OTHERS = "whether that holds for others, only labelled images that it has not seen tell"
 
 
@@ -91,20 +93,36 @@ def _evidence(
     29 % of their neighbours were of their class (untrained 18 %), while of 200 photos it had not seen kNN got 26 % right
     (untrained 24 %).
     """
-    seen = [comparison for comparison in comparisons if comparison.is_of(config.data)]
-    unseen = [comparison for comparison in comparisons if comparison not in seen]
-    rising = _rising(summary, seen=not config.val)
+    unseen = [comparison for comparison in comparisons if comparison.seen is False]
+    others = [comparison for comparison in comparisons if comparison.seen is not False]
+    checked_on = _said_of(_is_val_seen(summary, config))
+    rising = _rising(summary, checked_on)
     return (
-        _compared(summary, unseen, seen=False)
-        or (rising if config.val else None)
-        or _compared(summary, seen, seen=True)
+        _compared(summary, unseen, "")
+        or (rising if not checked_on else None)
+        or _compared(summary, others, _said_of(all(comparison.seen for comparison in others) or None))
         or _agreed(agreement)
         or rising
     )
 
 
-def _compared(summary: RunSummary, comparisons: Sequence[Comparison], seen: bool) -> Evidence | None:
-    """Return what the judgements with an untrained encoder beside them show; None without any of the run as it is now."""
+def _is_val_seen(summary: RunSummary, config: Pretrain) -> bool | None:
+    """Return whether the images that ask in the kNN checks are trained on, too: as `Comparison.seen` of those judged."""
+    if not config.val:  # a share of the training images
+        return True
+    return TrainedOn(config.data).has(config.val, "val") if summary.first_knn is not None else None
+
+
+def _said_of(seen: bool | None) -> str:
+    """Return what is said of images by whether they have been trained on; "" where they have not."""
+    return {True: SEEN, None: PERHAPS_SEEN, False: ""}[seen]
+
+
+def _compared(summary: RunSummary, comparisons: Sequence[Comparison], on: str) -> Evidence | None:
+    """Return what the judgements with an untrained encoder beside them show; None without any of the run as it is now.
+
+    on: what is said of their images (`_said_of`).
+    """
     said, worst = [], 2
     for comparison in comparisons:
         own = comparison.own
@@ -120,7 +138,7 @@ def _compared(summary: RunSummary, comparisons: Sequence[Comparison], seen: bool
         values = ", ".join(f"{other.name} {other.top1:.1f} %" for other in others)
         said.append(f"{judge}: {own.top1:.1f} % of {counted(images, 'image')} right; {values}")
         worst = min(worst, _rank(above["random"], above.get("pixels", True)))
-    return _against_baselines(worst, "; ".join(said), seen) if said else None
+    return _against_baselines(worst, "; ".join(said), on) if said else None
 
 
 def _agreed(agreement: Agreement | None) -> Evidence | None:
@@ -132,26 +150,26 @@ def _agreed(agreement: Agreement | None) -> Evidence | None:
         f"{percent(agreement.untrained)}, by pixels in {percent(agreement.pixels)} "
         f"({counted(agreement.images, 'image')})"
     )
-    return _against_baselines(_rank(agreement.above_untrained, agreement.above_pixels), said, seen=True)
+    return _against_baselines(_rank(agreement.above_untrained, agreement.above_pixels), said, SEEN)
 
 
 def _rank(above_untrained: bool, above_pixels: bool) -> int:
     return 0 if not above_untrained else 1 if not above_pixels else 2
 
 
-def _against_baselines(rank: int, said: str, seen: bool) -> Evidence:
+def _against_baselines(rank: int, said: str, on: str) -> Evidence:
     """rank: 0 when not better than an untrained encoder, 1 than pixels, 2 better than both, beyond chance."""
-    if rank == 2 and seen:
-        return Evidence("unknown", f"Better than without training, {SEEN}.", f"{said}; {OTHERS}")
+    if rank == 2 and on:
+        return Evidence("unknown", f"Better than without training, {on}.", f"{said}; {OTHERS}")
     headline = (
         "No better than an untrained encoder, as far as these images tell.",
         "Better than an untrained encoder, but no better than pixels.",
         "It has learnt.",
     )[rank]
-    return Evidence("good" if rank == 2 else "warning", headline, f"{said}, {SEEN}" if seen else said)
+    return Evidence("good" if rank == 2 else "warning", headline, f"{said}, {on}" if on else said)
 
 
-def _rising(summary: RunSummary, seen: bool) -> Evidence | None:
+def _rising(summary: RunSummary, on: str) -> Evidence | None:
     """Return what the kNN checks during training show, against the first of them; None when they show nothing.
 
     Not against chance: an untrained encoder is far above it (28.7 % of 30 classes in docs/results.md).
@@ -161,8 +179,8 @@ def _rising(summary: RunSummary, seen: bool) -> Evidence | None:
         return None
     change = _checks(summary)
     if is_above(last / 100, queries, first / 100, queries):
-        if seen:
-            return Evidence("unknown", f"It has become better, {SEEN}.", f"{change}; {OTHERS}")
+        if on:
+            return Evidence("unknown", f"It has become better, {on}.", f"{change}; {OTHERS}")
         return Evidence("good", "It has become better.", f"{change}; how much better than untrained, is not judged yet")
     if is_above(first / 100, queries, last / 100, queries):
         return Evidence("warning", "It has become worse.", change)

@@ -26,9 +26,19 @@ class ProcessShards:
         return rows[self.rank * count : (self.rank + 1) * count]
 
     def gather_in_main(self, rows: Tensor) -> Tensor:
-        """Return the rows of all processes in the main one, none in the others (only the main one writes checkpoints)."""
+        """Return the rows of all processes in the main one, none in the others (only the main one writes checkpoints).
+
+        They come into main memory, a part at a time: the main one's device may not hold the whole bank.
+        """
         if self.size == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(rows.contiguous(), parts, dst=0)
-        return torch.cat(parts) if parts is not None else rows.new_empty(0, *rows.shape[1:])
+        if self.rank > 0:
+            dist.send(rows.contiguous(), dst=0)
+            return rows.new_empty(0, *rows.shape[1:])
+        gathered = torch.empty(self.size, *rows.shape, dtype=rows.dtype)
+        gathered[0] = rows
+        part = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for rank in range(1, self.size):
+            dist.recv(part, src=rank)
+            gathered[rank] = part
+        return gathered.flatten(0, 1)

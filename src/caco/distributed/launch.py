@@ -32,10 +32,10 @@ import torch.distributed as dist
 from caco.config import DistributedOptions
 from caco.device import choose_device
 from caco.distributed.heartbeat import EXIT_STATUS, HINT, LOST_AFTER, say
-from caco.distributed.membership import Membership, count_processes, find_membership, members_here
+from caco.distributed.membership import Membership, count_processes, count_restarts, find_membership, members_here
 from caco.distributed.rendezvous import join, leave
 from caco.distributed.signals import SignalsToChildren, without_ctrl_c
-from caco.distributed.world import World
+from caco.distributed.world import World, own_cores
 from caco.errors import CacoError, Interrupted, LostProcess, UsageError
 from caco.files import print_any_name
 from caco.memory import out_of_memory_is_told
@@ -114,7 +114,7 @@ def launch(
     processes = count_processes(options, device)
     if options.machines == 1 and processes == 1:
         with out_of_memory_is_told():
-            return function(World(choose_device(device)), *arguments)
+            return function(World(choose_device(device), attempt=count_restarts(os.environ)), *arguments)
     members = members_here(options, processes)
     started: T | None = _result(_start_processes(task, members), members, task.hint)
     return started
@@ -152,7 +152,7 @@ def _is_lost_contact(error: Exception) -> bool:
 
 def _child(outcome_writer: Any, task_reader: Any, membership: Membership, processes: int) -> None:
     """The main function of a started process: take the task, do it, and send the parent its outcome."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(threads_each(processes))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     print_any_name()
 
@@ -172,6 +172,11 @@ def _child(outcome_writer: Any, task_reader: Any, membership: Membership, proces
         outcome, status = Outcome("crash", traceback.format_exc()), 1
     send(outcome)
     sys.exit(status)
+
+
+def threads_each(processes: int) -> int:
+    """Return how many threads torch has in each of so many processes: of the cores they may use, and as many as asked for."""
+    return max(min(torch.get_num_threads(), len(own_cores()) // processes), 1)
 
 
 def _as_our_own(error: CacoError) -> CacoError:

@@ -26,7 +26,11 @@ class Membership:
 
 
 def find_membership(environment: Mapping[str, str]) -> Membership | None:
-    """Return this process's membership if torchrun or SLURM has started it as one of several, else None."""
+    """Return this process's membership if torchrun or SLURM's srun has started it as one of several, else None.
+
+    A job's script, which srun has not started, has a number and its job's tasks in its environment, too, but no others
+    beside it: only srun tells the tasks of a step.
+    """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Membership(
             rank=int(environment["RANK"]),
@@ -36,16 +40,21 @@ def find_membership(environment: Mapping[str, str]) -> Membership | None:
             port=int(environment.get("MASTER_PORT", 29500)),
             supervised=environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"],
         )
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
         job = int(environment.get("SLURM_JOB_ID", 0))
         return Membership(
             rank=int(environment["SLURM_PROCID"]),
-            size=int(environment["SLURM_NTASKS"]),
+            size=int(environment["SLURM_STEP_NUM_TASKS"]),
             local_rank=int(environment.get("SLURM_LOCALID", 0)),
             address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_JOB_NODELIST", "127.0.0.1")),
             port=int(environment.get("MASTER_PORT", 20000 + job % 20000)),
         )
     return None
+
+
+def count_restarts(environment: Mapping[str, str]) -> int:
+    """Return how often torchrun or SLURM has started this run before, as far as they tell this process."""
+    return sum(int(environment.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def first_host(hosts: str) -> str:

@@ -15,7 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from caco.device import choose_device, exact_products
 from caco.distributed.heartbeat import Heartbeat, say
-from caco.distributed.membership import Membership
+from caco.distributed.membership import Membership, count_restarts
 from caco.distributed.network import interface_towards, own_address_towards
 from caco.distributed.world import World, own_cores
 from caco.errors import LostProcess, UsageError
@@ -33,7 +33,7 @@ def join(
     on_lost, hint: as `Heartbeat` takes them. Raises UsageError when the others cannot be reached in time.
     """
     device = _own_device(membership, device_name)
-    attempt = sum(int(os.environ.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    attempt = count_restarts(os.environ)
     if membership.size == 1:
         return World(device, attempt=attempt), None
     interface = interface_towards(membership.address, membership.port)

@@ -15,6 +15,9 @@ from typing import Any
 def without_ctrl_c() -> Iterator[None]:
     """While entered, Ctrl-C waits. A process started here never gets one: the terminal sends it to all, and only the
     parent decides what it means."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     resource_tracker.ensure_running()  # the first process would start it, and it lets Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

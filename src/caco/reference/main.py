@@ -202,8 +202,7 @@ def start_from_file(config: Pretrain) -> Pretrain:
 
 def go_on(config: Pretrain) -> Pretrain:
     """Return the configuration, resuming the run of the same settings that its folder holds, as the published code does."""
-    if not any(Path(config.out, "checkpoints").glob("step-*.pt")):
-        begun = Path(config.out, "config.json").exists()  # but stopped before its first checkpoint
-        return replace(config, overwrite=begun)
+    if not Path(config.out, "config.json").exists():
+        return config
     print(f"main.py: {config.out} holds a run of the same settings, which goes on", file=sys.stderr)
     return replace(config, resume=True)

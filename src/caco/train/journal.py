@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,12 +34,17 @@ class Journal:
 
     def __init__(self, folder: Path, keep_bytes: int = 0, tensorboard: bool = False) -> None:
         """keep_bytes: length of metrics.jsonl at the checkpoint resumed from; what came later is done again."""
-        self._metrics = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
-        self._metrics.truncate(min(keep_bytes, self._metrics.tell()))  # a longer one would be filled up with zeros
-        self._metrics.seek(0, os.SEEK_END)
-        self._speed = open(folder / "speed.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._log = open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        self._events = _event_writer(folder) if tensorboard else None
+        with contextlib.ExitStack() as opened:  # where one is refused, those before it are closed again
+            self._metrics = opened.enter_context(_open(folder / "metrics.jsonl", "ab"))
+            with _refusals(folder / "metrics.jsonl"):
+                # Never to more than it has: it would be filled up with zeros.
+                self._metrics.truncate(min(keep_bytes, self._metrics.tell()))
+                self._metrics.seek(0, os.SEEK_END)
+            self._speed = opened.enter_context(_open(folder / "speed.jsonl", "a", encoding="utf-8"))
+            log = _open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
+            self._log = opened.enter_context(log)
+            self._events = _event_writer(folder) if tensorboard else None
+            opened.pop_all()  # open as long as the run
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Append one record to metrics.jsonl."""
@@ -66,8 +72,9 @@ class Journal:
 
     def sync(self) -> int:
         """Bring metrics.jsonl to the disk and return its length in bytes, for a checkpoint."""
-        os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        with _refusals(Path(self._metrics.name)):
+            os.fsync(self._metrics.fileno())
+            return self._metrics.tell()
 
     def close(self) -> None:
         """Close the files."""
@@ -78,12 +85,24 @@ class Journal:
             self._events.close()
 
 
+def _open(path: Path, mode: str, **how: str) -> IO[Any]:
+    with _refusals(path):
+        return open(path, mode, **how)  # type: ignore[call-overload,no-any-return]
+
+
 def _append(file: IO[Any], text: str | bytes) -> None:
-    try:
+    with _refusals(Path(file.name)):
         file.write(text)
         file.flush()
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Raise CacoError, with the file, in place of what the system says when it refuses."""
+    try:
+        yield
     except OSError as error:
-        raise CacoError(refused(error, Path(file.name))) from error
+        raise CacoError(refused(error, path)) from error
 
 
 class SilentJournal(Journal):
@@ -115,4 +134,5 @@ class SilentJournal(Journal):
 def _event_writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # an extra; `checks.check` has told if it is missing
 
-    return SummaryWriter(str(folder))
+    with _refusals(folder):
+        return SummaryWriter(str(folder))

@@ -33,7 +33,8 @@ class Meters:
     NEVER = 2**62
 
     def __init__(self, bank_size: int, device: torch.device) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        exact = torch.float32 if device.type == "mps" else torch.float64  # which an Apple GPU does not have
+        self.sums = torch.zeros(4, dtype=exact, device=device)
         self.steps = 0
         self.recent_choices = ChoiceWindow(bank_size, device)
         self.epoch_choices = ChoiceWindow(bank_size, device)
@@ -43,7 +44,7 @@ class Meters:
     def add(self, output: StepOutput, step: int) -> None:
         """Add one training step's output."""
         values = (output.loss, output.positive_probability, output.hit_rate, output.feature_spread)
-        self.sums += torch.stack([value.detach().double() for value in values])
+        self.sums += torch.stack([value.detach().to(self.sums.dtype) for value in values])
         self.steps += 1
         self.recent_choices.add(output.positives)
         self.epoch_choices.add(output.positives)

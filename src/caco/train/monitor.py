@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from caco.config import MonitorOptions, Views
+from caco.data.decode import BrokenImage
 from caco.data.labels import Relabelled, say_shared
 from caco.data.source import ImageSource
 from caco.distributed.world import World
+from caco.errors import UsageError, counted
 from caco.evaluate.encoder import UsableEncoder
-from caco.evaluate.features import labels_of
+from caco.evaluate.features import NoneReadable, labels_of
 from caco.evaluate.knn import Voting, first_share_of_each_class, held_out_split, knn_accuracy
+from caco.seen import shared_files
 from caco.views import Preparation
 
 VOTE_TEMPERATURE = 0.2
@@ -84,6 +87,8 @@ def create_monitor(
     if source.labels is None:
         if val is None or val.labels is None:
             return None
+        if world.is_main:
+            say_trained_on(source, val)
         return KnnMonitor(val, np.arange(len(val)), None, None, *common)
     if val is not None and val.labels is not None:
         if world.is_main:
@@ -101,3 +106,27 @@ def create_monitor(
     kept, held_out = held_out_split(source.labels, options.held_out, seed)
     reference = kept[first_share_of_each_class(np.asarray(source.labels)[kept], options.knn_share)]
     return KnnMonitor(source, reference, source, held_out, *common)
+
+
+def say_trained_on(source: ImageSource, val: ImageSource) -> None:
+    """Say when files with images of --val are also among those that the run is trained on, which have no labels."""
+    if shared := shared_files(source, val):
+        print(
+            f"--val {val.name} shares {counted(shared, 'file')} with --data {source.name}: images that the run is trained "
+            "on; of others the accuracy may be lower",
+            file=sys.stderr,
+        )
+
+
+def check_readable(val: ImageSource) -> None:
+    """Raise UsageError when not one of the images of --val can be read: the first check may be hours away."""
+    broken = []
+    for index in range(len(val)):
+        try:
+            val.load(index)
+        except BrokenImage as error:
+            broken.append((error.key, error.reason))
+        else:
+            return
+    none = NoneReadable(val.name, broken)
+    raise UsageError(f"--val: {none}. Name other labelled images, or add --monitor.knn-epochs 0 (no kNN checks)")

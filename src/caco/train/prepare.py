@@ -31,7 +31,7 @@ from caco.optim import encoder_optimizer
 from caco.precision import choose_precision
 from caco.train.engine import choose_engine, compile_module, layout_of
 from caco.train.meters import Meters
-from caco.train.monitor import KnnMonitor, create_monitor
+from caco.train.monitor import KnnMonitor, check_readable, create_monitor
 from caco.train.run_folder import check_same_mathematics, read_config
 from caco.train.start import load_start, start_from
 from caco.train.state import TrainingState
@@ -57,6 +57,8 @@ class Prepared:
     precision: torch.dtype
     engine: str
     """How the encoder is computed and why, in words."""
+    objects: Objects
+    """What the run was given in place of names."""
 
 
 def prepare(world: World, config: Pretrain, objects: Objects, index: Path) -> Prepared:
@@ -72,13 +74,15 @@ def prepare(world: World, config: Pretrain, objects: Objects, index: Path) -> Pr
     if world.is_main:
         say_left_out(source)
     check_batch_size(source, config.batch_size, world.size)
+    val = _open_val(config, objects.val, world)
     config = _resolve_epochs(config, len(source) // config.batch_size)
     steps = (int(config.epochs) - config.start_epoch) * (len(source) // config.batch_size)
     config, why = _choose_engine(config, backbone, world, steps)
     if config.resume:
-        check_same_mathematics(read_config(Path(config.out)), config)
+        saved = world.decide_in_main(lambda: read_config(Path(config.out)))  # others may not see the folder
+        check_same_mathematics(saved, config)
     precision = choose_precision(config.precision, world.device)
-    monitor = _create_monitor(config, source, objects.val, world, precision)
+    monitor = _create_monitor(config, source, val, world, precision)
     broken = BrokenImages(len(source), config.monitor.broken_share)
     loader = _create_loader(config, source, world, broken)
     state = create_state(config, backbone, world)
@@ -86,7 +90,7 @@ def prepare(world: World, config: Pretrain, objects: Objects, index: Path) -> Pr
         start_from(state, config, loader.steps_per_epoch, warm_start_steps(config, loader.steps_per_epoch), world)
     if world.rank:  # all have drawn the same weights; what is dropped in training, each draws for itself
         torch.manual_seed((config.seed + world.rank * RANDOM_STRIDE) % 2**63)
-    return Prepared(config, state, loader, broken, monitor, _backbone_card(config, backbone), precision, why)
+    return Prepared(config, state, loader, broken, monitor, _backbone_card(config, backbone), precision, why, objects)
 
 
 def check_division(config: Pretrain, world: World) -> None:
@@ -193,11 +197,18 @@ def _start_backbone(config: Pretrain, module: nn.Module | None) -> nn.Module:
     return backbone
 
 
+def _open_val(config: Pretrain, val: ImageSource | None, world: World) -> ImageSource | None:
+    """Return the images of --val, of which one at least can be read. Raises UsageError."""
+    if val is None and config.val:
+        val = _open(config, config.val, world, split="val")
+    if val is not None and config.monitor.knn_epochs > 0:
+        check_readable(val)
+    return val
+
+
 def _create_monitor(
     config: Pretrain, source: ImageSource, val: ImageSource | None, world: World, precision: torch.dtype
 ) -> KnnMonitor | None:
-    if val is None and config.val:
-        val = _open(config, config.val, world, split="val")
     options, views, workers = config.monitor, config.views, world.worker_count(config.workers)
     return create_monitor(source, val, options, views, config.seed, world, precision, workers)
 

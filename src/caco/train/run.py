@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from caco.checkpointing import keep_all_activations
 from caco.config import Pretrain
 from caco.distributed.world import World
 from caco.errors import UsageError
@@ -106,6 +107,7 @@ def train(world: World, prepared: Prepared) -> Path:
     finally:
         broken.write()
         use_direct(state.model)  # the module may be the caller's own
+        keep_all_activations(state.model)
     path = folder / "export" / "backbone.safetensors"
     if world.is_main:
         save_backbone(path, state.model.backbone, replace(prepared.card, step=state.step))

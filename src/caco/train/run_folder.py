@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from caco.config import Pretrain
-from caco.errors import UsageError
-from caco.files import check_writable, replace_json
+from caco.errors import UsageError, command_line
+from caco.files import check_writable, holds_run, replace_json
 from caco.options import flatten, from_dictionary, override
 from caco.train.lock import LOCK, RunLock
 
@@ -53,7 +53,7 @@ def decide_start(config: Pretrain, restarted: bool = False) -> Pretrain:
     """
     folder = Path(config.out)
     condemned = config.overwrite and (folder / CONDEMNED).exists()
-    if restarted and _holds_run(folder) and not condemned:
+    if restarted and holds_run(folder) and not condemned:
         config = as_decided(replace(config, resume=True, overwrite=False), read_config(folder))
     check_run_folder(config)
     if config.resume and not _has_saved(folder):
@@ -61,7 +61,7 @@ def decide_start(config: Pretrain, restarted: bool = False) -> Pretrain:
             check_same_mathematics(read_config(folder), config)
         print(f"the run in {folder} had saved no checkpoint yet: it begins anew, the same", file=sys.stderr)
         return replace(config, resume=False, overwrite=True)
-    if config.overwrite and _holds_run(folder):
+    if config.overwrite and holds_run(folder):
         (folder / CONDEMNED).touch()
     return config
 
@@ -69,14 +69,14 @@ def decide_start(config: Pretrain, restarted: bool = False) -> Pretrain:
 def check_run_folder(config: Pretrain) -> None:
     """Raise UsageError when the run's folder may not be used as asked."""
     folder = Path(config.out)
-    holds_run = _holds_run(folder)
-    if config.resume and not holds_run:
+    is_run = holds_run(folder)
+    if config.resume and not is_run:
         raise UsageError(f"--resume: there is no run in {folder}; leave --resume out to start one")
-    if folder.is_file() or (folder.is_dir() and not holds_run and any(path.name != LOCK for path in folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and not is_run and any(path.name != LOCK for path in folder.iterdir())):
         raise UsageError(f"--out {folder} exists and is not a run of caco; choose another folder")
-    if holds_run and not config.resume and not config.overwrite:
+    if is_run and not config.resume and not config.overwrite:
         raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
-    if holds_run and config.overwrite and config.weights:
+    if is_run and config.overwrite and config.weights:
         weights = Path(config.weights).resolve()
         if folder.resolve() in (weights, *weights.parents):
             raise UsageError(
@@ -124,15 +124,6 @@ def _delete_run(folder: Path) -> None:
         print(f"left as it is in {folder}, not written by the run: {shown}", file=sys.stderr)
 
 
-def _holds_run(folder: Path) -> bool:
-    """Return whether a folder holds a run, of any version of caco; others have a config.json and must not be deleted."""
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"recipe", "bank_size", "backbone"} <= content.keys()
-
-
 def _has_saved(folder: Path) -> bool:
     """Return whether a run has anything to go on from, or to lose: a checkpoint, readable or not, or its result."""
     return any((folder / "checkpoints").glob("*.pt")) or any((folder / "export").glob("*"))
@@ -168,10 +159,13 @@ def check_same_mathematics(saved: Pretrain, wanted: Pretrain) -> None:
         longer = ""
         began, asked = saved.epochs, wanted.epochs
         if isinstance(began, int) and isinstance(asked, int) and asked > began:  # the rates have come to their end
-            longer = (
-                f"; to train a finished run for longer: caco pretrain --recipe {wanted.out} --weights {wanted.out} "
-                f"--start-epoch {began} --epochs {asked} --data {wanted.data} --out FOLDER"
-            )
+            start = ("--recipe", wanted.out, "--weights", wanted.out)
+            more = ("--start-epoch", str(began), "--epochs", str(asked), "--data", wanted.data, "--out", "FOLDER")
+            anew = command_line("pretrain", *start, *more)
+            if wanted.backbone == "own":
+                same = f"recipe={wanted.out!r}, weights={wanted.out!r}, start_epoch={began}, epochs={asked}"
+                anew = f"caco.pretrain(..., backbone=module, {same}) in Python"
+            longer = f"; to train a finished run for longer: {anew}"
         raise UsageError(f"--resume cannot change {'; '.join(changed)}; start a new run for that{longer}")
 
 
@@ -210,15 +204,16 @@ def write_environment(folder: Path, device: str, processes: int) -> None:
 
 def _commit() -> str | None:
     """Return the commit of caco's source, "+" behind it when changed since; None outside a checkout."""
-    here = Path(__file__).parent
+    source = Path(__file__).resolve().parents[1]
+    if Path(_git(source, "rev-parse", "--show-toplevel")) / "src" / "caco" != source:
+        return None  # installed below another project's checkout, whose commit tells nothing of caco
+    return _git(source, "describe", "--always", "--dirty=+", "--abbrev=12") or None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """Return what git answers in a folder; an empty text where it has no answer, or is not there."""
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+        answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
+        return ""
+    return answer.stdout.strip()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
-from caco.errors import CacoError, Interrupted, counted, program
+from caco.errors import CacoError, Interrupted, counted
 from caco.evaluate.health import faults
 from caco.model import WarmStart
 from caco.train.checkpoint import CheckpointFolder, Latest, check_same_images, identity
@@ -47,6 +47,7 @@ class Trainer:
         self.config, self.state, self.loader = run.config, run.state, run.loader
         self.epochs = int(self.config.epochs)
         self.steps = self.epochs * self.loader.steps_per_epoch
+        self.first_step = self.config.start_epoch * self.loader.steps_per_epoch
         self.images = identity(self.loader.source)
         self.unused = unused_parameters(self.state.model.backbone, self.config.views.size, world)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", self.config.monitor.keep_checkpoints)
@@ -79,14 +80,15 @@ class Trainer:
 
     def _announce(self) -> None:
         config = self.config
-        resumed = f"resumed at {self._position()}: " if config.resume else ""
+        resumed = f"resumed at {self._in_words(self._last_step)}: " if config.resume else ""
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
         filling = warm_start_steps(config, self.loader.steps_per_epoch) - self.state.warm_start_step
         warm_start = f" after a warm start of {filling:,}" if filling > 0 else ""
+        part = f"{self.epochs - config.start_epoch:,} of " if config.start_epoch else ""
         self.journal.say(
             f"{resumed}training {config.backbone} on {len(self.loader.source):,} images of {config.data}: "
-            f"{counted(self.epochs, 'epoch')}, {counted(self.steps, 'step')} of {config.batch_size}{warm_start}, "
-            f"{config.bank_size:,} slots, "
+            f"{part}{counted(self.epochs, 'epoch')}, {counted(self.steps - self.first_step, 'step')} of "
+            f"{config.batch_size}{warm_start}, {config.bank_size:,} slots, "
             f"on {self.world.device} ({str(self.run.precision).removeprefix('torch.')}{processes}), into {self.folder}"
         )
         if self.run.engine:
@@ -94,9 +96,13 @@ class Trainer:
         for remark in remarks_on_rates(self.config):
             self.journal.say(remark)
 
-    def _position(self) -> str:
-        state = self.state
-        return f"step {state.step:,}" if state.step else f"warm-start step {state.warm_start_step:,}"
+    @property
+    def _last_step(self) -> int:
+        """The last step taken, of the training or of the warm start before it."""
+        return self.state.step if self.state.step > self.first_step else self.state.warm_start_step
+
+    def _in_words(self, step: int) -> str:
+        return f"{'step' if self.state.step > self.first_step else 'warm-start step'} {step:,}"
 
     def _warm_start(self) -> None:
         """Fill the bank with keys (algorithm: warm start of the bank), then begin with f′ = f."""
@@ -211,7 +217,13 @@ class Trainer:
     def _knn_check(self, epoch: int, more: str = "") -> bool:
         """Do the kNN check that is owed, and record it. Return whether it is the best so far. more: said behind it."""
         assert self.run.monitor is not None
-        result = self.run.monitor(self.state.model.backbone)
+        try:
+            result = self.run.monitor(self.state.model.backbone)
+        except CacoError as error:
+            raise CacoError(
+                f"the kNN check after epoch {epoch + 1} failed: {error}. Add --monitor.knn-epochs 0 (no kNN checks), or "
+                f"--val with other labelled images, to: {self.run.objects.how_to_resume(str(self.folder))}"
+            ) from error
         self.state.knn_is_owed = False
         self.journal.record("knn", self.state.step, epoch=epoch, **result)
         queries = f"{result['queries']:,} images"
@@ -247,17 +259,17 @@ class Trainer:
         path = self._save(best)
         if stop and not finished:
             why = next(filter(None, self.world.gather_objects(self.interrupt.why)))
-            self.journal.note(f"{why} at {self._position()} and saved")
+            self.journal.note(f"{why} at {self._in_words(self._last_step)} and saved")
             raise Interrupted(
-                f"{why} at {self._position()} and saved to {path}; "
-                f"go on with: {program()} pretrain --out {self.folder} --resume"
+                f"{why} at {self._in_words(self._last_step)} and saved to {path}; "
+                f"go on with: {self.run.objects.how_to_resume(str(self.folder))}"
             )
 
     def _save(self, best: bool) -> Path:
         """Write a checkpoint. Raises CacoError instead when it would hold what no step can go on from."""
         self._stop_if_not_finite(self.state.meters.bad_step(self.world))
         if any(self.world.vote(not self.state.is_finite())):  # the loss of a step is that of the weights before it
-            self._stop_if_not_finite(self.state.step or self.state.warm_start_step, "weights are")
+            self._stop_if_not_finite(self._last_step, "weights are")
         contents = {
             **self.state.state_dict(self.world),
             "metrics_bytes": self.journal.sync(),
@@ -287,9 +299,8 @@ class Trainer:
     def _stop_if_not_finite(self, step: int | None, what: str = "loss is") -> None:
         if step is not None:
             kept = [path.name for path in self.checkpoints.paths()]
-            kind = "step" if self.state.step else "warm-start step"
             raise CacoError(
-                f"the {what} not finite at {kind} {step:,}; the run stops. Last good checkpoint: "
+                f"the {what} not finite at {self._in_words(step)}; the run stops. Last good checkpoint: "
                 f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
                 "or --precision fp32."
             )

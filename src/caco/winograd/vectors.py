@@ -15,6 +15,10 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
+from caco.compiled_code import find_place
+
+find_place()  # every module of the package comes by here before it compiles anything
+
 BYTES = 64 if binding.get_host_cpu_features().get("avx512f") else 32
 """Of a vector: 16 or 8 numbers of float32."""
 FLAGS = ("contract", "reassoc", "nsz")

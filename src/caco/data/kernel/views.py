@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit, types
 from numpy.typing import NDArray
 
+from caco.compiled_code import find_place
 from caco.data import parameters as p
 from caco.data.kernel import blur, colours, compilation, resize
 from caco.data.kernel.compilation import CHUNK, OPTIONS, ZERO
@@ -76,6 +77,7 @@ def compile_renderer(sources: str) -> Any:
     return render_rows
 
 
+find_place()
 render_rows = compile_renderer(hash_sources(STAGES))
 _scratch = threading.local()
 
