@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the suite runs one process per core, and all must sum alike
+for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+    del os.environ[name]  # that the suite itself is a job is nobody's business
 
 from jaxtyping import install_import_hook
 
@@ -47,6 +49,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
+from torch.utils._triton import has_triton
 
 import caco.distributed.launch
 
@@ -67,7 +70,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "device_count", lambda: 0)
-        return (yield)
+        try:
+            return (yield)
+        finally:
+            has_triton.cache_clear()
 
 
 torch.cuda.is_available()  # before a test hides it: a process that has once been told of no GPU never finds one

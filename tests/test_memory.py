@@ -97,7 +97,12 @@ def test_the_limits_of_a_job_and_of_its_user_count(tmp_path):
     processes.write_text("0::/user/job\n")
     write(root, memory__stat="anon 5\ninactive_file 0\n")
     write(root / "user", memory__max="max\n", memory__current="900\n")
-    write(root / "user/job", memory__max="1000\n", memory__current="700\n", memory__stat="anon 5\ninactive_file 100\n")
+    write(
+        root / "user/job",
+        memory__max="1000\n",
+        memory__current="700\n",
+        memory__stat="anon 5\ninactive_file 60\nactive_file 40\n",
+    )
     assert list(free_in_groups(processes, root)) == [400]
     (root / "user/memory.max").write_text("950\n")
     (root / "user/memory.stat").write_text("inactive_file 0\n")

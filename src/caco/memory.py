@@ -20,8 +20,12 @@ ADVICE = (
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free both in main memory and on the device."""
-    host = _free_main_memory()
-    return min(host, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host
+    return min(_free_main_memory(), free_on(device))
+
+
+def free_on(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_main_memory()
 
 
 def _free_main_memory() -> int:
@@ -42,19 +46,20 @@ def free_in_groups(processes: Path = Path("/proc/self/cgroup"), root: Path = Pat
         return
     for _, controllers, path in groups:
         if controllers == "":
-            top, names = root, ("memory.max", "memory.current", "inactive_file")
+            top, names, total = root, ("memory.max", "memory.current"), ""
         elif "memory" in controllers.split(","):
-            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            top, names, total = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_"
         else:
             continue
         # In a container the path may be the host's, and its own group be at the top.
         inner = top / path.strip("/")
         for folder in (inner, *inner.parents[: len(inner.relative_to(top).parts)]):
             try:
-                limit, used = ((folder / name).read_text().strip() for name in names[:2])
+                limit, used = ((folder / name).read_text().strip() for name in names)
                 if limit != "max":
-                    cache = int(_fields(folder / "memory.stat").get(names[2], 0))
-                    yield max(int(limit) - int(used) + cache, 0)
+                    fields = _fields(folder / "memory.stat")
+                    cached = sum(int(fields.get(total + kind, 0)) for kind in ("inactive_file", "active_file"))
+                    yield max(int(limit) - int(used) + cached, 0)
             except (OSError, ValueError):  # the top of all has no limit
                 continue
 

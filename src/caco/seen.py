@@ -17,6 +17,7 @@ class TrainedOn:
 
     def __init__(self, data: str) -> None:
         self._data = data
+        self._asked: dict[tuple[str, str], bool | None] = {}
 
     def has(self, images: str, split: str) -> bool | None:
         """Return whether any of the images that a name stands for is among them; None where that cannot be told.
@@ -24,6 +25,11 @@ class TrainedOn:
         split: the part that is meant of a set by name, as for `open_source`. It cannot be told of what is not there
         (any more), such as images that a Python caller gave as an object: those have a name, and no place.
         """
+        if (images, split) not in self._asked:
+            self._asked[images, split] = self._find(images, split)
+        return self._asked[images, split]
+
+    def _find(self, images: str, split: str) -> bool | None:
         own, theirs = _parts(self._data, "train"), _parts(images, split)
         if own and theirs:
             return not own.isdisjoint(theirs)

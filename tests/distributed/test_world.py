@@ -40,6 +40,9 @@ def test_place_from_slurm():
         **{"SLURM_JOB_ID": "4120007", "SLURM_JOB_NODELIST": "gpu[03-05,9]"},
     }
     assert find_membership(environment) == Membership(rank=6, size=8, local_rank=2, address="gpu03", port=20007)
+    step = {**environment, "SLURM_STEP_NODELIST": "gpu[04-05]", "SLURM_STEP_ID": "2"}
+    assert find_membership(step) == Membership(rank=6, size=8, local_rank=2, address="gpu04", port=35845)
+    assert find_membership({**environment, "SLURM_PTY_PORT": "4711"}) is None  # a shell, of srun --pty
     chosen = {**environment, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
     assert find_membership(chosen) == Membership(rank=6, size=8, local_rank=2, address="10.0.0.1", port=1234)
 

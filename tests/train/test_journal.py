@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -59,6 +60,7 @@ def test_a_shorter_file_is_not_filled_with_zeros(tmp_path):
     assert lines(tmp_path / "metrics.jsonl") == [{"kind": "train", "step": 1, "loss": 3.0}]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("name", ["speed.jsonl", "train.log"])
 def test_a_full_disk_is_told_with_the_file(tmp_path, name):
     (tmp_path / name).symlink_to("/dev/full")
@@ -75,6 +77,7 @@ def test_a_file_that_cannot_be_opened_is_told(tmp_path, name):
         Journal(tmp_path)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /dev/full")
 def test_records_that_cannot_be_brought_to_the_disk_are_told(tmp_path):
     journal = Journal(tmp_path)
     nowhere = os.open("/dev/full", os.O_WRONLY)

@@ -20,6 +20,7 @@ from caco.train.run_folder import (
     FREE_TO_CHANGE,
     check_same_mathematics,
     decide_start,
+    is_of_job,
     open_run_folder,
     read_config,
     write_config,
@@ -312,6 +313,7 @@ def test_all_changes_are_named_at_once():
 COMMIT = "from caco.train import run_folder; print(run_folder.__file__, run_folder._commit())"
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 @pytest.mark.parametrize(
     ("place", "is_told"), [("src", True), (".venv/lib/site-packages", False), ("vendor/caco/src", False)]
 )
@@ -321,7 +323,9 @@ def test_the_commit_is_that_of_cacos_own_source(tmp_path, place, is_told):
     shutil.copytree(package, tmp_path / place / "caco", ignore=shutil.ignore_patterns("__pycache__"))
 
     def answer(*command):
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path / place), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        environment |= {"PYTHONPATH": str(tmp_path / place), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
         return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
 
     answer("git", "init")
@@ -331,6 +335,16 @@ def test_the_commit_is_that_of_cacos_own_source(tmp_path, place, is_told):
     file, commit = answer(sys.executable, "-c", COMMIT).rsplit(maxsplit=1)
     assert Path(file).is_relative_to(tmp_path)
     assert commit == (head if is_told else "None")
+
+
+def test_a_job_that_starts_again_goes_on_with_its_own_runs_only(tmp_path, monkeypatch):
+    """Not with one of last month, which its script is to overwrite."""
+    assert is_of_job(tmp_path, "12")  # lost before it had told
+    write_environment(tmp_path, "cpu", 1)
+    assert is_of_job(tmp_path, "") and not is_of_job(tmp_path, "12")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    write_environment(tmp_path, "cpu", 1)
+    assert is_of_job(tmp_path, "12") and not is_of_job(tmp_path, "13")
 
 
 @pytest.mark.parametrize("content", ["{", "5", ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import FunctionType
 
 import torch
@@ -36,10 +37,11 @@ class DeviceViews:
         self._compiled: Callable[..., Tensor] | None = None
         self._has_worked = False
         if compiled:
-            # A copy, since torch keeps only so many graphs (8) of a function, whoever compiles it.
-            code, closure = make_views.__code__.replace(), make_views.__closure__
-            own = FunctionType(code, make_views.__globals__, closure=closure)
-            self._compiled = torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
+
+            def compiled_views(images: Tensor, rows: Tensor, statistics: Tensor, size: int, stages: Stages) -> Tensor:
+                return _graph(images.shape, size, stages, backend)(images, rows, statistics, size, stages)
+
+            self._compiled = compiled_views
 
     def __call__(self, images: UInt8[Tensor, "B H W 3"], parameters: ViewParameters) -> Float[Tensor, "B 3 S S"]:
         """Return one view of each image, float32 [B, 3, S, S], channels_last; nothing waits for the device.
@@ -62,3 +64,11 @@ class DeviceViews:
                     logging.getLogger(__name__).warning("the views are not compiled, which is slower: %s", reason)
                 # Else: torch (up to 2.11) refuses every compiled call while another thread compiles, as the first step does.
         return make_views(*work)
+
+
+@lru_cache(maxsize=64)
+def _graph(shape: torch.Size, size: int, stages: Stages, backend: str) -> Callable[..., Tensor]:
+    """Return `make_views` compiled for images of one shape: a function of its own, as torch keeps only so many graphs of one."""
+    code, closure = make_views.__code__.replace(), make_views.__closure__
+    own = FunctionType(code, make_views.__globals__, closure=closure)
+    return torch.compile(own, backend=backend, dynamic=False, fullgraph=True)

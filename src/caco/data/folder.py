@@ -92,14 +92,18 @@ def list_folder(root: str) -> Listing:
         try:
             status = os.stat(folder)
             identity = (status.st_dev, status.st_ino)
-            if identity in above or (prefix and holds_run(Path(folder))):
+            if identity in above:
                 continue
             stamps[folder] = (status.st_mtime_ns, 0)  # taken before the folder is read: a later change will show
+            before = len(images), len(containers), len(waiting)
             with os.scandir(folder) as entries:
                 for entry in entries:
                     name = entry.name
                     if name[0] == "." or name == "__MACOSX":
                         continue
+                    if name == "config.json" and prefix and holds_run(Path(folder)):
+                        del images[before[0] :], containers[before[1] :], waiting[before[2] :], stamps[folder]
+                        break
                     kind, leads_to = ending(name), _leads_to(entry)
                     if leads_to == "folder":
                         waiting.append((f"{prefix}{name}/", above | {identity}))

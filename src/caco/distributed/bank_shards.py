@@ -6,6 +6,9 @@ is exchanged in a step does not depend on K, so a bank of millions of slots grow
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,12 +36,18 @@ class ProcessShards:
         if self.size == 1:
             return rows
         if self.rank > 0:
-            dist.send(rows.contiguous(), dst=0)
+            _exchange(dist.isend, rows.contiguous(), 0)
             return rows.new_empty(0, *rows.shape[1:])
         gathered = torch.empty(self.size, *rows.shape, dtype=rows.dtype)
         gathered[0] = rows
         part = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for rank in range(1, self.size):
-            dist.recv(part, src=rank)
+            _exchange(dist.irecv, part, rank)
             gathered[rank] = part
         return gathered.flatten(0, 1)
+
+
+def _exchange(operation: Callable[..., Any], rows: Tensor, peer: int) -> None:
+    """Send rows to one process, or receive them. (NCCL warns of what is not called a batch.)"""
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, rows, peer)]):
+        work.wait()

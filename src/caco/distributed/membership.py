@@ -29,7 +29,7 @@ def find_membership(environment: Mapping[str, str]) -> Membership | None:
     """Return this process's membership if torchrun or SLURM's srun has started it as one of several, else None.
 
     A job's script, which srun has not started, has a number and its job's tasks in its environment, too, but no others
-    beside it: only srun tells the tasks of a step.
+    beside it: only srun tells the tasks of a step. Nor has a shell that `srun --pty` has opened.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return Membership(
@@ -40,21 +40,29 @@ def find_membership(environment: Mapping[str, str]) -> Membership | None:
             port=int(environment.get("MASTER_PORT", 29500)),
             supervised=environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"],
         )
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        job = int(environment.get("SLURM_JOB_ID", 0))
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
+    if tasks > 1 and "SLURM_PROCID" in environment and "SLURM_PTY_PORT" not in environment:
+        # Two steps of a job at once meet at ports far apart: those in between belong to the jobs that follow.
+        number = int(environment.get("SLURM_JOB_ID") or 0) + 7919 * int(environment.get("SLURM_STEP_ID") or 0)
+        hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
         return Membership(
             rank=int(environment["SLURM_PROCID"]),
-            size=int(environment["SLURM_STEP_NUM_TASKS"]),
+            size=tasks,
             local_rank=int(environment.get("SLURM_LOCALID", 0)),
-            address=environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_JOB_NODELIST", "127.0.0.1")),
-            port=int(environment.get("MASTER_PORT", 20000 + job % 20000)),
+            address=environment.get("MASTER_ADDR") or first_host(hosts),
+            port=int(environment.get("MASTER_PORT", 20000 + number % 20000)),
         )
     return None
 
 
 def count_restarts(environment: Mapping[str, str]) -> int:
     """Return how often torchrun or SLURM has started this run before, as far as they tell this process."""
-    return sum(int(environment.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return sum(int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def job_name(environment: Mapping[str, str]) -> str:
+    """Return what names the job of torchrun or SLURM that this process belongs to, the same after a restart; "" for none."""
+    return environment.get("SLURM_JOB_ID") or environment.get("TORCHELASTIC_RUN_ID") or ""
 
 
 def first_host(hosts: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+PIECE = 2**26
+"""Bytes that go from process to process at a time."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,21 @@ class World:
         """Return what `make` returns in the main process; only there it is called."""
         if self.size == 1:
             return make()
-        item = [make() if self.is_main else None]
-        dist.broadcast_object_list(item, device=self.device)
-        return item[0]  # type: ignore[return-value]
+        made = make() if self.is_main else None
+        content = self._from_main(pickle.dumps(made) if self.is_main else b"")
+        return made if self.is_main else pickle.loads(content)  # type: ignore[return-value]
+
+    def _from_main(self, content: bytes) -> bytearray:
+        """Return the main process's content; a piece at a time is on the device, which may not hold it all."""
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, src=0)
+        gathered = bytearray(content or int(length))
+        for begin in range(0, len(gathered), PIECE):
+            piece = torch.frombuffer(gathered, dtype=torch.uint8, offset=begin, count=min(PIECE, len(gathered) - begin))
+            on_device = piece.to(self.device)
+            dist.broadcast(on_device, src=0)
+            piece.copy_(on_device)
+        return gathered
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -62,9 +62,9 @@ def choose_engine(
     """
     if config.engine.compile == "on" and config.engine.checkpointing:
         raise UsageError("--engine.compile on and --engine.checkpointing exclude each other; leave one out")
-    if config.engine.compile == "on" and not can_compile(device):
+    if config.engine.compile == "on" and device.type in ("cpu", "cuda") and not can_compile(device):
         lacking = "Triton" if device.type == "cuda" else "a C++ compiler (g++, or what CXX names)"
-        raise UsageError(f"--engine.compile on needs {lacking}, which is not here; leave it out, or take off")
+        raise UsageError(f"--engine.compile on needs {lacking}, which is not here; take --engine.compile off")
     reason = no_winograd(config, backbone, device, numba)
     if reason and config.engine.convolution == "winograd":  # asked for, or what a run chose on another machine
         say(f"--engine.convolution winograd cannot be had: {reason}; torch's own convolutions are taken")

@@ -24,7 +24,7 @@ from caco.distributed.bank_shards import ProcessShards
 from caco.distributed.batch_norm import synchronise_batch_norm
 from caco.distributed.world import World
 from caco.errors import UsageError
-from caco.memory import free_memory, in_words
+from caco.memory import free_on, in_words
 from caco.model import CaCo, view_pairs
 from caco.objects import Objects
 from caco.optim import encoder_optimizer
@@ -112,7 +112,7 @@ def check_bank_fits(config: Pretrain, world: World) -> None:
     """Raise UsageError when the bank, with its gradient and velocity, is larger than this process's free memory."""
     slots = config.bank_size // (world.size if config.bank.sharded else 1)
     needed = 3 * 4 * slots * config.encoder.embedding
-    free = free_memory(world.device) // (world.local_size if world.device.type == "cpu" else 1)
+    free = free_on(world.device) // (world.local_size if world.device.type == "cpu" else 1)
     if needed > free:
         raise UsageError(
             f"--bank-size {config.bank_size} x --encoder.embedding {config.encoder.embedding}: with gradient and velocity "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from caco.checkpointing import keep_all_activations
 from caco.config import Pretrain
+from caco.distributed.membership import job_name
 from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.objects import Objects
@@ -23,6 +25,7 @@ from caco.train.run_folder import (
     as_decided,
     check_same_mathematics,
     decide_start,
+    is_of_job,
     open_run_folder,
     read_config,
     write_config,
@@ -47,7 +50,7 @@ def run_pretraining(world: World, config: Pretrain, objects: Objects) -> Path:
     with RunLock() as lock, tempfile.TemporaryDirectory() as staging:
         if world.is_main:
             lock.take(Path(config.out))
-        config = world.decide_in_main(lambda: decide_start(config, restarted=world.attempt > 0))
+        config = world.decide_in_main(lambda: decide_start(config, restarted=_is_restarted(config, world)))
         if config.resume and (path := world.decide_in_main(lambda: finished_backbone(config))):
             if world.is_main:
                 print("the run is finished; nothing to do", file=sys.stderr)
@@ -57,6 +60,11 @@ def run_pretraining(world: World, config: Pretrain, objects: Objects) -> Path:
         if world.is_main:  # an old run may be deleted here: all that can be wrong with the new one has been told
             open_folder(prepared.config, index, lock)
         return train(world, prepared)
+
+
+def _is_restarted(config: Pretrain, world: World) -> bool:
+    """Return whether torchrun or SLURM has started this command again, which began the run that is in its folder."""
+    return world.attempt > 0 and is_of_job(Path(config.out), job_name(os.environ))
 
 
 def finished_backbone(config: Pretrain) -> Path | None:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from caco.config import Pretrain
+from caco.distributed.membership import job_name
 from caco.errors import UsageError, command_line
 from caco.files import check_writable, holds_run, replace_json
 from caco.options import flatten, from_dictionary, override
@@ -169,6 +172,21 @@ def check_same_mathematics(saved: Pretrain, wanted: Pretrain) -> None:
         raise UsageError(f"--resume cannot change {'; '.join(changed)}; start a new run for that{longer}")
 
 
+def is_of_job(folder: Path, job: str) -> bool:
+    """Return whether a job (`job_name`) was the last to start the run in a folder, as far as environment.json tells."""
+    entries = _environment(folder / "environment.json")
+    return not entries or entries[-1].get("job", "") == job
+
+
+def _environment(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of environment.json; none where it is not there yet, or damaged: a record for people."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
 def write_environment(folder: Path, device: str, processes: int) -> None:
     """Add an entry on this start to environment.json: versions, machine, command, commit of the source."""
     import numpy
@@ -180,15 +198,12 @@ def write_environment(folder: Path, device: str, processes: int) -> None:
     import caco
 
     path = folder / "environment.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or damaged: a record for people, no reason not to start
-        entries = []
-    entries = entries if isinstance(entries, list) else []
+    entries = _environment(path)
     entries.append(
         {
             "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "command": sys.argv,
+            "job": job_name(os.environ),
             "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or device,
             "processes": processes,
             "threads": torch.get_num_threads(),
