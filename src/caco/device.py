@@ -45,8 +45,7 @@ def exact_products(device: torch.device) -> None:
     for TF32. Convolutions of an encoder in fp32 keep what torch has set.
     """
     if device.type == "cuda":
-        warnings.filterwarnings(
-            "ignore", "Please use the new API settings"
-        )  # torch 2.9 has two that exclude each other
+        # torch 2.9 has a newer way to say it, which must not be mixed with this one, and advises it.
+        warnings.filterwarnings("ignore", "Please use the new API settings")
         torch.set_float32_matmul_precision("highest")
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch's compiler advises against it

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from caco.after_training import Knn, Linear
-from caco.data.labels import Relabelled, Subset, names_of_several, say_shared, where_labels_come_from
+from caco.data.labels import Relabelled, Subset, names_of_several, where_labels_come_from
 from caco.data.source import ImageSource
 from caco.deliver.judgements import HELD_OUT, check_beside, circumstances, how_to_repeat, keep
 from caco.distributed.launch import launch
@@ -30,6 +30,7 @@ from caco.evaluate.reference_probe import ProbeSettings, train_reference_probe
 from caco.files import check_writable, replace_file, replace_json
 from caco.given import open_encoder, open_images, prepared_as, say_broken
 from caco.objects import NO_OBJECTS, Objects
+from caco.seen import say_shared
 
 
 def knn(options: Knn, objects: Objects = NO_OBJECTS) -> dict[str, Any] | None:

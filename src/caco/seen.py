@@ -1,15 +1,19 @@
-"""Whether images are among those that a run was trained on, by the files that hold them."""
+"""Whether images are among others (those that a run was trained on, that --val has), by the files that hold them."""
 
 from __future__ import annotations
 
 import os
+import sys
 from functools import cached_property
 
 from caco.data.encoded import EncodedSource
 from caco.data.source import ImageSource, open_source
 from caco.data.textures import SPLITS
 from caco.data.torchvision_sets import SETS, choose_split
-from caco.errors import CacoError, UsageError
+from caco.errors import CacoError, UsageError, counted
+
+JUDGED_BY_THEMSELVES = "images that are judged by themselves; the accuracy is too high"
+TRAINED_ON = "images that the run is trained on; of others the accuracy may be lower"
 
 
 class TrainedOn:
@@ -41,6 +45,13 @@ class TrainedOn:
     @cached_property
     def _files(self) -> set[str] | None:
         return _named_files(self._data, "train")
+
+
+def say_shared(data: ImageSource, val: ImageSource, what: str = JUDGED_BY_THEMSELVES) -> None:
+    """Say when files with images of --val are also among those of --data. what: what their images are, and what follows."""
+    if shared := shared_files(data, val):
+        words = f"--val {val.name} shares {counted(shared, 'file')} with --data {data.name}: {what}"
+        print(words, file=sys.stderr)
 
 
 def shared_files(one: ImageSource, other: ImageSource) -> int:

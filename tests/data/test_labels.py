@@ -8,9 +8,10 @@ from PIL import Image
 
 from caco.cli import main
 from caco.data.arrays import ArraySource
-from caco.data.labels import Relabelled, Subset, say_shared
+from caco.data.labels import Relabelled, Subset
 from caco.data.source import ImageSource, open_source
 from caco.errors import UsageError
+from caco.seen import say_shared
 
 
 def source(labels, classes, name="pictures"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,9 +10,8 @@ import numpy as np
 from caco.data.arrays import ArraySource
 from caco.data.datasets import DatasetSource
 from caco.data.decode import Pixels
-from caco.data.encoded import EncodedSource
 from caco.data.source import ImageSource
-from caco.errors import UsageError, counted, did_you_mean
+from caco.errors import UsageError, did_you_mean
 
 
 def where_labels_come_from(source: ImageSource) -> str:
@@ -23,18 +21,6 @@ def where_labels_come_from(source: ImageSource) -> str:
     if isinstance(source, DatasetSource):
         return "the Dataset's `targets` or `labels`, whole numbers"
     return "class folders, or a label column"
-
-
-def say_shared(reference: ImageSource, queries: ImageSource) -> None:
-    """Say when files with images that ask are also among those that answer: such an image finds itself."""
-    if isinstance(reference, EncodedSource) and isinstance(queries, EncodedSource):
-        shared = len(set(reference.files()).intersection(queries.files()))
-        if shared:
-            print(
-                f"--val {queries.name} shares {counted(shared, 'file')} with --data {reference.name}: images that are judged "
-                "by themselves; the accuracy is too high",
-                file=sys.stderr,
-            )
 
 
 class Relabelled:

@@ -11,14 +11,14 @@ from torch import nn
 
 from caco.config import MonitorOptions, Views
 from caco.data.decode import BrokenImage
-from caco.data.labels import Relabelled, say_shared
+from caco.data.labels import Relabelled
 from caco.data.source import ImageSource
 from caco.distributed.world import World
-from caco.errors import UsageError, counted
+from caco.errors import UsageError
 from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import NoneReadable, labels_of
 from caco.evaluate.knn import Voting, first_share_of_each_class, held_out_split, knn_accuracy
-from caco.seen import shared_files
+from caco.seen import TRAINED_ON, say_shared
 from caco.views import Preparation
 
 VOTE_TEMPERATURE = 0.2
@@ -88,7 +88,7 @@ def create_monitor(
         if val is None or val.labels is None:
             return None
         if world.is_main:
-            say_trained_on(source, val)
+            say_shared(source, val, TRAINED_ON)
         return KnnMonitor(val, np.arange(len(val)), None, None, *common)
     if val is not None and val.labels is not None:
         if world.is_main:
@@ -106,16 +106,6 @@ def create_monitor(
     kept, held_out = held_out_split(source.labels, options.held_out, seed)
     reference = kept[first_share_of_each_class(np.asarray(source.labels)[kept], options.knn_share)]
     return KnnMonitor(source, reference, source, held_out, *common)
-
-
-def say_trained_on(source: ImageSource, val: ImageSource) -> None:
-    """Say when files with images of --val are also among those that the run is trained on, which have no labels."""
-    if shared := shared_files(source, val):
-        print(
-            f"--val {val.name} shares {counted(shared, 'file')} with --data {source.name}: images that the run is trained "
-            "on; of others the accuracy may be lower",
-            file=sys.stderr,
-        )
 
 
 def check_readable(val: ImageSource) -> None:

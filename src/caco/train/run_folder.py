@@ -1,7 +1,7 @@
 """The folder of a run: when it may be used, and what stands in it from the start.
 
 config.json       every setting, resolved
-environment.json  versions, devices, command (a list: one entry for each start)
+environment.json  versions, devices, command, job (a list: one entry for each start)
 metrics.jsonl, speed.jsonl, train.log, skipped.txt, checkpoints/, export/, results/, report.html
 .lock (`train/lock.py`), .overwrite (`CONDEMNED`)
 """
