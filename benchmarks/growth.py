@@ -17,6 +17,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from statistics import median
 from time import perf_counter
@@ -114,7 +115,8 @@ def by_batch(quick: bool, device: torch.device) -> Curves:
         views = [torch.randn(batch, 3, 32, 32).to(device, memory_format=torch.channels_last) for _ in range(2)]
 
         def step(state: Any = state, views: list[torch.Tensor] = views) -> None:
-            train_step(state, state.model, views, rates, rates.key_momentum, torch.float32)
+            gradients = partial(compute_gradients, state.model, state.model, precision=torch.float32)
+            train_step(state, gradients, views, rates, rates.key_momentum)
 
         curve[batch] = take_turns({"step": step}, rounds=3, warm_up=1, device=device)["step"].median
     return {"whole step, fp32": curve}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from caco.optim import encoder_optimizer
 from caco.train.meters import Meters
 from caco.train.prepare import create_state
 from caco.train.state import TrainingState
-from caco.train.step import Rates, train_step
+from caco.train.step import Rates, compute_gradients, train_step
 
 CPU = torch.device("cpu")
 AHEAD = 2
@@ -110,8 +111,9 @@ def views_of(config: Pretrain) -> list[Tensor]:
 def steps(state: TrainingState, config: Pretrain) -> None:
     """Take two steps: the first makes the optimizers' buffers."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    gradients = partial(compute_gradients, state.model, state.model, precision=dtype, accumulate=config.accumulate)
     for _ in range(2):
-        train_step(state, state.model, views_of(config), Rates(0.1, 3.0, 0.99), 0.99, dtype, config.accumulate)
+        train_step(state, gradients, views_of(config), Rates(0.1, 3.0, 0.99), 0.99)
 
 
 def allocated(config: Pretrain) -> int:

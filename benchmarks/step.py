@@ -7,6 +7,8 @@ The limit is a forward and backward pass of the backbone (no projector) on both 
 on both, in the same precision and layout. Step and limit take turns in one fresh process; rates are those of the median.
 "step" is `caco.train.step.train_step` on batches that the loader makes meanwhile from pictures in memory, waiting included.
 The stages are the same work taken apart, timed one after the other. An image is one sample: two views, four passes.
+On a GPU both are CUDA graphs, as in a run (--no-cuda-graph: Python launches each kernel), and so is each stage: times are
+those of the GPU, not of launching.
 With small crops (--small 6) the limit has a forward and backward pass of each, too. With --convolution winograd (CPU, fp32)
 the limit is still that of torch's own convolutions; "bare, winograd" are the same passes by Winograd's.
 """
@@ -32,12 +34,15 @@ from caco.device import choose_device
 from caco.distributed.world import World
 from caco.model import embed
 from caco.precision import PRECISIONS, autocast
+from caco.train.captured import PLAIN_CALLS, Captured, captured
 from caco.train.engine import compile_module, search_kernels
 from caco.train.heap import keep_heap
 from caco.train.prepare import create_state
 from caco.train.state import TrainingState
-from caco.train.step import Rates, rates_at, train_step
+from caco.train.step import Rates, compute_gradients, rates_at, train_step
 from caco.winograd.network import use_winograd
+
+WAIT = "wait for views"
 
 
 def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
@@ -57,6 +62,7 @@ def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
             layout="channels_last",
             convolution=options.convolution,
             compile="on" if options.compile else "off",
+            cuda_graph=not options.no_cuda_graph,
             checkpointing=options.checkpointing,
             keep_heap=not options.give_back,
         ),
@@ -79,6 +85,10 @@ class Step:
         if config.engine.convolution == "winograd":
             use_winograd(self.state.model)
         self.precision, self.accumulate = PRECISIONS[config.precision], config.accumulate
+        model, how = self.state.model, {"precision": self.precision, "accumulate": self.accumulate}
+        self.gradients = captured(
+            partial(compute_gradients, model, model, **how), model.parameters(), config, World(device)
+        )
         self.rates: Rates = rates_at(config, config.optimizer.warmup_epochs)
         self.loader = TrainingViews.create(
             source,
@@ -95,15 +105,7 @@ class Step:
         self.batches: Iterator[list[Tensor]] = (batch.views for batch in self.loader.batches(0, 0, 10**6))
 
     def whole(self) -> None:
-        train_step(
-            self.state,
-            self.state.model,
-            next(self.batches),
-            self.rates,
-            self.rates.key_momentum,
-            self.precision,
-            self.accumulate,
-        )
+        train_step(self.state, self.gradients, next(self.batches), self.rates, self.rates.key_momentum)
 
     def stages(self) -> list[tuple[str, Callable[[], None]]]:
         """Return the parts of a step in their order, by the stage they belong to."""
@@ -114,7 +116,10 @@ class Step:
             return autocast(self.loader.device, self.precision)
 
         def wait() -> None:
-            held["views"], held["pulls"] = next(self.batches), []
+            batch = next(self.batches)
+            for view, new in zip(held.setdefault("views", batch), batch, strict=True):
+                view.copy_(new)  # a graph always reads the same
+            held["pulls"] = []
 
         def keys() -> None:
             with in_precision(), torch.no_grad():
@@ -165,7 +170,7 @@ class Step:
             )
         ]
         return [
-            ("wait for views", wait),
+            (WAIT, wait),
             ("key passes", keys),
             ("bank: search, loss, both gradients", search),
             *of_views,
@@ -175,10 +180,14 @@ class Step:
         ]
 
 
-def limit(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype, accumulate: int) -> None:
-    """Take the passes that nothing can do without."""
-    for part in range(accumulate):
-        bare_passes(backbone, [view.chunk(accumulate)[part] for view in views], precision)
+def limit(backbone: nn.Module, config: Pretrain, views: Sequence[Tensor]) -> Callable[[], None]:
+    """Return the passes that nothing can do without, captured if the step is."""
+
+    def passes(views: Sequence[Tensor]) -> None:
+        for part in range(config.accumulate):
+            bare_passes(backbone, [view.chunk(config.accumulate)[part] for view in views], PRECISIONS[config.precision])
+
+    return partial(captured(passes, (), config, World(views[0].device)), views)
 
 
 def bare_passes(backbone: nn.Module, views: Sequence[Tensor], precision: torch.dtype) -> None:
@@ -201,11 +210,11 @@ def repeat(work: Callable[[], None], times: int) -> None:
 
 def step_memory(step: Step) -> int:
     """Return the peak memory of a whole step on a GPU, without the limit's, after two that make buffers."""
-    for _ in range(2):
+    for _ in range(PLAIN_CALLS - 1):
         step.whole()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    step.whole()
+    step.whole()  # the last that is not captured; a graph's memory is the same, and kept
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
 
@@ -224,34 +233,55 @@ def contestant(config: Pretrain, rounds: int, steps: int, in_stages: bool, with_
         return {name: Seconds(tuple(taken / steps for taken in turns[name].all)).as_json() for name in turns}
 
     if config.engine.checkpointing or not with_limit:  # the limit keeps all activations, which may not fit
-        turns = in_turns(0, step=step.whole)
+        turns = in_turns(1, step=step.whole)
         return {**turns, "limit": None, "stages": {}, "gpu_bytes": gpu}
     backbone = create_backbone(config.backbone, config.views.size)
     backbone.to(step.loader.device).to(memory_format=torch.channels_last).train()
     if config.engine.compile == "on":
         compile_module(backbone)
     views = next(step.batches)
-    work = {"step": step.whole, "limit": partial(limit, backbone, views, step.precision, step.accumulate)}
+    work = {"step": step.whole, "limit": limit(backbone, config, views)}
     if config.engine.convolution == "winograd":
         other = copy.deepcopy(backbone)
         use_winograd(other)
-        work["bare, winograd"] = partial(limit, other, views, step.precision, step.accumulate)
-    turns = in_turns(2, **work)
+        work["bare, winograd"] = limit(other, config, views)
+    turns = in_turns(PLAIN_CALLS + 1 if gpu else 2, **work)
     del backbone, views, work
-    parts = step.stages() if in_stages else []
+    stages = stage_times(step, max(rounds // 2, 1)) if in_stages else {}
+    return {**turns, "stages": stages, "gpu_bytes": gpu}
+
+
+def stage_times(step: Step, rounds: int) -> dict[str, Any]:
+    """Return the seconds of each stage of a step."""
+    parts, device = step.stages(), step.loader.device
+    for _, stage in parts:
+        stage()
+    if isinstance(step.gradients, Captured):
+        step.gradients = step.gradients.work  # its graph's memory is given back
+        parts = as_graphs(parts)
     stages: dict[str, list[float]] = {name: [] for name, _ in parts}
-    for turn in range(max(rounds // 2, 1) + 1):
+    for _ in range(rounds):
         seconds = dict.fromkeys(stages, 0.0)
         for name, stage in parts:
-            seconds[name] += take_turns({name: stage}, 1, warm_up=0, device=step.loader.device)[name].all[0]
-        if turn:
-            for name, taken in seconds.items():
-                stages[name].append(taken)
-    return {
-        **turns,
-        "stages": {name: Seconds(tuple(times)).as_json() for name, times in stages.items()},
-        "gpu_bytes": gpu,
-    }
+            seconds[name] += take_turns({name: stage}, 1, warm_up=0, device=device)[name].all[0]
+        for name, taken in seconds.items():
+            stages[name].append(taken)
+    return {name: Seconds(tuple(times)).as_json() for name, times in stages.items()}
+
+
+def as_graphs(parts: Sequence[tuple[str, Callable[[], None]]]) -> list[tuple[str, Callable[[], None]]]:
+    """Return the parts of a step, in their order, as CUDA graphs that share one memory; what waits for data stays itself."""
+    memory, graphs = torch.cuda.graph_pool_handle(), []
+    for name, part in parts:
+        if name == WAIT:
+            part()
+            graphs.append((name, part))
+            continue
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            part()
+        graphs.append((name, graph.replay))
+    return graphs
 
 
 def main() -> None:
@@ -277,6 +307,7 @@ def main() -> None:
         "--no-limit", action="store_true", help="the whole step only; compiling the limit takes long, too"
     )
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--no-cuda-graph", action="store_true", help="GPU: Python launches each kernel")
     parser.add_argument("--give-back", action="store_true", help="CPU: do not keep freed memory")
     options = parser.parse_args()
     if options.convolution == "winograd" and (

@@ -159,6 +159,8 @@ class EngineOptions:
     """winograd (CPU, fp32, numba): a quarter of the products of 3 x 3 filters; auto: tried at the start of a long run."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: tried (not with winograd) in a run of over two hours (GPU: half an hour), kept if it pays."""
+    cuda_graph: bool = True
+    """One GPU: launch a step's kernels all at once, as a CUDA graph, unless a step takes over half of the GPU's memory."""
     checkpointing: bool = False
     """Compute each block's activations again in backward: far less memory, about a third more time."""
     keep_heap: bool = True

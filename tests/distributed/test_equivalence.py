@@ -1,5 +1,7 @@
 """N processes with a batch of B/N each compute what one process computes with a batch of B: real gloo processes."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from caco.model import CaCo, WarmStart, view_pairs
 from caco.optim import encoder_optimizer
 from caco.train.meters import Meters
 from caco.train.state import TrainingState
-from caco.train.step import rates_at, train_step, warm_start_step
+from caco.train.step import compute_gradients, rates_at, train_step, warm_start_gradients, warm_start_step
 
 BATCH, SLOTS, WIDTH, WARM_START, STEPS = 16, 24, 8, 4, 10
 
@@ -75,13 +77,14 @@ def train(world: World, dtype: torch.dtype, small: int, sharded: bool, accumulat
 
     losses = []
     network = data_parallel(WarmStart(model), world, ignored=[bank.weight])
+    gradients = partial(warm_start_gradients, network, precision=torch.float32, accumulate=accumulate)
     for _ in range(WARM_START):
-        losses.append(warm_start_step(state, network, views(2), 0.1, 0.999, torch.float32, world, accumulate))
+        losses.append(warm_start_step(state, gradients, views(2), 0.1, 0.999, world))
     model.copy_to_key_encoder()
     network = data_parallel(model, world, ignored=[bank.weight] if sharded else [])
+    gradients = partial(compute_gradients, model, network, precision=torch.float32, accumulate=accumulate)
     for step in range(STEPS):
-        rates = rates_at(config, step // 5)
-        losses.append(train_step(state, network, views(2 + small), rates, 0.9, torch.float32, accumulate).loss.detach())
+        losses.append(train_step(state, gradients, views(2 + small), rates_at(config, step // 5), 0.9).loss.detach())
     return {
         "losses": world.sum(torch.stack(losses)) / world.size,
         **{f"model/{name}": value.clone() for name, value in state.state_dict(world)["model"].items()},

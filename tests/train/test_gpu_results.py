@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from caco.distributed.world import World
 from caco.evaluate.knn import knn_guesses
 from caco.evaluate.linear import train_heads
 from caco.train.prepare import create_state
-from caco.train.step import rates_at, train_step
+from caco.train.step import compute_gradients, rates_at, train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,7 +126,8 @@ def test_a_step(small):
         start = state.model.bank.weight.detach().clone()
         on_device = [view.to(device).contiguous(memory_format=torch.channels_last) for view in views]
         rates = rates_at(config, 1)
-        outputs = [train_step(state, state.model, on_device, rates, 0.99, torch.float32) for _ in range(2)]
+        gradients = partial(compute_gradients, state.model, state.model, precision=torch.float32)
+        outputs = [train_step(state, gradients, on_device, rates, 0.99) for _ in range(2)]
         assert all(
             weight.is_contiguous(memory_format=torch.channels_last)
             for weight in state.model.encoder.parameters()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -96,23 +98,22 @@ def remarks_on_rates(config: Pretrain) -> Iterator[str]:
 
 def train_step(
     state: TrainingState,
-    network: nn.Module,
+    gradients: Callable[[Sequence[Tensor]], StepOutput],
     views: Sequence[Tensor],
     rates: Rates,
     next_key_momentum: float,
-    precision: torch.dtype,
-    accumulate: int = 1,
 ) -> StepOutput:
     """Move encoder, bank and key encoder by one batch.
 
-    network: `state.model`, or the data-parallel wrapper around it. next_key_momentum: of the step that follows, since
-    the published code updates the key encoder at the start of a step, which is the end of the one before.
+    gradients: `compute_gradients` with all but the views given, or the same work captured (`captured.py`).
+    next_key_momentum: of the step that follows, since the published code updates the key encoder at the start of a step,
+    which is the end of the one before.
     """
     set_lr(state.optimizer, rates.lr)
     set_lr(state.bank_optimizer, rates.bank_lr)
     state.optimizer.zero_grad(set_to_none=True)
     state.bank_optimizer.zero_grad(set_to_none=True)
-    output = compute_gradients(state.model, network, views, precision, accumulate)
+    output = gradients(views)
     state.optimizer.step()
     state.bank_optimizer.step()
     state.model.update_key_encoder(next_key_momentum)
@@ -126,8 +127,8 @@ def compute_gradients(
 ) -> StepOutput:
     """Add the gradients of one batch to those of encoder and bank, one view after another.
 
-    accumulate: the batch goes through in so many parts, one after another; the negatives come from the bank, so only
-    batch norm can tell.
+    network: `model`, or the data-parallel wrapper around it. accumulate: the batch goes through in so many parts, one after
+    another; the negatives come from the bank, so only batch norm can tell.
     """
     in_precision = autocast(views[0].device, precision)
     outputs: list[ViewOutput] = []
@@ -159,22 +160,45 @@ def _gradients_stay_here(network: nn.Module, stay: bool) -> AbstractContextManag
     return network.no_sync() if stay and isinstance(network, DistributedDataParallel) else nullcontext()
 
 
+class WarmStartOutput(NamedTuple):
+    """What a batch of the warm start gives; no gradient."""
+
+    loss: Tensor
+    """Scalar: the mean over this process's images."""
+    keys: Float[Tensor, "B D"]
+    """Of this process's images, in their order."""
+
+
 def warm_start_step(
     state: TrainingState,
-    network: nn.Module,
+    gradients: Callable[[Sequence[Tensor]], WarmStartOutput],
     views: Sequence[Tensor],
     lr: float,
     key_momentum: float,
-    precision: torch.dtype,
     world: World,
-    accumulate: int = 1,
 ) -> Tensor:
     """Move the encoder by one batch of ordinary contrast, store the keys in the bank, and return the loss.
 
-    network: `WarmStart(state.model)`, or the data-parallel wrapper around it. accumulate: as in `compute_gradients`.
+    gradients: `warm_start_gradients` with all but the views given, or the same work captured.
     """
     set_lr(state.optimizer, lr)
     state.optimizer.zero_grad(set_to_none=True)
+    output = gradients(views)
+    state.optimizer.step()
+    state.model.update_key_encoder(key_momentum)
+    state.model.bank.fill(world.gather(output.keys), batch=state.warm_start_step)
+    state.warm_start_step += 1
+    state.meters.note_loss(output.loss, state.warm_start_step)
+    return output.loss
+
+
+def warm_start_gradients(
+    network: nn.Module, views: Sequence[Tensor], precision: torch.dtype, accumulate: int = 1
+) -> WarmStartOutput:
+    """Add the gradients of ordinary contrast to those of the encoder.
+
+    network: `WarmStart(state.model)`, or the data-parallel wrapper around it. accumulate: as in `compute_gradients`.
+    """
     losses, keys = [], []
     for part, crops in enumerate(parts_of(views[:2], accumulate)):
         with _gradients_stay_here(network, part < accumulate - 1):
@@ -183,10 +207,4 @@ def warm_start_step(
             (loss / accumulate).backward()
         losses.append(loss.detach())
         keys.append(found)
-    state.optimizer.step()
-    state.model.update_key_encoder(key_momentum)
-    state.model.bank.fill(world.gather(torch.stack(keys, dim=1).flatten(0, 1)), batch=state.warm_start_step)
-    state.warm_start_step += 1
-    mean = torch.stack(losses).mean()
-    state.meters.note_loss(mean, state.warm_start_step)
-    return mean
+    return WarmStartOutput(torch.stack(losses).mean(), torch.stack(keys, dim=1).flatten(0, 1))

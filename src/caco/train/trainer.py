@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, counted
 from caco.evaluate.health import faults
 from caco.model import WarmStart
+from caco.train.captured import Output, captured
 from caco.train.checkpoint import CheckpointFolder, Latest, check_same_images, identity
 from caco.train.interrupt import InterruptFlag
 from caco.train.journal import Journal, SilentJournal
@@ -21,10 +24,12 @@ from caco.train.prepare import Prepared
 from caco.train.progress import Forecast, ProgressBar, Stopwatch
 from caco.train.step import (
     Rates,
+    compute_gradients,
     rates_at,
     remarks_on_rates,
     train_step,
     warm_start_cost,
+    warm_start_gradients,
     warm_start_lr,
     warm_start_step,
     warm_start_steps,
@@ -112,6 +117,7 @@ class Trainer:
             return
         contrast = WarmStart(state.model, self.config.bank.warm_start_temperature)
         network = data_parallel(contrast, self.world, ignored=[state.model.bank.weight, *self.unused])
+        gradients = self._captured(partial(warm_start_gradients, network))
         lr, momentum = warm_start_lr(self.config), self.config.bank.warm_start_key_momentum
         cost = warm_start_cost(self.config.views)
         with (
@@ -119,9 +125,7 @@ class Trainer:
             closing(self.loader.batches(WARM_START_EPOCH, state.warm_start_step, steps)) as batches,
         ):
             for batch in batches:
-                loss = warm_start_step(
-                    state, network, batch.views, lr, momentum, self.run.precision, self.world, self.config.accumulate
-                )
+                loss = warm_start_step(state, gradients, batch.views, lr, momentum, self.world)
                 done = state.warm_start_step
                 is_last = done == steps
                 if is_last:
@@ -141,9 +145,10 @@ class Trainer:
         return f"loss {mean:.3f}"
 
     def _train_epochs(self) -> None:
-        state, per_epoch, accumulate = self.state, self.loader.steps_per_epoch, self.config.accumulate
+        state, per_epoch = self.state, self.loader.steps_per_epoch
         apart = [state.model.bank.weight] if self.config.bank.sharded else []
         network = data_parallel(state.model, self.world, ignored=[*apart, *self.unused])
+        gradients = self._captured(partial(compute_gradients, state.model, network))
         if state.knn_is_owed:  # the run was stopped between the end of an epoch and its check
             best = self._knn_check(state.step // per_epoch - 1)
             self._save_when_due(state.step, all_processes_are_here=True, best=best)
@@ -156,7 +161,7 @@ class Trainer:
                 epoch, step = divmod(state.step, per_epoch)
                 ends_epoch = step + 1 == per_epoch
                 rates, next_rates = rates_at(self.config, epoch), rates_at(self.config, epoch + ends_epoch)
-                train_step(state, network, batch.views, rates, next_rates.key_momentum, self.run.precision, accumulate)
+                train_step(state, gradients, batch.views, rates, next_rates.key_momentum)
                 clock.images += self.config.batch_size
                 bar.advance()
                 is_due = ends_epoch or self._record_is_due(state.step)
@@ -169,6 +174,11 @@ class Trainer:
                     clock.restart()
                 else:
                     self._save_when_due(state.step)
+
+    def _captured(self, work: Callable[..., Output]) -> Callable[[Sequence[Tensor]], Output]:
+        """Return how the gradients of this run are computed, to be called with views; work: as a function of the step."""
+        work = partial(work, precision=self.run.precision, accumulate=self.config.accumulate)
+        return captured(work, self.state.model.parameters(), self.config, self.world)
 
     def _record_is_due(self, step: int) -> bool:
         return step % self.config.monitor.log_steps == 0

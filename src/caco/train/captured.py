@@ -1,0 +1,97 @@
+"""Work on a GPU as one CUDA graph: its kernels are launched by one call, not one after the other from Python.
+
+A step of a ResNet-18 at 32 px is some 1,500 kernels, which a fast GPU computes in less time than Python takes to launch
+them (docs/performance.md). In a graph they are the same kernels on the same memory, in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from caco.config import Pretrain
+from caco.distributed.world import World
+
+Output = TypeVar("Output")
+
+PLAIN_CALLS = 3
+"""Calls before the work is captured: they load libraries, choose kernels, compile, and make buffers that stay."""
+MOST_MEMORY = 0.5
+"""Share of the GPU's memory that the work may take, at most. A graph keeps its memory, which a check between two epochs
+cannot borrow; and a batch that fills a GPU keeps it busy, however its kernels are launched."""
+
+
+class Captured(Generic[Output]):
+    """Calls `work(views)`, which leaves gradients; from some calls on by a CUDA graph.
+
+    The work must be the same in every call but for the views and for what is on the device, and may wait for nothing. What
+    it returns and the gradients are overwritten by the next call. Where it cannot be captured, which is told once, or has
+    views of other shapes, it is called as it is.
+    """
+
+    def __init__(
+        self, work: Callable[[Sequence[Tensor]], Output], parameters: Iterable[nn.Parameter], device: torch.device
+    ) -> None:
+        """parameters: those that the work gives gradients, which are None whenever it is called."""
+        self.work, self.parameters, self.device = work, list(parameters), device
+        self.plain_calls_left = PLAIN_CALLS
+        self.is_wanted = True
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, views: Sequence[Tensor]) -> Output:
+        if self.graph is None and self.is_wanted and self.plain_calls_left == 0:
+            self._capture(views)
+        if self.graph is None or [view.shape for view in views] != [view.shape for view in self._views]:
+            self.plain_calls_left = max(self.plain_calls_left - 1, 0)
+            return self.work(views)
+        for own, view in zip(self._views, views, strict=True):
+            own.copy_(view)
+        self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        return self._output
+
+    def _capture(self, views: Sequence[Tensor]) -> None:
+        """Record the work, which computes nothing yet."""
+        self.is_wanted = False  # whatever comes, once
+        if torch.cuda.max_memory_allocated(self.device) > MOST_MEMORY * torch.cuda.mem_get_info(self.device)[1]:
+            return
+        graph, memory = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        stream = torch.cuda.current_stream(self.device)
+        try:
+            self._views = [view.clone() for view in views]
+            # thread_local: the thread that makes views may go on, and allocate.
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+                self._output = self.work(self._views)
+        except (
+            Exception
+        ) as problem:  # a module that waits for the device, memory, a torch that cannot: all go on plainly
+            torch.cuda.set_stream(stream)
+            with contextlib.suppress(Exception):  # what torch's allocator would wait for ever after
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), memory)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), memory)
+            reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+            logging.getLogger(__name__).warning("a step is not one CUDA graph, which may be slower: %s", reason)
+            del self._views
+        else:
+            self._gradients, self.graph = [parameter.grad for parameter in self.parameters], graph
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def captured(
+    work: Callable[[Sequence[Tensor]], Output], parameters: Iterable[nn.Parameter], config: Pretrain, world: World
+) -> Callable[[Sequence[Tensor]], Output]:
+    """Return the work of a run to be called, captured where it may be: on one GPU, and not on several processes' own.
+
+    Not with checkpointing, which is for batches that fill a GPU and reads its random state; nor with a module of the caller's
+    own, of which nobody knows whether it decides anything outside the GPU.
+    """
+    alone_on_gpu = world.device.type == "cuda" and world.size == 1
+    suits = config.engine.cuda_graph and not config.engine.checkpointing and config.backbone != "own"
+    return Captured(work, parameters, world.device) if alone_on_gpu and suits else work
