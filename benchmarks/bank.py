@@ -6,7 +6,7 @@
 Embeddings of two views are given; nothing is learnt from them. Contestants, each with fresh memory in its own process:
 
 - streamed: what caco does (`caco.bank`), in fp32 and with bfloat16 products (under autocast; streamed-bf16), on a GPU with
-  attention's kernels, and there once more without them;
+  its own kernels, and there once more without them;
 - dense: the plain form with one matrix of queries and slots, the oracle of the tests (`tests/dense_bank.py`);
 - published-order: the operations in the published code's order, as docs/method.md tells them: each view by itself, the bank
   normalised anew for each use, softmax and cross-entropy apart, the bank's gradient written out by hand.
@@ -32,15 +32,15 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from dense_bank import dense_loss, dense_nearest
 
-from caco import attention
+from caco import fused
 from caco.bank import Bank
 from caco.device import choose_device
 from caco.train.heap import keep_heap
 
 TEMPERATURE = 0.08
 RATE, MOMENTUM = 3.0, 0.9
-WITHOUT_ATTENTION = "streamed-bf16-without-attention"
-CONTESTANTS = ("streamed", "streamed-bf16", WITHOUT_ATTENTION, "dense", "published-order")
+WITHOUT_KERNELS = "streamed-bf16-without-kernels"
+CONTESTANTS = ("streamed", "streamed-bf16", WITHOUT_KERNELS, "dense", "published-order")
 
 
 def embeddings(batch: int, width: int, device: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -96,8 +96,8 @@ def contestant(
     """Run in a process of its own: return the seconds of a step and the bytes it takes beside bank and velocity."""
     if device == "cpu" and name.startswith("streamed") and not give_back:
         keep_heap()
-    if name == WITHOUT_ATTENTION:
-        attention.is_fused = lambda rows, products: False
+    if name == WITHOUT_KERNELS:
+        fused.work = lambda what, problem: False
     choose_device(device)  # float32 products are float32's
     bank = Bank(size, width, TEMPERATURE, TEMPERATURE).to(device)
     optimizer = torch.optim.SGD([bank.weight], lr=RATE, momentum=MOMENTUM)
@@ -107,7 +107,7 @@ def contestant(
     work: dict[str, Callable[[], None]] = {
         "streamed": lambda: streamed(bank, queries, keys, torch.float32),
         "streamed-bf16": lambda: streamed(bank, queries, keys, torch.bfloat16),
-        WITHOUT_ATTENTION: lambda: streamed(bank, queries, keys, torch.bfloat16),
+        WITHOUT_KERNELS: lambda: streamed(bank, queries, keys, torch.bfloat16),
         "dense": lambda: dense(bank, queries, keys),
         "published-order": lambda: published_order(bank, queries, keys),
     }
@@ -170,7 +170,7 @@ def main() -> None:
     for size, width, batch in [(s, w, b) for s in sizes for w in widths for b in batches]:
         plain = None
         for name in reversed(options.only):
-            if name == WITHOUT_ATTENTION and options.device == "cpu":
+            if name == WITHOUT_KERNELS and options.device == "cpu":
                 continue  # it has none
             run = fresh(contestant, name, size, width, batch, rounds, options.device, options.give_back)
             results.append(

@@ -205,13 +205,13 @@ def test_warm_start_is_ordinary_contrast():
 
 
 def test_the_method_imports_no_other_part():
-    """attention.py, slots.py, loss.py, bank.py and model.py know nothing of files, processes or options."""
+    """fused.py, the kernels, slots.py, loss.py, bank.py and model.py know nothing of files, processes or options."""
     import ast
     import pathlib
 
     import caco
 
-    method = {"attention", "slots", "loss", "bank", "model"}
+    method = {"fused", "bank_kernels", "slots", "loss", "bank", "model"}
     for module in method:
         tree = ast.parse((pathlib.Path(caco.__file__).parent / f"{module}.py").read_text())
         imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from caco import fused
 from caco.loss import BankLoss, Pull, encoder_loss, slot_term
 from caco.slots import LogSumExp, Shards, Slots, Unsharded, compare, inverse_lengths
 
@@ -81,12 +82,16 @@ class Bank(nn.Module):
         """
         with torch.autocast(keys.device.type, enabled=False):
             keys = self.shards.gather(keys.to(slots.weight.dtype))
-            largest = keys.new_full((len(keys),), -torch.inf)
-            index = torch.zeros_like(largest, dtype=torch.int64)
-            for block in slots.blocks(len(keys)):
-                cosine, column = compare(keys, slots.unit_rows(block), keys.dtype).max(dim=1)
-                index = torch.where(cosine > largest, column + (self.held.start + block.start), index)
-                largest = torch.maximum(largest, cosine)
+            if kernels := fused.of_search(slots.weight):
+                largest, index = kernels.nearest(keys, *slots)
+            else:
+                largest = keys.new_full((len(keys),), -torch.inf)
+                index = torch.zeros_like(largest, dtype=torch.int64)
+                for block in slots.blocks(len(keys)):
+                    cosine, column = compare(keys, slots.unit_rows(block), keys.dtype).max(dim=1)
+                    index = torch.where(cosine > largest, column + block.start, index)
+                    largest = torch.maximum(largest, cosine)
+            index = index + self.held.start
             # The best of the processes' best.
             largest, index = self.shards.gather(largest[None]), self.shards.gather(index[None])
             index = index.gather(0, largest.argmax(dim=0, keepdim=True))[0]

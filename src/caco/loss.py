@@ -23,13 +23,27 @@ Here the bank is read in blocks of slots instead (`slots.py`), so that no such m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caco.slots import RunningSoftmax, Shards, Slots, Unsharded, compare, inverse_lengths, pulls_on_slots
+from caco import fused
+from caco.slots import (
+    RunningSoftmax,
+    Shards,
+    Slots,
+    Unsharded,
+    along_sphere,
+    compare,
+    inverse_lengths,
+    pulls_on_slots,
+)
+
+HIT = 1e-5
+"""A positive's logit is the largest one if it is less by no more than this share: by rounding, where another sum gave it."""
 
 
 class Pull(NamedTuple):
@@ -105,20 +119,20 @@ class _CooperativeAdversarial(torch.autograd.Function):
         # Every process has weighed by its own batch: the mean over all batches is the sum divided by their number.
         step = pull.queries * (-grad_outputs[0] / (temperature * ctx.shards.size))
         adversarial = pull.weights.sum(dim=1, keepdim=True) * step
-        gradient = torch.empty_like(weight)
         scaled = pull.queries / temperature
-        for block in slots.blocks(len(scaled)):
-            rows = slots.unit_rows(block)
-            gradient[block] = pulls_on_slots(scaled, rows, pull.log_normaliser, adversarial, ctx.products)
+        if kernels := fused.of_loss(weight, ctx.products):
+            gradient: Tensor = kernels.pulls_on_slots(scaled, *slots, pull.log_normaliser, adversarial)
+        else:
+            gradient = torch.empty_like(weight)
+            for block in slots.blocks(len(scaled)):
+                rows = slots.unit_rows(block)
+                pulled = pulls_on_slots(scaled, rows, pull.log_normaliser, adversarial, ctx.products)
+                gradient[block] = along_sphere(pulled, rows, inverse_length[block])
+        positives = pull.rows.flatten()
         change = torch.where(pull.is_local, pull.weights * (1 - 2 * pull.probability), 0)
-        cooperative = change[:, :, None] * step[:, None]
-        gradient.index_add_(0, pull.rows.flatten(), cooperative.flatten(0, 1))
-
-        # Through the rows' normalisation: what remains is tangent to the sphere.
-        for block in slots.blocks(len(scaled)):
-            rows, part = slots.unit_rows(block), gradient[block]
-            part -= (part * rows).sum(dim=1, keepdim=True) * rows
-            part *= inverse_length[block]
+        cooperative = (change[:, :, None] * step[:, None]).flatten(0, 1)
+        along = along_sphere(cooperative, slots.unit_rows(positives), inverse_length[positives])
+        gradient.index_add_(0, positives, along)
         return gradient, *[None] * 5
 
 
@@ -202,7 +216,7 @@ def _loss_and_gradient(
     result = BankLoss(
         loss=-shards.local_queries(weights * log_probability).sum(),
         positive_probability=shards.local_queries(log_probability.exp()),
-        hit=shards.local_queries(reading.positive_logits >= of_encoder.largest),
+        hit=shards.local_queries(reading.positive_logits >= of_encoder.largest - HIT * of_encoder.largest.abs()),
         pull=Pull(queries, row, is_local, weights, of_slots.log_normaliser, slot_probability),
     )
     return result, gradient
@@ -229,25 +243,50 @@ def _read_bank(
     shards: Shards,
 ) -> _Reading:
     """Compare all queries with all slots; row: [N, P], of each positive in this process's slots, outside where it is not."""
-    scaled = queries / temperature
-    of_encoder, of_slots = RunningSoftmax(scaled, products), RunningSoftmax(queries / slot_temperature, products)
-    positive_logits = queries.new_zeros(row.shape)
-    for block in slots.blocks(len(queries)):
+    softmax = RunningSoftmax(queries / temperature, products)
+    others = RunningSoftmax(queries / slot_temperature, products) if slot_temperature != temperature else None
+    if kernels := fused.of_loss(slots.weight, products):
+        found = _read_at_once(kernels, softmax, others, slots, row)
+    else:
+        found = _read_in_blocks(softmax, others, temperature / slot_temperature, slots, row)
+    softmax.combine(shards)
+    if others is not None:
+        others.combine(shards)
+    is_local = (row >= 0) & (row < len(slots.weight))
+    return _Reading(shards.sum(torch.where(is_local, found, 0)), softmax, others or softmax)
+
+
+def _read_at_once(
+    kernels: ModuleType, softmax: RunningSoftmax, others: RunningSoftmax | None, slots: Slots, row: Tensor
+) -> Tensor:
+    """Take all slots into the softmax of the encoder, and into that of the slots if it is another one, by a GPU's kernels.
+
+    Returns each positive's logit, where it is in this process.
+    """
+    softmax.largest, softmax.total, softmax.slot_sum = kernels.softmax(softmax.queries, *slots)
+    if others is not None:
+        others.largest, others.total, _ = kernels.softmax(others.queries, *slots, with_mean=False)
+    positives = slots.unit_rows(row.clamp(0, len(slots.weight) - 1).flatten()).view(*row.shape, -1)
+    queries = softmax.queries.to(softmax.products)[:, None]
+    return (queries.to(positives.dtype) * positives.to(softmax.products)).sum(dim=2)
+
+
+def _read_in_blocks(
+    softmax: RunningSoftmax, others: RunningSoftmax | None, to_others: float, slots: Slots, row: Tensor
+) -> Tensor:
+    """The same block by block. to_others: by what the encoder's logits become those of the slots."""
+    positive_logits = softmax.queries.new_zeros(row.shape)
+    for block in slots.blocks(len(row)):
         unit_rows = slots.unit_rows(block)
-        logits = compare(scaled, unit_rows, products)
+        logits = compare(softmax.queries, unit_rows, softmax.products)
         is_in_block = (row >= block.start) & (row < block.stop)
         found = logits.gather(1, (row - block.start).clamp_(0, len(unit_rows) - 1))
         positive_logits += torch.where(is_in_block, found, 0)
-        if slot_temperature != temperature:
-            of_slots.add(logits * (temperature / slot_temperature), None)
-        of_encoder.add(logits, unit_rows)
+        if others is not None:
+            others.add(logits * to_others, None)
+        softmax.add(logits, unit_rows)
         del logits, unit_rows  # else they are there beside the next block's
-    of_encoder.combine(shards)
-    if slot_temperature == temperature:
-        of_slots = of_encoder
-    else:
-        of_slots.combine(shards)
-    return _Reading(shards.sum(positive_logits), of_encoder, of_slots)
+    return positive_logits
 
 
 def slot_term(slots: Slots, pulls: Sequence[Pull], temperature: float, shards: Shards) -> Tensor:

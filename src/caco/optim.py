@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from caco import fused
+
+if TYPE_CHECKING:
+    from caco.lars_kernels import Table
 
 
 class _LayerWise(Optimizer):
@@ -34,8 +41,20 @@ class _LayerWise(Optimizer):
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             gradients = [parameter.grad for parameter in parameters]
-            updates = self._updates(parameters, gradients, group["weight_decay"], group["trust_coefficient"])
-            self._move(parameters, updates, group["momentum"], group["lr"])
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if parameters:
+                buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+                self._move(parameters, gradients, buffers, group)
+
+    def _move(
+        self, parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        updates = self._updates(parameters, gradients, group["weight_decay"], group["trust_coefficient"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
 
     def _updates(
         self, parameters: list[Tensor], gradients: list[Tensor], weight_decay: float, trust_coefficient: float
@@ -43,23 +62,37 @@ class _LayerWise(Optimizer):
         """Return u for each parameter."""
         raise NotImplementedError
 
-    def _move(self, parameters: list[Tensor], updates: list[Tensor], momentum: float, lr: float) -> None:
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        if parameters:
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(parameters, buffers, alpha=-lr)
-
 
 class LARS(_LayerWise):
     """Layer-wise adaptive rate scaling, as the published code trains its encoder.
 
     Tensors of at most one dimension (biases, norms): u = g, no weight decay. All others: u = g + weight_decay·p, scaled
     by trust_coefficient·‖p‖/‖u‖ where both norms are positive. Published values: `tests/golden/lars.npz`.
+    On a GPU two kernels do all of it (`lars_kernels.py`).
     """
+
+    _table: Table | None = None
+
+    def _move(
+        self, parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        if not (parameters[0].device.type == "cuda" and self._by_kernels(parameters, gradients, buffers, group)):
+            super()._move(parameters, gradients, buffers, group)
+
+    def _by_kernels(
+        self, parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+    ) -> bool:
+        """Move the parameters by the kernels, or return False: there are none, or not for tensors like these."""
+        if not _has_kernels(parameters[0].device):
+            return False
+        if self._table is None:
+            from caco.lars_kernels import Table  # which needs Triton
+
+            self._table = Table()
+        if not self._table.write(parameters, gradients, buffers):
+            return False
+        self._table.move(group["lr"], group["momentum"], group["weight_decay"], group["trust_coefficient"])
+        return True
 
     def _updates(
         self, parameters: list[Tensor], gradients: list[Tensor], weight_decay: float, trust_coefficient: float
@@ -107,6 +140,31 @@ def _scaled(
     scales = torch.where((parameter_norms > 0) & (update_norms > 0), scales, 1.0)
     torch._foreach_mul_(updates, list(scales.unbind()))
     return updates
+
+
+@lru_cache
+def _has_kernels(device: torch.device) -> bool:
+    """Return whether the kernels of LARS do on a GPU what plain torch does; where they do not, it is told. Waits for it."""
+
+    def problem() -> str:
+        from caco.lars_kernels import Table
+
+        generator = torch.Generator().manual_seed(0)
+        start = [torch.randn(shape, generator=generator).to(device) for shape in ((90, 50), (33,), (8, 3, 3, 3))]
+        gradients = [torch.randn(tensor.shape, generator=generator).to(device) for tensor in start]
+        group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1}
+        table, plain, results = Table(), LARS(start, lr=0.1), []
+        for kernels in (True, False):
+            parameters, buffers = ([tensor.clone() for tensor in start] for _ in range(2))
+            if not kernels:
+                _LayerWise._move(plain, parameters, gradients, buffers, group)
+            elif table.write(parameters, gradients, buffers):
+                table.move(**group)
+            results.append(torch.cat([tensor.flatten() for tensor in parameters]))
+        deviation = float((results[0] - results[1]).norm() / results[1].norm())
+        return "" if deviation < 1e-5 else f"they deviate by {deviation:.2g} from plain torch"
+
+    return fused.work("the kernels of LARS", problem)
 
 
 def encoder_optimizer(name: str, encoder: nn.Module, lr: float, momentum: float, weight_decay: float) -> Optimizer:

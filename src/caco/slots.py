@@ -1,7 +1,7 @@
 """The slots of a bank, block by block: unit rows, comparison with queries, softmax over all of them.
 
 No matrix of all queries and all slots is ever held, so memory beyond the bank, its gradient and its velocity does not
-grow with the bank. On a GPU in bfloat16 the softmax is that of torch's attention (`attention.py`).
+grow with the bank. On a GPU kernels of their own read all slots at once (`fused.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-
-from caco import attention
 
 _ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
 
@@ -101,12 +99,6 @@ class RunningSoftmax:
         self.total.mul_(shrink)
         self.slot_sum.mul_(shrink)
         self.largest = largest
-        if rows is not None and attention.is_fused(rows, self.products):
-            log_normaliser, mean = attention.mean_slots(self.queries, rows)
-            total = (log_normaliser - largest).exp_()
-            self.total.add_(total)
-            self.slot_sum.addcmul_(total, mean)
-            return
         exponentials = logits.sub_(largest).exp_()
         self.total.add_(exponentials.sum(dim=1, keepdim=True))
         if rows is not None:
@@ -189,10 +181,16 @@ def pulls_on_slots(
 
     queries: over the temperature. rows: unit slots. log_normaliser: of each query, over all slots.
     """
-    if attention.is_fused(rows, products):
-        return attention.pulls_on_slots(queries, rows, log_normaliser, pulls)
     probability = compare(queries, rows, products).sub_(log_normaliser).exp_()
     return product(probability.T, pulls, products)
+
+
+def along_sphere(
+    pulled: Float[Tensor, "k D"], rows: Float[Tensor, "k D"], inverse_length: Float[Tensor, "k 1"]
+) -> Float[Tensor, "k D"]:
+    """Return the gradient of slots, given that of their unit rows (overwritten): what remains is tangent to the sphere."""
+    pulled -= (pulled * rows).sum(dim=1, keepdim=True) * rows
+    return pulled.mul_(inverse_length)
 
 
 def compare(queries: Float[Tensor, "N D"], rows: Float[Tensor, "k D"], dtype: torch.dtype) -> Float[Tensor, "N k"]:

@@ -13,7 +13,7 @@ import torch
 from dense_bank import dense_loss
 from torch.nn import functional as F
 
-from caco import attention
+from caco import fused, optim
 from caco.backbone import create_backbone
 from caco.bank import Bank
 from caco.checkpointing import checkpoint_blocks
@@ -22,6 +22,7 @@ from caco.device import choose_device
 from caco.distributed.world import World
 from caco.evaluate.knn import knn_guesses
 from caco.evaluate.linear import train_heads
+from caco.optim import LARS
 from caco.train.prepare import create_state
 from caco.train.step import compute_gradients, rates_at, train_step
 
@@ -48,13 +49,13 @@ def error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("products", "fused", "bound"),
+    ("products", "by_kernels", "bound"),
     [(torch.float32, False, 1e-5), (torch.bfloat16, False, 1e-2), (torch.bfloat16, True, 1e-2)],
 )
 @pytest.mark.parametrize("slot_temperature", [0.08, 0.1])
-def test_loss_and_both_gradients_of_the_bank(products, fused, bound, slot_temperature, monkeypatch):
-    if not fused:
-        monkeypatch.setattr(attention, "_agree", lambda *place: False)
+def test_loss_and_both_gradients_of_the_bank(products, by_kernels, bound, slot_temperature, monkeypatch):
+    if not by_kernels:
+        monkeypatch.setattr(fused, "_checked", lambda *place: None)
     device = choose_device(PLACE)
     torch.manual_seed(0)
     bank = Bank(5000, 48, 0.08, slot_temperature)
@@ -74,23 +75,60 @@ def test_loss_and_both_gradients_of_the_bank(products, fused, bound, slot_temper
     assert error(bank.weight.grad, exact[1].grad) < bound
 
 
-@pytest.mark.parametrize("width", [48, 128, 256])
-def test_the_bank_is_attended_to(width):
-    """The kernels are in use, and give what plain products of the same rounded factors give."""
+@pytest.mark.parametrize("width", [16, 48, 64, 128, 200, 256])
+@pytest.mark.parametrize(("queries", "size"), [(512, 65_536), (77, 3_001), (1_500, 20_000)])
+def test_the_kernels_of_the_bank(width, queries, size):
+    """They are in use, and give what plain products give: exactly in the search, of rounded factors else."""
     device = choose_device(PLACE)
     if torch.cuda.get_device_capability(device) < (8, 0):
         pytest.skip("this GPU has no such kernels")
     torch.manual_seed(0)
-    rows, queries = (F.normalize(torch.randn(count, width, device=device), dim=1) for count in (70_000, 512))
-    queries, pulls = queries / 0.08, torch.randn(512, width, device=device)
-    assert attention.is_fused(rows, torch.bfloat16)
-    log_normaliser, means = attention.mean_slots(queries, rows)
-    of_slots = attention.pulls_on_slots(queries, rows, log_normaliser, pulls)
-    logits = queries.bfloat16().double() @ rows.bfloat16().double().T
-    probability = logits.softmax(dim=1)
-    assert (log_normaliser[:, 0] - logits.logsumexp(dim=1)).abs().max() < 1e-3
-    assert error(means, probability @ rows.bfloat16().double()) < 1e-2
-    assert error(of_slots, probability.T @ pulls.bfloat16().double()) < 1e-2
+    weight = 3 * torch.randn(size, width, device=device)
+    query, pull = F.normalize(torch.randn(queries, width, device=device), dim=1), torch.randn(queries, width).to(device)
+    inverse_length, scaled = weight.norm(dim=1, keepdim=True).reciprocal(), query / 0.08
+    kernels = fused.of_loss(weight, torch.bfloat16)
+    assert kernels is not None
+    rows = (weight * inverse_length).double()
+    cosines, logits = query.double() @ rows.T, scaled.double() @ rows.T
+    probability, log_normaliser = logits.softmax(dim=1), logits.logsumexp(dim=1, keepdim=True)
+    largest, total, slot_sum = kernels.softmax(scaled, weight, inverse_length)
+    assert (largest[:, 0] - logits.amax(dim=1)).abs().max() < 0.1  # a logit's factors are rounded
+    assert (largest + total.log() - log_normaliser).abs().max() < 0.02
+    assert error(slot_sum / total, probability @ rows) < 1e-2
+    again = kernels.softmax(scaled, weight, inverse_length, with_mean=False)
+    assert torch.equal(again[0], largest) and error(again[1], total) < 1e-5
+    pulled = probability.T @ pull.double()
+    along = (pulled - (pulled * rows).sum(dim=1, keepdim=True) * rows) * inverse_length
+    assert error(kernels.pulls_on_slots(scaled, weight, inverse_length, log_normaliser.float(), pull), along) < 1e-2
+    if searches := fused.of_search(weight):
+        found, place = searches.nearest(query, weight, inverse_length)
+        assert (found - cosines.amax(dim=1)).abs().max() < 1e-6
+        assert (cosines.amax(dim=1) - cosines.gather(1, place[:, None])[:, 0]).max() < 1e-6
+
+
+def test_the_kernels_of_lars(monkeypatch):
+    """They are in use, also for gradients that move, layouts that differ, and tensors of any size."""
+    device = choose_device(PLACE)
+    torch.manual_seed(0)
+    shapes = [(64, 3, 3, 3), (70, 100), (13,), (512, 512, 3, 3), (1, 1, 1, 1), (9000,)]
+    start = [torch.randn(shape, device=device) for shape in shapes]
+    start[3] = start[3].contiguous(memory_format=torch.channels_last)
+    start.append(torch.zeros(20, 30, device=device))
+    ours, plain = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    assert optim._has_kernels(device)
+    one, other = LARS(ours, lr=0.3, weight_decay=1e-2), LARS(plain, lr=0.3, weight_decay=1e-2)
+    monkeypatch.setattr(other, "_by_kernels", lambda *work: False)
+    for step in range(5):
+        for mine, theirs in zip(ours, plain, strict=True):
+            theirs.grad = torch.randn(theirs.shape, device=device)  # contiguous: not laid out as the fourth parameter
+            mine.grad = theirs.grad.clone()
+            if step > 1:
+                mine.grad = mine.grad.contiguous(memory_format=torch.channels_last) if mine.ndim == 4 else mine.grad
+        one.step()
+        other.step()
+    assert one._table is not None and one._table.key
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert error(mine, theirs) < 1e-5
 
 
 def test_the_search_for_positives_is_exact_where_tf32_is_switched_on():

@@ -1,0 +1,106 @@
+"""Whether kernels of our own are used, which are for NVIDIA's GPUs: where they do what is expected of them.
+
+The bank's (`bank_kernels.py`) here, those of LARS in `optim.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WIDEST = 256
+"""Width of the widest embedding that the kernels have room for."""
+LARGEST_GAP = 1e-6
+"""By how much a cosine that was found may be below the largest one, by rounding in float32."""
+LARGEST_DEVIATION = 0.02
+"""Largest relative deviation from plain products that rounding to bfloat16 explains."""
+
+
+def of_loss(weight: Tensor, products: torch.dtype) -> ModuleType | None:
+    """Return `bank_kernels` if slots like these [K, D] are compared with queries by them, else None.
+
+    products: what their factors are rounded to.
+    """
+    return _of_bank(weight) if products == torch.bfloat16 else None
+
+
+def of_search(weight: Tensor) -> ModuleType | None:
+    """Return `bank_kernels` if the nearest of slots like these is found by them, else None.
+
+    A product exact to float32 is three on tensor cores: worth it on a data centre's GPU, whose other units are few.
+    """
+    found = _of_bank(weight)
+    return found if found and found.has_room(weight.device) else None
+
+
+def _of_bank(weight: Tensor) -> ModuleType | None:
+    suits = (weight.device.type, weight.dtype) == ("cuda", torch.float32) and weight.shape[1] <= WIDEST
+    return _checked(weight.device, weight.shape[1]) if suits else None
+
+
+@lru_cache
+def _checked(device: torch.device, width: int) -> ModuleType | None:
+    """Return the bank's kernels if they give here what plain products give; waits for the device."""
+
+    def problem() -> str:
+        from caco import bank_kernels
+
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return _problem(bank_kernels, device, width)
+
+    if not work("the bank's kernels", problem):
+        return None
+    from caco import bank_kernels
+
+    return bank_kernels
+
+
+def work(what: str, problem: Callable[[], str]) -> bool:
+    """Return whether there is no problem with some kernels; where there is, it is told.
+
+    problem: tries them, and returns what is wrong, "" if nothing; that it fails is a problem, too.
+    """
+    try:
+        found = problem()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton, a GPU too old or too small for them: as many kinds as reasons
+        found = f"{type(error).__name__}: {error}".splitlines()[0]
+    if found:
+        logging.getLogger(__name__).warning("%s are not used, which is slower: %s", what, found)
+    return not found
+
+
+def _problem(ours: ModuleType, device: torch.device, width: int) -> str:
+    """Return in what the bank's kernels deviate from plain products, "" if in nothing.
+
+    At a size that is divided as a bank's is, and with remainders.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, weight, pull = (torch.randn(count, width, generator=generator).to(device) for count in (500, 32_100, 500))
+    query, inverse_length = F.normalize(query, dim=1), weight.norm(dim=1, keepdim=True).reciprocal()
+    rows, scaled = weight * inverse_length, query / 0.1
+    cosines, logits = query.double() @ rows.double().T, scaled @ rows.T
+    probability, log_normaliser = logits.softmax(dim=1), logits.logsumexp(dim=1, keepdim=True)
+    of_slots = probability.T @ pull
+
+    found, place = ours.nearest(query, weight, inverse_length) if ours.has_room(device) else cosines.max(dim=1)
+    largest, total, slot_sum = ours.softmax(scaled, weight, inverse_length)
+    gradient = ours.pulls_on_slots(scaled, weight, inverse_length, log_normaliser, pull)
+    gaps = cosines.amax(dim=1) - torch.stack([cosines.gather(1, place[:, None])[:, 0], found.double()])
+    pairs = [
+        (largest + total.log(), log_normaliser),
+        (slot_sum / total, probability @ rows),
+        (gradient, (of_slots - (of_slots * rows).sum(dim=1, keepdim=True) * rows) * inverse_length),
+    ]
+    deviation = torch.stack([(one - other).norm() / other.norm() for one, other in pairs]).amax()
+    gap, furthest = gaps.abs().amax().item(), deviation.item()
+    if gap < LARGEST_GAP and furthest < LARGEST_DEVIATION:  # not so for NaN
+        return ""
+    return f"they deviate by {furthest:.2g} from plain products, and by {gap:.2g} in the search"

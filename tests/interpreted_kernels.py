@@ -1,0 +1,75 @@
+"""Run by test_kernels.py: prints the relative errors of the kernels as JSON."""
+
+import json
+import sys
+from functools import partial
+
+import torch
+from dense_bank import dense_loss
+from torch import nn
+from torch.nn import functional as F
+
+from caco import bank_kernels, fused
+from caco.lars_kernels import Table
+from caco.loss import cooperative_adversarial_loss
+from caco.optim import LARS
+
+
+def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours.detach().double() - exact).norm() / exact.norm())
+
+
+def bank() -> dict[str, float]:
+    """Errors of search, loss and both gradients; sizes that the blocks divide, and others."""
+
+    class InFloat32:
+        softmax = staticmethod(partial(bank_kernels.softmax, factors=torch.float32))
+        pulls_on_slots = staticmethod(partial(bank_kernels.pulls_on_slots, factors=torch.float32))
+
+    fused.of_loss = lambda weight, products: InFloat32
+    errors = {}
+    for queries, size, width in ((100, 700, 48), (64, 256, 128), (10, 70, 200)):
+        torch.manual_seed(0)
+        query, weight = F.normalize(torch.randn(queries, width), dim=1), 3 * torch.randn(size, width)
+        positives, weights = torch.randint(size, (queries, 2)), torch.rand(queries, 2)
+        for temperatures in ((0.08, 0.08), (0.08, 0.1)):
+            exact = query.double().requires_grad_(), weight.double().requires_grad_()
+            loss = dense_loss(*exact, positives, weights.double(), *temperatures)
+            loss.backward()
+            ours = query.clone().requires_grad_(), weight.clone().requires_grad_()
+            result = cooperative_adversarial_loss(*ours, positives, weights, *temperatures)
+            result.loss.backward()
+            name = f"{queries} queries, {size} x {width}, {temperatures}"
+            errors[f"loss, {name}"] = relative(result.loss, loss.detach())
+            errors[f"gradient of queries, {name}"] = relative(ours[0].grad, exact[0].grad)
+            errors[f"gradient of slots, {name}"] = relative(ours[1].grad, exact[1].grad)
+            cosines = query.double() @ F.normalize(weight.double(), dim=1).T
+            hit = cosines.gather(1, positives) == cosines.amax(dim=1, keepdim=True)
+            errors[f"hits, {name}"] = float((result.hit != hit).sum())
+        found, place = bank_kernels.nearest(query, weight, weight.norm(dim=1, keepdim=True).reciprocal())
+        errors[f"cosine, {name}"] = relative(found, cosines.amax(dim=1))
+        errors[f"nearest, {name}"] = float((place != cosines.argmax(dim=1)).sum())
+    return errors
+
+
+def lars() -> dict[str, float]:
+    """Errors of each tensor after some steps; laid out in two ways, of many sizes, one of zeros."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((8, 3, 3, 3), (70, 100), (13,), (1, 1), (9000,), (3, 5000))]
+    start += [torch.zeros(5, 4), torch.randn(4, 6, 1, 1), torch.randn(2, 3, 5, 5)]
+    start[0] = start[0].contiguous(memory_format=torch.channels_last)
+    plain = [nn.Parameter(tensor.double()) for tensor in start]
+    optimizer = LARS(plain, lr=0.3, momentum=0.9, weight_decay=1e-2)
+    buffers, table = [torch.zeros_like(tensor) for tensor in start], Table()
+    for _ in range(4):
+        gradients = [torch.randn_like(tensor) for tensor in start]
+        for parameter, gradient in zip(plain, gradients, strict=True):
+            parameter.grad = gradient.double()
+        optimizer.step()
+        assert table.write(start, gradients, buffers)
+        table.move(0.3, 0.9, 1e-2, 0.001)
+    assert not table.write(start[:1], [torch.randn(8, 3, 3, 3)], buffers[:1])  # not laid out alike
+    return {f"tensor {number}": relative(one, two) for number, (one, two) in enumerate(zip(start, plain, strict=True))}
+
+
+print(json.dumps({"bank": bank, "lars": lars}[sys.argv[1]]()))
