@@ -1,4 +1,4 @@
-"""The kernels of the bank and of LARS against plain torch, by Triton's interpreter, which needs no GPU.
+"""The kernels of the bank, of LARS and of small views against plain torch, by Triton's interpreter, which needs no GPU.
 
 It has no bfloat16, so factors are float32 here: the mathematics is compared. On a GPU: tests/train/test_gpu_results.py.
 """
@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="torch brings Triton on Linux only")
 INTERPRETED = Path(__file__).parent / "interpreted_kernels.py"
 
 
-@pytest.mark.parametrize("part", ["bank", "lars"])
+@pytest.mark.parametrize("part", ["bank", "lars", "views"])
 def test_kernels_interpreted(part):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # is read when Triton is imported
     done = subprocess.run(

@@ -107,15 +107,15 @@ class _Blocks(NamedTuple):
 
 ROOMY = 220 * 1024
 """Bytes next to a processor of a data centre's GPU (H100 and later), by which the first blocks fit; the second fit others."""
-_NEAREST = {64: ((128, 64, 8, 3),), 128: ((128, 32, 8, 3),), 256: ((64, 32, 4, 2),)}
+_NEAREST = {64: ((128, 64, 8, 3),), 128: ((128, 64, 8, 2),)}
 _SOFTMAX = {
     64: ((128, 128, 8, 3), (64, 64, 4, 2)),
-    128: ((128, 64, 8, 3), (64, 32, 4, 2)),
+    128: ((64, 64, 4, 3), (64, 32, 4, 2)),
     256: ((128, 64, 8, 2), (32, 32, 4, 2)),
 }
 _PULLS = {
     64: ((64, 128, 8, 3), (32, 64, 4, 2)),
-    128: ((128, 128, 8, 2), (32, 64, 4, 2)),
+    128: ((64, 64, 4, 3), (32, 64, 4, 2)),
     256: ((64, 64, 8, 2), (32, 32, 4, 2)),
 }
 """By the width of a row, at most; `_Blocks` but for that. Measured on an H200, the second only compiled."""
@@ -125,11 +125,15 @@ def _blocks(choices: Mapping[int, Sequence[tuple[int, int, int, int]]], weight: 
     """Return the blocks of a kernel for slots [K, D]."""
     width = max(16, triton.next_power_of_2(weight.shape[1]))
     of_width = choices[min(most for most in choices if most >= width)]
-    return _Blocks(width, *of_width[0 if has_room(weight.device) else -1])
+    return _Blocks(width, *of_width[0 if _has_room(weight.device) else -1])
 
 
-def has_room(device: torch.device) -> bool:
-    """Return whether the larger blocks fit, without which `nearest` does not pay."""
+def searches_well(weight: Tensor) -> bool:
+    """Return whether `nearest` pays: where the larger blocks fit, for rows of 128 at most (of 256 cuBLAS is as fast)."""
+    return _has_room(weight.device) and weight.shape[1] <= max(_NEAREST)
+
+
+def _has_room(device: torch.device) -> bool:
     return device.type == "cuda" and bool(_processors(device).shared_memory_per_block_optin >= ROOMY)
 
 

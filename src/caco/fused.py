@@ -1,12 +1,7 @@
-"""Whether kernels of our own are used, which are for NVIDIA's GPUs: where they do what is expected of them.
-
-The bank's (`bank_kernels.py`) here, those of LARS in `optim.py`.
-"""
+"""Whether the bank is read by kernels of its own (`bank_kernels.py`): on an NVIDIA GPU where they do what is expected."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
@@ -14,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from caco.trusted import works
+
 WIDEST = 256
 """Width of the widest embedding that the kernels have room for."""
-LARGEST_GAP = 1e-6
-"""By how much a cosine that was found may be below the largest one, by rounding in float32."""
+LARGEST_GAP = 5e-6
+"""By how much a cosine that was found may differ from the largest one, by rounding: tensor cores cut off what they add."""
 LARGEST_DEVIATION = 0.02
 """Largest relative deviation from plain products that rounding to bfloat16 explains."""
 
@@ -36,7 +33,7 @@ def of_search(weight: Tensor) -> ModuleType | None:
     A product exact to float32 is three on tensor cores: worth it on a data centre's GPU, whose other units are few.
     """
     found = _of_bank(weight)
-    return found if found and found.has_room(weight.device) else None
+    return found if found and found.searches_well(weight) else None
 
 
 def _of_bank(weight: Tensor) -> ModuleType | None:
@@ -54,27 +51,11 @@ def _checked(device: torch.device, width: int) -> ModuleType | None:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             return _problem(bank_kernels, device, width)
 
-    if not work("the bank's kernels", problem):
+    if not works("the bank's kernels", problem):
         return None
     from caco import bank_kernels
 
     return bank_kernels
-
-
-def work(what: str, problem: Callable[[], str]) -> bool:
-    """Return whether there is no problem with some kernels; where there is, it is told.
-
-    problem: tries them, and returns what is wrong, "" if nothing; that it fails is a problem, too.
-    """
-    try:
-        found = problem()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no Triton, a GPU too old or too small for them: as many kinds as reasons
-        found = f"{type(error).__name__}: {error}".splitlines()[0]
-    if found:
-        logging.getLogger(__name__).warning("%s are not used, which is slower: %s", what, found)
-    return not found
 
 
 def _problem(ours: ModuleType, device: torch.device, width: int) -> str:
@@ -90,7 +71,7 @@ def _problem(ours: ModuleType, device: torch.device, width: int) -> str:
     probability, log_normaliser = logits.softmax(dim=1), logits.logsumexp(dim=1, keepdim=True)
     of_slots = probability.T @ pull
 
-    found, place = ours.nearest(query, weight, inverse_length) if ours.has_room(device) else cosines.max(dim=1)
+    found, place = ours.nearest(query, weight, inverse_length) if ours.searches_well(weight) else cosines.max(dim=1)
     largest, total, slot_sum = ours.softmax(scaled, weight, inverse_length)
     gradient = ours.pulls_on_slots(scaled, weight, inverse_length, log_normaliser, pull)
     gaps = cosines.amax(dim=1) - torch.stack([cosines.gather(1, place[:, None])[:, 0], found.double()])

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import caco.loss
-from caco import fused
+from caco import fused, optim
 from caco.backbone import create_backbone
 from caco.config import EncoderOptions, Pretrain, Views
 from caco.data import parameters
@@ -108,7 +108,8 @@ def test_forward_passes_and_meters(gpu):
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch):
     """Triton's kernels have no made-up form, and are compared with plain torch before they are used."""
-    monkeypatch.setattr(fused, "work", lambda what, problem: False)
+    monkeypatch.setattr(fused, "works", lambda what, problem: False)
+    monkeypatch.setattr(optim, "works", lambda what, problem: False)
 
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])

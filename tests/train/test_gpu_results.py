@@ -99,11 +99,13 @@ def test_the_kernels_of_the_bank(width, queries, size):
     assert torch.equal(again[0], largest) and error(again[1], total) < 1e-5
     pulled = probability.T @ pull.double()
     along = (pulled - (pulled * rows).sum(dim=1, keepdim=True) * rows) * inverse_length
-    assert error(kernels.pulls_on_slots(scaled, weight, inverse_length, log_normaliser.float(), pull), along) < 1e-2
-    if searches := fused.of_search(weight):
+    assert error(kernels.pulls_on_slots(scaled, weight, inverse_length, log_normaliser.float(), pull), along) < 2e-2
+    searches = fused.of_search(weight)
+    if searches is not None:
         found, place = searches.nearest(query, weight, inverse_length)
-        assert (found - cosines.amax(dim=1)).abs().max() < 1e-6
-        assert (cosines.amax(dim=1) - cosines.gather(1, place[:, None])[:, 0]).max() < 1e-6
+        assert (found - cosines.amax(dim=1)).abs().max() < 5e-6
+        assert (cosines.amax(dim=1) - cosines.gather(1, place[:, None])[:, 0]).max() < 5e-6
+    assert (searches is not None) == (width <= 128 and torch.cuda.get_device_capability(device)[0] in (9, 10))
 
 
 def test_the_kernels_of_lars(monkeypatch):
@@ -138,7 +140,7 @@ def test_the_search_for_positives_is_exact_where_tf32_is_switched_on():
     bank, keys = Bank(65_536, 128).to(device), F.normalize(torch.randn(512, 128), dim=1).to(device)
     places = bank.nearest(keys, bank.slots())
     cosines = keys.double() @ F.normalize(bank.weight.detach().double(), dim=1).T
-    assert (cosines.amax(dim=1) - cosines.gather(1, places[:, None])[:, 0]).max() < 1e-6  # TF32: some 1e-4
+    assert (cosines.amax(dim=1) - cosines.gather(1, places[:, None])[:, 0]).max() < 5e-6  # TF32: some 1e-4
 
 
 @pytest.mark.parametrize("small", [0, 2])

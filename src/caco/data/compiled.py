@@ -1,4 +1,7 @@
-"""The views on a GPU by one compiled graph for each augmentation, in place of some sixty kernels one after the other."""
+"""The views on a GPU in one go, in place of some sixty kernels of plain torch one after the other.
+
+Of small images by a kernel of our own (`view_kernel.py`), of others by a compiled graph for each augmentation.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,19 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import FunctionType
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from caco.data.parameters import ViewParameters
+from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import Stages, make_views, to_device
+from caco.trusted import works
 from caco.views import Augmentation
 
 
 class DeviceViews:
-    """Makes the views of one augmentation on a device, by a compiled graph.
+    """Makes the views of one augmentation on a device, by the kernel or a compiled graph.
 
     By plain torch if asked to, where compiling fails, and while it goes on.
     """
@@ -46,10 +51,14 @@ class DeviceViews:
     def __call__(self, images: UInt8[Tensor, "B H W 3"], parameters: ViewParameters) -> Float[Tensor, "B 3 S S"]:
         """Return one view of each image, float32 [B, 3, S, S], channels_last; nothing waits for the device.
 
-        parameters: of this augmentation. The first call compiles, which takes some seconds.
+        parameters: of this augmentation. The first call compiles, which takes some seconds (a graph: half a minute).
         """
         rows, statistics = to_device(images.device, parameters, self.mean, self.std)
         work = images, rows, statistics, self.augmentation.size, self.stages
+        if self._compiled is not None and _has_kernel(images.device, *images.shape[1:3], self.augmentation):
+            from caco.data.view_kernel import small_views
+
+            return small_views(images, rows, statistics, self.augmentation.size)
         if self._compiled is not None:
             try:
                 views = self._compiled(*work)
@@ -64,6 +73,35 @@ class DeviceViews:
                     logging.getLogger(__name__).warning("the views are not compiled, which is slower: %s", reason)
                 # Else: torch (up to 2.11) refuses every compiled call while another thread compiles, as the first step does.
         return make_views(*work)
+
+
+SMALL = 64
+"""Side of the largest image and view that the kernel makes, pixels."""
+LARGEST_DIFFERENCE = 1e-3
+"""Of a pixel in 0-1, by rounding in float32."""
+
+
+@lru_cache
+def _has_kernel(device: torch.device, height: int, width: int, augmentation: Augmentation) -> bool:
+    """Return whether the kernel makes such views of such images here; where it should and does not, it is told.
+
+    Waits for the device.
+    """
+
+    def problem() -> str:
+        from caco.data.view_kernel import small_views
+
+        images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, height, width, 3), np.uint8)).to(
+            device
+        )
+        drawn = draw_parameters(augmentation, height, width, seed=0, epoch=0, indices=np.arange(64), view=0)
+        work = images, *to_device(device, drawn, (0.0,) * 3, (1.0,) * 3), augmentation.size
+        plain = make_views(*work, Stages.of_augmentation(augmentation))
+        furthest = float((small_views(*work) - plain).abs().max())
+        return "" if furthest < LARGEST_DIFFERENCE else f"they deviate by {furthest:.2g} from those of plain torch"
+
+    is_small = device.type == "cuda" and max(height, width, augmentation.size) <= SMALL
+    return is_small and works("views by the kernel of our own", problem)
 
 
 @lru_cache(maxsize=64)
