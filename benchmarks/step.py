@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from caco.backbone import create_backbone
 from caco.config import EncoderOptions, EngineOptions, Pretrain, Views
+from caco.data import makers
 from caco.data.broken import BrokenImages
+from caco.data.compiled import DeviceViews
 from caco.data.loader import TrainingViews
 from caco.data.source import ImageSource, open_source
 from caco.device import choose_device
@@ -72,7 +74,7 @@ def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
 class Step:
     """Whole steps, on views that a loader makes ahead, and the same step in stages."""
 
-    def __init__(self, config: Pretrain, source: ImageSource) -> None:
+    def __init__(self, config: Pretrain, source: ImageSource, plain_views: bool = False) -> None:
         device = choose_device(config.device)
         if device.type == "cpu" and config.engine.keep_heap:
             keep_heap()
@@ -84,6 +86,8 @@ class Step:
         self.state.model.train()
         if config.engine.convolution == "winograd":
             use_winograd(self.state.model)
+        if plain_views:
+            makers.DeviceViews = partial(DeviceViews, compiled=False)  # type: ignore[misc, assignment]
         self.precision, self.accumulate = PRECISIONS[config.precision], config.accumulate
         model, how = self.state.model, {"precision": self.precision, "accumulate": self.accumulate}
         self.gradients = captured(
@@ -219,12 +223,14 @@ def step_memory(step: Step) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def contestant(config: Pretrain, rounds: int, steps: int, in_stages: bool, with_limit: bool) -> dict[str, Any]:
+def contestant(
+    config: Pretrain, rounds: int, steps: int, in_stages: bool, with_limit: bool, plain_views: bool
+) -> dict[str, Any]:
     """Run in a fresh process: return the seconds of a whole step, of the limit, and of each stage.
 
     steps: taken one after the other in each turn, as in a run, where a GPU need not wait for the next one's first kernel.
     """
-    step = Step(config, open_source(config.data))
+    step = Step(config, open_source(config.data), plain_views)
     gpu = step_memory(step) if step.loader.device.type == "cuda" else None
 
     def in_turns(warm_up: int, **work: Callable[[], None]) -> dict[str, Any]:
@@ -246,6 +252,7 @@ def contestant(config: Pretrain, rounds: int, steps: int, in_stages: bool, with_
         use_winograd(other)
         work["bare, winograd"] = limit(other, config, views)
     turns = in_turns(PLAIN_CALLS + 1 if gpu else 2, **work)
+    print("seconds, medians:", {name: row["median"] for name, row in turns.items()}, flush=True)
     del backbone, views, work
     stages = stage_times(step, max(rounds // 2, 1)) if in_stages else {}
     return {**turns, "stages": stages, "gpu_bytes": gpu}
@@ -308,6 +315,9 @@ def main() -> None:
     )
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--no-cuda-graph", action="store_true", help="GPU: Python launches each kernel")
+    parser.add_argument(
+        "--plain-views", action="store_true", help="GPU: do not compile the making of views, which takes half a minute"
+    )
     parser.add_argument("--give-back", action="store_true", help="CPU: do not keep freed memory")
     options = parser.parse_args()
     if options.convolution == "winograd" and (
@@ -320,7 +330,7 @@ def main() -> None:
     print(describe(options.device))
     results = {}
     for precision in options.precision:
-        what = not options.no_stages, not options.no_limit
+        what = not options.no_stages, not options.no_limit, options.plain_views
         run = fresh(contestant, configuration(options, precision), rounds, options.steps, *what)
         row, memory = run.result, run.result["gpu_bytes"] or run.family_bytes
         results[precision] = {**row, "others": run.others, "bytes": memory}
