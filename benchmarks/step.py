@@ -37,11 +37,12 @@ from caco.distributed.world import World
 from caco.model import embed
 from caco.precision import PRECISIONS, autocast
 from caco.train.captured import PLAIN_CALLS, Captured, captured
-from caco.train.engine import compile_module, search_kernels
+from caco.train.engine import search_kernels
 from caco.train.heap import keep_heap
 from caco.train.prepare import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, compute_gradients, rates_at, train_step
+from caco.train.trials import compile_module
 from caco.winograd.network import use_winograd
 
 WAIT = "wait for views"

@@ -158,7 +158,7 @@ class EngineOptions:
     convolution: Literal["auto", "direct", "winograd"] = "auto"
     """winograd (CPU, fp32, numba): a quarter of the products of 3 x 3 filters; auto: tried at the start of a long run."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: tried (not with winograd) in a run of over two hours (GPU: half an hour), kept if it pays."""
+    """torch.compile; auto: tried (not with winograd) in a run of over two hours (GPU: five minutes), kept if it pays."""
     cuda_graph: bool = True
     """One GPU: launch a step's kernels all at once, as a CUDA graph, unless a step takes over half of the GPU's memory."""
     checkpointing: bool = False

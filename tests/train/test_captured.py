@@ -18,10 +18,6 @@ from caco.train.captured import PLAIN_CALLS, Captured, captured
 from caco.train.prepare import create_state
 from caco.train.step import compute_gradients, rates_at, train_step, warm_start_gradients, warm_start_step
 
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
 CONFIG = Pretrain(
     epochs=8,
     batch_size=32,
@@ -61,14 +57,14 @@ class Dropping(nn.Module):
         return nn.functional.dropout(self.backbone(view), 0.2, self.training)
 
 
-@pytest.mark.parametrize("compiled", [pytest.param(False, marks=on_gpu), pytest.param(True, marks=on_gpu)])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dropping", [False, True])
-def test_captured_steps_are_the_plain_ones(compiled, dropping, monkeypatch):
+def test_captured_steps_are_the_plain_ones(dropping, monkeypatch):
     """Warm start and steps of two epochs, with other rates, in fp32: to the rounding of sums in another order."""
     device = choose_device("cuda")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    config = replace(CONFIG, engine=EngineOptions(compile="on" if compiled else "off"))
+    for setting, value in (("allow_tf32", False), ("benchmark", False), ("deterministic", True)):
+        monkeypatch.setattr(torch.backends.cudnn, setting, value)
     torch.manual_seed(0)
     backbone = create_backbone("resnet10_narrow", 32)
     backbone = Dropping(backbone) if dropping else backbone
@@ -76,10 +72,9 @@ def test_captured_steps_are_the_plain_ones(compiled, dropping, monkeypatch):
     batches = [[torch.randn(32, 3, size, size, device=device) for size in (32, 32, 16, 16)] for _ in range(2 * steps)]
     results = []
     for graph in (False, True):
-        state = create_state(config, copy.deepcopy(backbone), World(device))
-        model = state.model.train()
         torch.manual_seed(1)
-        model.bank.weight.data.normal_()
+        state = create_state(CONFIG, copy.deepcopy(backbone), World(device))
+        model = state.model.train()
         losses = []
 
         def computed(work, graph=graph, model=model):
@@ -93,7 +88,7 @@ def test_captured_steps_are_the_plain_ones(compiled, dropping, monkeypatch):
         model.copy_to_key_encoder()
         gradients = computed(partial(compute_gradients, model, model))
         for step, batch in enumerate(batches[steps:]):
-            rates = rates_at(config, step // 4)
+            rates = rates_at(CONFIG, step // 4)
             losses.append(train_step(state, gradients, batch, rates, rates.key_momentum).loss.clone())
         assert not graph or gradients.graph is not None
         results.append((torch.stack(losses), state.meters.sums, dict(model.state_dict())))
@@ -126,12 +121,20 @@ def test_what_cannot_be_captured_goes_on_and_is_told(caplog):
     work = partial(compute_gradients, state.model, state.model, precision=torch.bfloat16)
     gradients = Captured(work, state.model.parameters(), device)
     stream = torch.cuda.current_stream(device)
-    for _ in range(PLAIN_CALLS + 3):
+    torch.cuda.manual_seed(0)
+    for step in range(PLAIN_CALLS + 3):
+        if step == PLAIN_CALLS + 1:  # random numbers go on where they were
+            drawn = torch.randn(5, device=device)
         views = [torch.randn(32, 3, size, size, device=device) for size in (32, 32, 16, 16)]
         loss = train_step(state, gradients, views, rates_at(CONFIG, 1), 0.99).loss
     assert torch.isfinite(loss)
     assert gradients.graph is None and torch.cuda.current_stream(device) == stream
     assert caplog.text.count("not one CUDA graph") == 1
+    torch.cuda.manual_seed(0)
+    for _ in range(PLAIN_CALLS + 1):
+        for size in (32, 32, 16, 16):
+            torch.randn(32, 3, size, size, device=device)
+    assert torch.equal(torch.randn(5, device=device), drawn)
     held, side = torch.cuda.memory_reserved(device), torch.cuda.Stream(device)
     for _ in range(20):  # memory that two streams have used is given out again
         with torch.cuda.stream(side):
@@ -144,9 +147,8 @@ def test_what_cannot_be_captured_goes_on_and_is_told(caplog):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("compiled", ["on", "off"])
-def test_captured_while_another_thread_makes_views(compiled, tmp_path, caplog):
-    """A whole run, whose views are made beside the capture; no warning is given."""
+def test_captured_while_another_thread_makes_views(tmp_path, caplog):
+    """A whole run, whose views are made beside the capture; no warning is given. (Compiled: test_gpu_results.py.)"""
     pretrain(
         "textures:640",
         tmp_path / "run",
@@ -158,6 +160,5 @@ def test_captured_while_another_thread_makes_views(compiled, tmp_path, caplog):
         views={"size": 32},
         bank={"warm_start_steps": 8},
         monitor={"knn_epochs": 1},
-        engine={"compile": compiled},
     )
     assert not caplog.records

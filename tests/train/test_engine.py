@@ -14,17 +14,9 @@ from torch import nn
 from caco.backbone import create_backbone
 from caco.config import EngineOptions, Pretrain, Views
 from caco.errors import UsageError
-from caco.train import engine
-from caco.train.engine import (
-    Trial,
-    can_compile,
-    candidates,
-    choose_engine,
-    compile_module,
-    fastest,
-    seconds,
-    try_compiling,
-)
+from caco.train import engine, trials
+from caco.train.engine import can_compile, candidates, choose_engine, fastest
+from caco.train.trials import Trial, compile_module, seconds, try_compiling
 from caco.winograd.network import can_use_winograd
 
 CPU = torch.device("cpu")
@@ -64,7 +56,7 @@ def test_a_long_run_takes_what_was_fastest_here(monkeypatch):
         measured.extend(engine_measure(*arguments))
         return measured
 
-    engine_measure = engine.measure
+    engine_measure = trials.measure
     monkeypatch.setattr(engine, "measure", measure)
     config = replace(CONFIG, engine=EngineOptions(compile="off"))
     said: list[str] = []
@@ -82,14 +74,14 @@ def test_a_long_run_takes_what_was_fastest_here(monkeypatch):
 def test_a_choice_that_is_hopeless_is_not_tried_to_the_end(monkeypatch):
     tried = []
 
-    def seconds(backbone, trial, *rest, rounds):
+    def seconds(backbone, trial, *rest, **options):
         tried.append(trial.precision)
         return {"fp32": 1.0, "bf16": 9.0}[trial.precision]
 
-    monkeypatch.setattr(engine, "seconds", seconds)
-    times = engine.measure(nn.Identity(), candidates(DIRECT, CPU), CPU, 32, 8)
+    monkeypatch.setattr(trials, "seconds", seconds)
+    times = trials.measure(nn.Identity(), candidates(DIRECT, CPU), CPU, 32, 8)
     assert times == [1.0, 1.0, 9.0, 9.0]
-    assert tried.count("fp32") == 2 * (1 + engine.ROUNDS) and tried.count("bf16") == 2
+    assert tried.count("fp32") == 2 * (1 + trials.ROUNDS) and tried.count("bf16") == 2
 
 
 def test_a_slow_first_pass_does_not_make_a_run_long():

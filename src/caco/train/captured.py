@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,7 @@ class Captured(Generic[Output]):
             Exception
         ) as problem:  # a module that waits for the device, memory, a torch that cannot: all go on plainly
             torch.cuda.set_stream(stream)
-            with contextlib.suppress(Exception):  # what torch's allocator would wait for ever after
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), memory)
-                torch._C._cuda_releasePool(torch.cuda.current_device(), memory)
+            _end_capture(memory)
             reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
             logging.getLogger(__name__).warning("a step is not one CUDA graph, which may be slower: %s", reason)
             del self._views
@@ -84,14 +82,31 @@ class Captured(Generic[Output]):
             parameter.grad = None
 
 
+def _end_capture(memory: Any) -> None:
+    """Do what torch (up to 2.11) leaves undone where a capture has failed: its allocator and random numbers wait for the end.
+
+    memory: the pool that was captured into.
+    """
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())  # the same numbers follow
+    with contextlib.suppress(Exception):  # a torch that has done it
+        torch._C._cuda_endAllocateToPool(device, memory)
+        torch._C._cuda_releasePool(device, memory)
+
+
 def captured(
     work: Callable[[Sequence[Tensor]], Output], parameters: Iterable[nn.Parameter], config: Pretrain, world: World
 ) -> Callable[[Sequence[Tensor]], Output]:
-    """Return the work of a run to be called, captured where it may be: on one GPU, and not on several processes' own.
+    """Return the work of a run to be called, captured where it may be."""
+    return Captured(work, parameters, world.device) if is_captured(config, world) else work
+
+
+def is_captured(config: Pretrain, world: World) -> bool:
+    """Return whether the steps of a run are to be captured: on one GPU, not on those of several processes.
 
     Not with checkpointing, which is for batches that fill a GPU and reads its random state; nor with a module of the caller's
     own, of which nobody knows whether it decides anything outside the GPU.
     """
-    alone_on_gpu = world.device.type == "cuda" and world.size == 1
     suits = config.engine.cuda_graph and not config.engine.checkpointing and config.backbone != "own"
-    return Captured(work, parameters, world.device) if alone_on_gpu and suits else work
+    return suits and world.device.type == "cuda" and world.size == 1

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from caco.config import Pretrain
 from caco.errors import UsageError
-from caco.precision import PRECISIONS, autocast, has_fast_bfloat16
+from caco.precision import has_fast_bfloat16
 from caco.train.state import random_state, set_random_state
-from caco.winograd.network import LEAST_CHANNELS, suits_winograd, use_winograd
-
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+from caco.train.trials import LAYOUTS, Trial, measure, seconds, try_compiling
+from caco.winograd.network import LEAST_CHANNELS, suits_winograd
 
 TRIAL_BATCH = {"cpu": 32, "cuda": 256}
 """Images in a trial, at most. (With few of them a GPU waits for its next kernel.)"""
@@ -26,22 +22,10 @@ TRIAL_PIXELS = 2**16
 """On a CPU more of them if they are small: what is made once for a batch weighs in a trial what it does in the run."""
 SHORT_RUN = 600.0
 """Seconds of encoder work below which nothing is tried: fp32 (on GPUs bf16) and channels_last are taken."""
-LONG_RUN = {"cpu": 7200.0, "cuda": 1800.0}
-"""Seconds of encoder work above which compiling is tried: it takes a minute or two."""
-WORTH = {"bf16": 1.5, "contiguous": 1.1, "winograd": 1.1, "compile": 1.05}
+LONG_RUN = {"cpu": 7200.0, "cuda": 300.0}
+"""Seconds of encoder work above which compiling is tried: it takes a minute or two (ResNet-18 on an H200: 1.4 times as fast)."""
+WORTH = {"bf16": 1.5, "contiguous": 1.1, "winograd": 1.1}
 """How many times faster the less usual choice must be to be taken: not by the noise of a busy machine."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One way to compute the encoder."""
-
-    precision: Literal["fp32", "bf16"]
-    layout: Literal["channels_last", "contiguous"]
-    convolution: Literal["direct", "winograd"] = "direct"
-
-    def __str__(self) -> str:
-        return f"{self.precision} {self.layout}" + (" winograd" if self.convolution == "winograd" else "")
 
 
 def choose_engine(
@@ -52,13 +36,14 @@ def choose_engine(
     batch: int,
     say: Callable[[str], object] = lambda text: None,
     numba: bool = True,
+    captured: bool = False,
 ) -> tuple[Pretrain, str]:
     """Return the configuration with numbers and names in place of every "auto" of the engine, and why, in words.
 
     passes: forward-and-backward passes of one view that the run will make in this process. batch: images in each. say:
-    told before what takes a while, and where something else is taken than asked for. numba: every process has it. The
-    backbone is not changed, nor are random states. A short run is not worth a trial and gets the defaults. Raises
-    UsageError for choices that exclude each other.
+    told before what takes a while, and where something else is taken than asked for. numba: every process has it. captured:
+    the run's steps will be CUDA graphs, so the trials are, too. The backbone is not changed, nor are random states. A short
+    run is not worth a trial and gets the defaults. Raises UsageError for choices that exclude each other.
     """
     if config.engine.compile == "on" and config.engine.checkpointing:
         raise UsageError("--engine.compile on and --engine.checkpointing exclude each other; leave one out")
@@ -80,7 +65,7 @@ def choose_engine(
     try:
         # The first passes load libraries, and make kernels and buffers: some seconds on a GPU, however short the run.
         rounds = 3 if device.type == "cuda" else 2
-        first = seconds(backbone, choices[0], device, config.views.size, tried, rounds)
+        first = seconds(backbone, choices[0], device, config.views.size, tried, rounds, captured=captured)
         trials = passes * batch / tried  # as much work as the whole run
         work = first * trials
         chosen, why = choices[0], str(choices[0])
@@ -88,14 +73,14 @@ def choose_engine(
             say(
                 f"a long run, {_roughly(work)} on this machine: {len(choices)} ways to compute the encoder are timed first"
             )
-            times = measure(backbone, choices, device, config.views.size, tried)
+            times = measure(backbone, choices, device, config.views.size, tried, captured)
             chosen = fastest(choices, times)
             work, why = times[choices.index(chosen)] * trials, _speeds(choices, times, tried)
         compiled = config.engine.compile == "on"
         may_compile = config.engine.compile == "auto" and chosen.convolution == "direct"
         if may_compile and work > _long_run(device) and can_compile(device):
             say(f"a very long run, {_roughly(work)}: torch.compile is tried, which takes some minutes")
-            compiled, words = try_compiling(backbone, chosen, device, config.views.size, batch)
+            compiled, words = try_compiling(backbone, chosen, device, config.views.size, batch, captured)
             why += "; " + words
     finally:
         set_random_state(random, device)
@@ -151,71 +136,6 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
     return choices[min(range(len(choices)), key=handicapped)]
 
 
-ROUNDS = 5
-"""Turns in which the choices are timed."""
-FEW = 8
-"""Images of the first look at each choice."""
-HOPELESS = 4.0
-"""How many times as long as the fastest one a choice may take, as bfloat16 does on a CPU that only imitates it."""
-
-
-def measure(backbone: nn.Module, choices: Sequence[Trial], device: torch.device, size: int, batch: int) -> list[float]:
-    """Return the seconds of a forward and backward pass for each choice: the least of ROUNDS that take turns.
-
-    The least, since other programs only ever make it longer. Of a choice that is HOPELESS with a few images, that is all
-    that is timed.
-    """
-    few = min(batch, FEW)
-    # Of two passes the least: the first makes kernels, and may compile.
-    best = [seconds(backbone, trial, device, size, few, rounds=2) * batch / few for trial in choices]
-    tried = [number for number, taken in enumerate(best) if taken <= HOPELESS * min(best) and taken != float("inf")]
-    for number in tried:
-        best[number] = float("inf")
-    for _ in range(ROUNDS):
-        for number in tried:
-            best[number] = min(best[number], seconds(backbone, choices[number], device, size, batch, rounds=1))
-    return best
-
-
-def seconds(
-    backbone: nn.Module,
-    trial: Trial,
-    device: torch.device,
-    size: int,
-    batch: int,
-    rounds: int,
-    change: Callable[[nn.Module], object] = lambda network: None,
-) -> float:
-    """Return the seconds of one forward and backward pass of a copy of the backbone: the least of some rounds.
-
-    The first round makes kernels and buffers, and may take many times as long as those that follow.
-    Infinite where a GPU's memory does not suffice for it: the run may take fewer images at a time, or checkpointing. So
-    it is where Winograd's convolutions fail in a module that torch's own suit.
-    """
-    layout, best = LAYOUTS[trial.layout], float("inf")
-    try:
-        network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
-        if trial.convolution == "winograd":
-            use_winograd(network)
-        change(network)
-        view = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
-        for _ in range(rounds):
-            _wait(device)
-            began = time.perf_counter()
-            with autocast(device, PRECISIONS[trial.precision]):
-                features: Tensor = network(view)
-            features.float().square().mean().backward()
-            _wait(device)
-            best = min(best, time.perf_counter() - began)
-    except torch.OutOfMemoryError:
-        return float("inf")
-    except Exception:
-        if trial.convolution == "direct":
-            raise
-        return float("inf")
-    return best
-
-
 def _speeds(choices: Sequence[Trial], times: Sequence[float], images: int) -> str:
     """Return how many images a second each choice takes, in words; of one that could not be computed (`seconds`) that."""
     rates = ["failed" if taken == float("inf") else f"{images / taken:,.0f}" for taken in times]
@@ -242,25 +162,6 @@ def can_compile(device: torch.device) -> bool:
         return False
 
 
-def try_compiling(backbone: nn.Module, trial: Trial, device: torch.device, size: int, batch: int) -> tuple[bool, str]:
-    """Return whether compiling pays, and what was seen, in words."""
-    eager = seconds(backbone, trial, device, size, batch, rounds=3)
-    began = time.perf_counter()
-    try:
-        compiled = seconds(backbone, trial, device, size, batch, rounds=4, change=compile_module)
-    except Exception as error:  # compilers fail in many ways; the run goes on without
-        return False, f"torch.compile failed ({type(error).__name__}), so the encoder is not compiled"
-    if compiled == float("inf"):
-        return False, "torch.compile: a trial does not fit into memory, so the encoder is not compiled"
-    words = f"torch.compile: {eager / compiled:.2f} times as fast, {time.perf_counter() - began:.0f} s to compile"
-    return eager / compiled >= WORTH["compile"], words
-
-
-def compile_module(module: nn.Module) -> None:
-    """Compile a module in place; its state dict keeps its names. One graph for each shape of view."""
-    module.compile(dynamic=False)
-
-
 def search_kernels(device: torch.device) -> None:
     """Let cuDNN time its convolutions for each shape that comes, and take the fastest: the shapes of a run are few."""
     if device.type == "cuda":
@@ -284,8 +185,3 @@ def _roughly(seconds: float) -> str:
     if seconds == float("inf"):
         return "of unknown length"
     return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:,.0f} hours"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

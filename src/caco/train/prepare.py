@@ -29,13 +29,15 @@ from caco.model import CaCo, view_pairs
 from caco.objects import Objects
 from caco.optim import encoder_optimizer
 from caco.precision import choose_precision
-from caco.train.engine import choose_engine, compile_module, layout_of
+from caco.train.captured import is_captured
+from caco.train.engine import choose_engine, layout_of
 from caco.train.meters import Meters
 from caco.train.monitor import KnnMonitor, check_readable, create_monitor
 from caco.train.run_folder import check_same_mathematics, read_config
 from caco.train.start import load_start, start_from
 from caco.train.state import TrainingState
 from caco.train.step import warm_start_steps
+from caco.train.trials import compile_module
 from caco.weights import BackboneCard
 from caco.winograd.network import can_use_winograd
 
@@ -171,7 +173,9 @@ def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: i
     batch = config.batch_size // (world.size * config.accumulate)
     (lacking,) = world.vote(not can_use_winograd())
     return world.decide_in_main(
-        lambda: choose_engine(config, backbone, world.device, passes, batch, _say, numba=not lacking)
+        lambda: choose_engine(
+            config, backbone, world.device, passes, batch, _say, not lacking, is_captured(config, world)
+        )
     )
 
 
