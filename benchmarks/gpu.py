@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ import torch
 HERE = Path(__file__).parent
 WHOLE_RUNS = "killed"
 """What tests of whole runs, which take longest, have in their names."""
-RESNET50 = "--backbone resnet50 --size 224 --embedding 256 --projector 2048 --precision bf16"
+NOT_ON_CPU = ("bank-4-million", "bank-kernels")
+RESNET50 = "--backbone resnet50 --size 224 --embedding 256 --projector 2048 --precision bf16 --plain-views"
 
 
 def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
@@ -55,6 +57,7 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
             150,
             "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed streamed-bf16",
         ),
+        "bank-kernels": (90, "bank_kernels.py"),
         "data": (240, "data.py --parts augment"),
         "evaluate": (180, "evaluate.py"),
     }
@@ -82,7 +85,7 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
             )
             for name, (_, command) in memory.items()
         }
-        others = {name: (120, command.split()[0]) for name, (_, command) in others.items() if name != "bank-4-million"}
+        others = {name: (120, command.split()[0]) for name, (_, command) in others.items() if name not in NOT_ON_CPU}
     bank = {"bank": others.pop("bank")}
     all_parts = {**steps, **bank, **memory, **others}
     return {name: (limit, command + small) for name, (limit, command) in all_parts.items()}
@@ -113,7 +116,9 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began, seen = time.monotonic(), {}
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests"), "-k"]
+    tests = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", str(HERE.parent / "tests")]
+    tests += ["-n", "4", "-p", "no:benchmark"] if find_spec("xdist") else []  # pytest-benchmark does not bear the other
+    tests += ["-k"]
     commands = {"tests": (200, [*tests, f"not {WHOLE_RUNS}"])}
     for name, (limit, command) in parts(options.quick, largest_batch(options.device)).items():
         out = ["--device", options.device, "--out", str(options.out / f"{name}.json")]
