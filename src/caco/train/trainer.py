@@ -175,9 +175,9 @@ class Trainer:
                 else:
                     self._save_when_due(state.step)
 
-    def _captured(self, work: Callable[..., Output]) -> Callable[[Sequence[Tensor]], Output]:
-        """Return how the gradients of this run are computed, to be called with views; work: as a function of the step."""
-        work = partial(work, precision=self.run.precision, accumulate=self.config.accumulate)
+    def _captured(self, gradients: Callable[..., Output]) -> Callable[[Sequence[Tensor]], Output]:
+        """Return how the gradients of a step are computed in this run, a function of the views."""
+        work = partial(gradients, precision=self.run.precision, accumulate=self.config.accumulate)
         return captured(work, self.state.model.parameters(), self.config, self.world)
 
     def _record_is_due(self, step: int) -> bool:
