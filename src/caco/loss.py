@@ -111,19 +111,21 @@ class _CooperativeAdversarial(torch.autograd.Function):
         step = pull.queries * (-grad_outputs[0] / (temperature * ctx.shards.size))
         adversarial = pull.weights.sum(dim=1, keepdim=True) * step
         scaled = pull.queries / temperature
-        if kernels := fused.of_loss(weight, ctx.products):
-            gradient: Tensor = kernels.pulls_on_slots(scaled, *slots, pull.log_normaliser, adversarial)
-        else:
-            gradient = torch.empty_like(weight)
-            for block in slots.blocks(len(scaled)):
-                rows = slots.unit_rows(block)
-                pulled = pulls_on_slots(scaled, rows, pull.log_normaliser, adversarial, ctx.products)
-                gradient[block] = along_sphere(pulled, rows, inverse_length[block])
         positives = pull.rows.flatten()
         change = torch.where(pull.is_local, pull.weights * (1 - 2 * pull.probability), 0)
         cooperative = (change[:, :, None] * step[:, None]).flatten(0, 1)
-        along = along_sphere(cooperative, slots.unit_rows(positives), inverse_length[positives])
-        gradient.index_add_(0, positives, along)
+        if kernels := fused.of_loss(weight, ctx.products):
+            gradient: Tensor = kernels.pulls_on_slots(scaled, *slots, pull.log_normaliser, adversarial)
+            along_sphere(cooperative, slots.unit_rows(positives), inverse_length[positives])
+            gradient.index_add_(0, positives, cooperative)
+            return gradient, *[None] * 5
+        gradient = torch.empty_like(weight)
+        for block in slots.blocks(len(scaled)):
+            rows = slots.unit_rows(block)
+            gradient[block] = pulls_on_slots(scaled, rows, pull.log_normaliser, adversarial, ctx.products)
+        gradient.index_add_(0, positives, cooperative)
+        for block in slots.blocks(len(scaled)):
+            along_sphere(gradient[block], slots.unit_rows(block), inverse_length[block])
         return gradient, *[None] * 5
 
 

@@ -187,10 +187,10 @@ def pulls_on_slots(
 
 def along_sphere(
     pulled: Float[Tensor, "k D"], rows: Float[Tensor, "k D"], inverse_length: Float[Tensor, "k 1"]
-) -> Float[Tensor, "k D"]:
-    """Return the gradient of slots, given that of their unit rows (overwritten): what remains is tangent to the sphere."""
+) -> None:
+    """Push the gradient of unit rows through their normalisation, in place: what remains is tangent to the sphere."""
     pulled -= (pulled * rows).sum(dim=1, keepdim=True) * rows
-    return pulled.mul_(inverse_length)
+    pulled *= inverse_length
 
 
 def compare(queries: Float[Tensor, "N D"], rows: Float[Tensor, "k D"], dtype: torch.dtype) -> Float[Tensor, "N k"]:
