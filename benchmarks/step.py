@@ -285,9 +285,12 @@ def as_graphs(parts: Sequence[tuple[str, Callable[[], None]]]) -> list[tuple[str
             part()
             graphs.append((name, part))
             continue
+        if name == "optimizers":
+            part()  # which notes where the gradients are now
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             part()
+        graph.replay()
         graphs.append((name, graph.replay))
     return graphs
 

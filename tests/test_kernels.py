@@ -8,15 +8,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from torch.nn import functional as F
 
-pytest.importorskip("triton", reason="torch brings Triton on Linux only")
+from caco import fused
+from caco.bank import Bank
+
 INTERPRETED = Path(__file__).parent / "interpreted_kernels.py"
 
 
 @pytest.mark.parametrize("part", ["bank", "lars", "views"])
 def test_kernels_interpreted(part):
+    pytest.importorskip("triton", reason="torch brings Triton on Linux only")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # is read when Triton is imported
     done = subprocess.run(
         [sys.executable, str(INTERPRETED), part], capture_output=True, text=True, env=environment, check=False
@@ -25,3 +31,34 @@ def test_kernels_interpreted(part):
     errors = json.loads(done.stdout)
     assert len(errors) >= 9
     assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
+
+
+def rounded_logits(queries, weight, inverse_length):
+    """Return logits as the kernel of the softmax has them: it rounds slots of any length to bfloat16, not their unit rows."""
+    return queries.bfloat16().float() @ weight.bfloat16().float().T * inverse_length.T
+
+
+def rounded_softmax(queries, weight, inverse_length, with_mean=True):
+    logits = rounded_logits(queries, weight, inverse_length)
+    largest = logits.amax(dim=1, keepdim=True)
+    exponentials = (logits - largest).exp()
+    return largest, exponentials.sum(dim=1, keepdim=True), exponentials @ (weight * inverse_length)
+
+
+@pytest.mark.parametrize("length", [1.0, 1.3, 3.0])
+def test_positives_are_rounded_as_the_kernels_round(length, monkeypatch):
+    """Else a positive that is the nearest slot would not count as hit, whatever the length of the slots."""
+    kernels = ModuleType("kernels")
+    kernels.softmax = rounded_softmax
+    monkeypatch.setattr(fused, "of_loss", lambda weight, products: kernels if products == torch.bfloat16 else None)
+    torch.manual_seed(0)
+    bank = Bank(500, 128)
+    bank.weight.data.copy_(length * F.normalize(bank.weight.data, dim=1))
+    positives = torch.randint(500, (200, 2))
+    queries = F.normalize(bank.weight.data[positives[:, 0]] / length + 0.1 * torch.randn(200, 128), dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        slots = bank.slots()
+        hit = bank.loss(queries, slots, positives, torch.full((200, 2), 0.5)).hit
+    nearest = rounded_logits(queries, *slots).argmax(dim=1, keepdim=True)
+    assert torch.equal(hit, nearest == positives)
+    assert hit[:, 0].float().mean() > 0.7

@@ -16,6 +16,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from caco.trusted import has_room
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 """GPUs have 2ˣ only."""
 
@@ -105,8 +107,6 @@ class _Blocks(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.loads_ahead}
 
 
-ROOMY = 220 * 1024
-"""Bytes next to a processor of a data centre's GPU (H100 and later), by which the first blocks fit; the second fit others."""
 _NEAREST = {64: ((128, 64, 8, 3),), 128: ((128, 64, 8, 2),)}
 _SOFTMAX = {
     64: ((128, 128, 8, 3), (64, 64, 4, 2)),
@@ -118,23 +118,15 @@ _PULLS = {
     128: ((64, 64, 4, 3), (32, 64, 4, 2)),
     256: ((64, 64, 8, 2), (32, 32, 4, 2)),
 }
-"""By the width of a row, at most; `_Blocks` but for that. Measured on an H200, the second only compiled."""
+"""By the width of a row, at most; `_Blocks` but for that. The first are for GPUs that have room, measured on an H200; the second
+for others, only compiled."""
 
 
 def _blocks(choices: Mapping[int, Sequence[tuple[int, int, int, int]]], weight: Tensor) -> _Blocks:
     """Return the blocks of a kernel for slots [K, D]."""
     width = max(16, triton.next_power_of_2(weight.shape[1]))
     of_width = choices[min(most for most in choices if most >= width)]
-    return _Blocks(width, *of_width[0 if _has_room(weight.device) else -1])
-
-
-def searches_well(weight: Tensor) -> bool:
-    """Return whether `nearest` pays: where the larger blocks fit, for rows of 128 at most (of 256 cuBLAS is as fast)."""
-    return _has_room(weight.device) and weight.shape[1] <= max(_NEAREST)
-
-
-def _has_room(device: torch.device) -> bool:
-    return device.type == "cuda" and bool(_processors(device).shared_memory_per_block_optin >= ROOMY)
+    return _Blocks(width, *of_width[0 if has_room(weight.device) else -1])
 
 
 def _division(queries: int, slots: int, blocks: _Blocks, device: torch.device) -> tuple[tuple[int, int], int]:

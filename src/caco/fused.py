@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from caco.trusted import works
+from caco.trusted import has_room, suits_kernels, works
 
 WIDEST = 256
 """Width of the widest embedding that the kernels have room for."""
+WIDEST_SEARCHED = 128
+"""Of the widest whose nearest slot they search faster than cuBLAS."""
 LARGEST_GAP = 5e-6
 """By how much a cosine that was found may differ from the largest one, by rounding: tensor cores cut off what they add."""
 LARGEST_DEVIATION = 0.02
@@ -32,12 +34,11 @@ def of_search(weight: Tensor) -> ModuleType | None:
 
     A product exact to float32 is three on tensor cores: worth it on a data centre's GPU, whose other units are few.
     """
-    found = _of_bank(weight)
-    return found if found and found.searches_well(weight) else None
+    return _of_bank(weight) if has_room(weight.device) and weight.shape[1] <= WIDEST_SEARCHED else None
 
 
 def _of_bank(weight: Tensor) -> ModuleType | None:
-    suits = (weight.device.type, weight.dtype) == ("cuda", torch.float32) and weight.shape[1] <= WIDEST
+    suits = weight.dtype == torch.float32 and weight.shape[1] <= WIDEST and suits_kernels(weight.device)
     return _checked(weight.device, weight.shape[1]) if suits else None
 
 
@@ -71,7 +72,8 @@ def _problem(ours: ModuleType, device: torch.device, width: int) -> str:
     probability, log_normaliser = logits.softmax(dim=1), logits.logsumexp(dim=1, keepdim=True)
     of_slots = probability.T @ pull
 
-    found, place = ours.nearest(query, weight, inverse_length) if ours.searches_well(weight) else cosines.max(dim=1)
+    searches = has_room(device) and width <= WIDEST_SEARCHED
+    found, place = ours.nearest(query, weight, inverse_length) if searches else cosines.max(dim=1)
     largest, total, slot_sum = ours.softmax(scaled, weight, inverse_length)
     gradient = ours.pulls_on_slots(scaled, weight, inverse_length, log_normaliser, pull)
     gaps = cosines.amax(dim=1) - torch.stack([cosines.gather(1, place[:, None])[:, 0], found.double()])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from caco.trusted import works
+from caco.trusted import suits_kernels, works
 
 if TYPE_CHECKING:
     from caco.lars_kernels import Table
@@ -164,7 +164,7 @@ def _has_kernels(device: torch.device) -> bool:
         deviation = float((results[0] - results[1]).norm() / results[1].norm())
         return "" if deviation < 1e-5 else f"they deviate by {deviation:.2g} from plain torch"
 
-    return works("the kernels of LARS", problem)
+    return suits_kernels(device) and works("the kernels of LARS", problem)
 
 
 def encoder_optimizer(name: str, encoder: nn.Module, lr: float, momentum: float, weight_decay: float) -> Optimizer:

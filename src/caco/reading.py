@@ -51,14 +51,14 @@ def _read_at_once(
 ) -> Tensor:
     """Take all slots into the softmax of the encoder, and into that of the slots if it is another one, by a GPU's kernels.
 
-    Returns each positive's logit, where it is in this process.
+    Returns each positive's logit, where it is in this process, of factors that are rounded as the kernels' are.
     """
     softmax.largest, softmax.total, softmax.slot_sum = kernels.softmax(softmax.queries, *slots)
     if others is not None:
         others.largest, others.total, _ = kernels.softmax(others.queries, *slots, with_mean=False)
-    positives = slots.unit_rows(row.clamp(0, len(slots.weight) - 1).flatten()).view(*row.shape, -1)
-    queries = softmax.queries.to(softmax.products)[:, None]
-    return (queries.to(positives.dtype) * positives.to(softmax.products)).sum(dim=2)
+    held = row.clamp(0, len(slots.weight) - 1)
+    queries, rows = (values.to(softmax.products).float() for values in (softmax.queries, slots.weight.detach()[held]))
+    return (queries[:, None] * rows).sum(dim=2) * slots.inverse_length[held][:, :, 0]
 
 
 def _read_in_blocks(

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+ROOMY = 220 * 1024
+"""Bytes of memory next to each processor of a data centre's GPU, H100 and later."""
+
+
+def suits_kernels(device: torch.device) -> bool:
+    """Return whether a device is a GPU that the kernels were written for: with tensor cores that take bfloat16 and TF32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_room(device: torch.device) -> bool:
+    """Return whether a device is a GPU of a data centre, of which a kernel's blocks may be larger."""
+    properties: Any = torch.cuda.get_device_properties(device) if suits_kernels(device) else None
+    return bool(properties and properties.shared_memory_per_block_optin >= ROOMY)
 
 
 def works(what: str, problem: Callable[[], str]) -> bool:

@@ -75,6 +75,24 @@ def test_loss_and_both_gradients_of_the_bank(products, by_kernels, bound, slot_t
     assert error(bank.weight.grad, exact[1].grad) < bound
 
 
+@pytest.mark.parametrize("length", [1.0, 1.3, 3.0])
+def test_hits_by_the_kernels(length):
+    """A positive that is the nearest slot is a hit, however long the slots are: its logit is rounded as the kernel's."""
+    device = choose_device(PLACE)
+    torch.manual_seed(0)
+    bank, positives = Bank(5000, 128).to(device), torch.randint(5000, (300, 2), device=device)
+    unit = F.normalize(bank.weight.data, dim=1)
+    bank.weight.data.copy_(length * unit)
+    queries = F.normalize(unit[positives[:, 0]] + 0.1 * torch.randn(300, 128, device=device), dim=1)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        hit = bank.loss(queries, bank.slots(), positives, torch.full((300, 2), 0.5, device=device)).hit
+    cosines = queries @ unit.T
+    two = cosines.topk(2, dim=1).values
+    clear = two[:, 0] - two[:, 1] > 0.01  # which rounding cannot turn round
+    assert clear.float().mean() > 0.9
+    assert torch.equal(hit[clear], (cosines.argmax(dim=1, keepdim=True) == positives)[clear])
+
+
 @pytest.mark.parametrize("width", [16, 48, 64, 128, 200, 256])
 @pytest.mark.parametrize(("queries", "size"), [(512, 65_536), (77, 3_001), (1_500, 20_000)])
 def test_the_kernels_of_the_bank(width, queries, size):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import Stages, make_views, to_device
-from caco.trusted import works
+from caco.trusted import suits_kernels, works
 from caco.views import Augmentation
 
 
@@ -100,7 +100,7 @@ def _has_kernel(device: torch.device, height: int, width: int, augmentation: Aug
         furthest = float((small_views(*work) - plain).abs().max())
         return "" if furthest < LARGEST_DIFFERENCE else f"they deviate by {furthest:.2g} from those of plain torch"
 
-    is_small = device.type == "cuda" and max(height, width, augmentation.size) <= SMALL
+    is_small = max(height, width, augmentation.size) <= SMALL and suits_kernels(device)
     return is_small and works("views by the kernel of our own", problem)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,6 +23,8 @@ Output = TypeVar("Output")
 
 PLAIN_CALLS = 3
 """Calls before the work is captured: they load libraries, choose kernels, compile, and make buffers that stay."""
+CALLS_AHEAD = 4
+"""Calls that Python may be ahead of the GPU, each of which keeps its views; one launch a call would let it run away."""
 MOST_MEMORY = 0.5
 """Share of the GPU's memory that the work may take, at most. A graph keeps its memory, which a check between two epochs
 cannot borrow; and a batch that fills a GPU keeps it busy, however its kernels are launched."""
@@ -30,8 +34,8 @@ class Captured(Generic[Output]):
     """Calls `work(views)`, which leaves gradients; from some calls on by a CUDA graph.
 
     The work must be the same in every call but for the views and for what is on the device, and may wait for nothing. What
-    it returns and the gradients are overwritten by the next call. Where it cannot be captured, which is told once, or has
-    views of other shapes, it is called as it is.
+    it returns and the gradients are overwritten by the next call. Where it takes MOST_MEMORY, has views of other shapes, or
+    cannot be captured, which is told once, it is called as it is.
     """
 
     def __init__(
@@ -42,19 +46,37 @@ class Captured(Generic[Output]):
         self.plain_calls_left = PLAIN_CALLS
         self.is_wanted = True
         self.graph: torch.cuda.CUDAGraph | None = None
+        self._ahead: deque[torch.cuda.Event] = deque()
 
     def __call__(self, views: Sequence[Tensor]) -> Output:
-        if self.graph is None and self.is_wanted and self.plain_calls_left == 0:
+        if self.plain_calls_left:
+            return self._prepare(views)
+        if self.is_wanted:
             self._capture(views)
         if self.graph is None or [view.shape for view in views] != [view.shape for view in self._views]:
-            self.plain_calls_left = max(self.plain_calls_left - 1, 0)
             return self.work(views)
+        if len(self._ahead) == CALLS_AHEAD:
+            self._ahead.popleft().synchronize()
         for own, view in zip(self._views, views, strict=True):
             own.copy_(view)
         self.graph.replay()
+        self._ahead.append(torch.cuda.Event(blocking=True))
+        self._ahead[-1].record(torch.cuda.current_stream(self.device))
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = gradient
         return self._output
+
+    def _prepare(self, views: Sequence[Tensor]) -> Output:
+        """Call the work as it is, on the stream on which it is captured later: some libraries have a memory for each."""
+        if self.plain_calls_left == PLAIN_CALLS:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        stream, usual = _stream(self._index), torch.cuda.current_stream(self.device)
+        stream.wait_stream(usual)
+        with torch.cuda.stream(stream):
+            output = self.work(views)
+        usual.wait_stream(stream)
+        self.plain_calls_left -= 1
+        return output
 
     def _capture(self, views: Sequence[Tensor]) -> None:
         """Record the work, which computes nothing yet."""
@@ -62,37 +84,51 @@ class Captured(Generic[Output]):
         if torch.cuda.max_memory_allocated(self.device) > MOST_MEMORY * torch.cuda.mem_get_info(self.device)[1]:
             return
         graph, memory = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        stream = torch.cuda.current_stream(self.device)
+        usual = torch.cuda.current_stream(self.device)
         try:
             self._views = [view.clone() for view in views]
             # thread_local: the thread that makes views may go on, and allocate.
-            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            how: dict[str, Any] = {"pool": memory, "stream": _stream(self._index), "capture_error_mode": "thread_local"}
+            with torch.cuda.device(self._index), torch.cuda.graph(graph, **how):
                 self._output = self.work(self._views)
         except (
             Exception
         ) as problem:  # a module that waits for the device, memory, a torch that cannot: all go on plainly
-            torch.cuda.set_stream(stream)
-            _end_capture(memory)
-            reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
-            logging.getLogger(__name__).warning("a step is not one CUDA graph, which may be slower: %s", reason)
-            del self._views
+            torch.cuda.set_stream(usual)
+            _end_capture(self._index, memory)
+            _tell(f"{type(problem).__name__}: {problem}".splitlines()[0])
         else:
             self._gradients, self.graph = [parameter.grad for parameter in self.parameters], graph
         for parameter in self.parameters:
             parameter.grad = None
 
+    @property
+    def _index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
 
-def _end_capture(memory: Any) -> None:
+
+@lru_cache
+def _stream(gpu: int) -> torch.cuda.Stream:
+    """Return the stream of a GPU on which work is captured. (torch's own is that of the first GPU, for all.)"""
+    return torch.cuda.Stream(gpu)
+
+
+@lru_cache
+def _tell(reason: str) -> None:
+    """Say, once, why work is not captured."""
+    logging.getLogger(__name__).warning("a step is not one CUDA graph, which may be slower: %s", reason)
+
+
+def _end_capture(gpu: int, memory: Any) -> None:
     """Do what torch (up to 2.11) leaves undone where a capture has failed: its allocator and random numbers wait for the end.
 
     memory: the pool that was captured into.
     """
-    device = torch.cuda.current_device()
-    generator = torch.cuda.default_generators[device]
+    generator = torch.cuda.default_generators[gpu]
     generator.graphsafe_set_state(generator.clone_state())  # the same numbers follow
     with contextlib.suppress(Exception):  # a torch that has done it
-        torch._C._cuda_endAllocateToPool(device, memory)
-        torch._C._cuda_releasePool(device, memory)
+        torch._C._cuda_endAllocateToPool(gpu, memory)
+        torch._C._cuda_releasePool(gpu, memory)
 
 
 def captured(
