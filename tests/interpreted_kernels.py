@@ -1,4 +1,4 @@
-"""Run by test_kernels.py: prints the relative errors of the kernels as JSON."""
+"""Run by test_gpu_kernels.py: prints the relative errors of the kernels as JSON."""
 
 import json
 import sys

@@ -1,0 +1,55 @@
+"""Run by test_gpu_kernels.py: compiles the kernels for GPUs that are not here; prints their shared memory in bytes as JSON."""
+
+import json
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from caco import bank_kernels, lars_kernels
+from caco.data import view_kernel
+
+POINTERS = {"queries": "*bf16", "pulls": "*bf16", "places": "*i32", "images": "*u8"}
+"""All others point to float32."""
+ALIGNED = {"key_count", "query_count", "slot_count", "of_part", "width", "height", "size"}
+
+
+def shared_memory(kernel, architecture, constants, options, other_types=None):
+    """Compile a kernel, and return what memory next to a processor it needs."""
+    types, names = other_types or {}, kernel.arg_names
+    signature, attributes = {}, {}
+    for place, name in enumerate(names):
+        kind = types.get(name) or ("i32" if name in ALIGNED else POINTERS.get(name, "*fp32"))
+        signature[name] = "constexpr" if name in constants else kind
+        if name not in constants and (kind.startswith("*") or name in ALIGNED):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    return compile(source, target=GPUTarget("cuda", architecture, 32), options=options).metadata.shared
+
+
+def main() -> None:
+    found = {"roomy": {}, "others": {}}
+    tables = (
+        (bank_kernels._NEAREST, bank_kernels._nearest, "KEYS", {}),
+        (bank_kernels._SOFTMAX, bank_kernels._softmax, "QUERIES", {"WITH_MEAN": True}),
+        (bank_kernels._PULLS, bank_kernels._pulls, "QUERIES", {}),
+    )
+    for table, kernel, queries, more in tables:
+        for width, (large, *small) in table.items():
+            for kind, architecture, choices in (("roomy", 90, [large]), ("others", 86, small)):
+                for count, slots, warps, ahead in choices:
+                    constants = {"WIDTH": width, queries: count, "SLOTS": slots, **more}
+                    needed = shared_memory(kernel, architecture, constants, {"num_warps": warps, "num_stages": ahead})
+                    found[kind][f"{kernel.__name__} {width}"] = needed
+    sides = {"ROWS": 32, "ROW": 32, "SIZE": 32}
+    found["others"]["views"] = shared_memory(view_kernel._view, 86, sides, {"num_warps": 8})
+    types = {"rows": "*i64", "tensor_of_chunk": "*i64"} | dict.fromkeys(
+        ("lr", "momentum", "weight_decay", "trust_coefficient"), "fp32"
+    )
+    for kernel, constants in ((lars_kernels._norms, {}), (lars_kernels._move, {"MOST": 1024})):
+        constants = {"CHUNK": lars_kernels.CHUNK, **constants}
+        found["others"][kernel.__name__] = shared_memory(kernel, 86, constants, {"num_warps": 8}, types)
+    print(json.dumps(found))
+
+
+main()
