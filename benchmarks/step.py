@@ -149,7 +149,7 @@ class Step:
             held["pulls"].append(result.pull)
 
         def backward() -> None:
-            held["query"].backward(held["gradient"])
+            held.pop("query").backward(held["gradient"])  # what it leaves would tie a graph to the stream of the first
 
         def slot_term() -> None:
             with in_precision():

@@ -17,10 +17,13 @@ from jaxtyping import install_import_hook
 import caco
 
 COMPILED = (
+    "caco.bank_kernels",
+    "caco.lars_kernels",
+    "caco.data.view_kernel",
     "caco.data.kernel",
     *(f"caco.winograd.{name}" for name in ("filters", "passes", "products", "tiles", "transforms", "vectors")),
 )
-"""Functions that numba compiles cannot be wrapped, which jaxtyping's release for Python 3.10 does in spite of no_type_check."""
+"""What Triton or numba compiles cannot be wrapped, which jaxtyping's release for Python 3.10 does in spite of no_type_check."""
 
 
 def checked_modules() -> list[str]:

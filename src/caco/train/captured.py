@@ -95,6 +95,7 @@ class Captured(Generic[Output]):
             Exception
         ) as problem:  # a module that waits for the device, memory, a torch that cannot: all go on plainly
             torch.cuda.set_stream(usual)
+            _failed.append(graph)
             _end_capture(self._index, memory)
             _tell(f"{type(problem).__name__}: {problem}".splitlines()[0])
         else:
@@ -105,6 +106,10 @@ class Captured(Generic[Output]):
     @property
     def _index(self) -> int:
         return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture has failed: torch's allocator of pinned memory may still ask them (up to 2.11)."""
 
 
 @lru_cache
