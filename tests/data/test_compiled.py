@@ -113,7 +113,7 @@ from caco.data.compiled import DeviceViews
 
 images, statistics = torch.zeros(2, 20, 20, 3, dtype=torch.uint8), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 for size in range(8, 18):  # by the tracer alone: it is what keeps count
-    augmentation = Views(size=size).augmentations()[0]
+    augmentation = Views(size=size, jitter=0.0, blur=(0.0, 0.0)).augmentations()[0]
     render = DeviceViews(augmentation, *statistics, compiled=True, backend="eager")
     drawn = draw_parameters(augmentation, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
     assert render(images, drawn).shape == (2, 3, size, size) and render._compiled is not None, size
