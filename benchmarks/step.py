@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from measure import Seconds, arguments, describe, fresh, gigabytes, save, table, take_turns
+from stages import stage_times
 from torch import Tensor, nn
 
 from caco.backbone import create_backbone
@@ -34,9 +35,8 @@ from caco.data.loader import TrainingViews
 from caco.data.source import ImageSource, open_source
 from caco.device import choose_device
 from caco.distributed.world import World
-from caco.model import embed
 from caco.precision import PRECISIONS, autocast
-from caco.train.captured import PLAIN_CALLS, Captured, captured
+from caco.train.captured import PLAIN_CALLS, captured
 from caco.train.engine import search_kernels
 from caco.train.heap import keep_heap
 from caco.train.prepare import create_state
@@ -44,8 +44,6 @@ from caco.train.state import TrainingState
 from caco.train.step import Rates, compute_gradients, rates_at, train_step
 from caco.train.trials import compile_module
 from caco.winograd.network import use_winograd
-
-WAIT = "wait for views"
 
 
 def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
@@ -73,7 +71,7 @@ def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
 
 
 class Step:
-    """Whole steps, on views that a loader makes ahead, and the same step in stages."""
+    """Whole steps, on views that a loader makes ahead. (In stages: `stages.py`.)"""
 
     def __init__(self, config: Pretrain, source: ImageSource, plain_views: bool = False) -> None:
         device = choose_device(config.device)
@@ -111,78 +109,6 @@ class Step:
 
     def whole(self) -> None:
         train_step(self.state, self.gradients, next(self.batches), self.rates, self.rates.key_momentum)
-
-    def stages(self) -> list[tuple[str, Callable[[], None]]]:
-        """Return the parts of a step in their order, by the stage they belong to."""
-        model, state = self.state.model, self.state
-        held: dict[str, Any] = {}
-
-        def in_precision() -> torch.autocast:
-            return autocast(self.loader.device, self.precision)
-
-        def wait() -> None:
-            batch = next(self.batches)
-            for view, new in zip(held.setdefault("views", batch), batch, strict=True):
-                view.copy_(new)  # a graph always reads the same
-            held["pulls"] = []
-
-        def keys() -> None:
-            with in_precision(), torch.no_grad():
-                held["keys"] = torch.cat([embed(model.key_encoder, view) for view in held["views"][:2]])
-
-        def search() -> None:
-            with in_precision():
-                held["slots"] = model.bank.slots()
-                held["positives"] = model.bank.nearest(held["keys"], held["slots"]).view(2, -1)
-
-        def query(number: int) -> None:
-            with in_precision():
-                held["query"] = embed(model.encoder, held["views"][number])
-
-        def loss(number: int) -> None:
-            leaf = held["query"].detach().requires_grad_()
-            weights = leaf.new_full((len(leaf), 2), 0.5 / len(leaf))
-            with in_precision():
-                result = model.bank.loss(leaf, held["slots"], held["positives"].T, weights)
-            result.loss.backward()
-            held["gradient"] = leaf.grad
-            held["pulls"].append(result.pull)
-
-        def backward() -> None:
-            held.pop("query").backward(held["gradient"])  # what it leaves would tie a graph to the stream of the first
-
-        def slot_term() -> None:
-            with in_precision():
-                zero = model.bank.slot_term(held["slots"], held["pulls"])
-            zero.backward()
-
-        def optimizers() -> None:
-            state.optimizer.step()
-            state.bank_optimizer.step()
-
-        def momentum() -> None:
-            model.update_key_encoder(self.rates.key_momentum)
-            state.optimizer.zero_grad(set_to_none=True)
-            state.bank_optimizer.zero_grad(set_to_none=True)
-
-        of_views = [
-            part
-            for number in range(self.views)
-            for part in (
-                ("query passes", partial(query, number)),
-                ("bank: search, loss, both gradients", partial(loss, number)),
-                ("backward of the encoder", backward),
-            )
-        ]
-        return [
-            (WAIT, wait),
-            ("key passes", keys),
-            ("bank: search, loss, both gradients", search),
-            *of_views,
-            ("bank: search, loss, both gradients", slot_term),
-            ("optimizers", optimizers),
-            ("key encoder", momentum),
-        ]
 
 
 def limit(backbone: nn.Module, config: Pretrain, views: Sequence[Tensor]) -> Callable[[], None]:
@@ -257,42 +183,6 @@ def contestant(
     del backbone, views, work
     stages = stage_times(step, max(rounds // 2, 1)) if in_stages else {}
     return {**turns, "stages": stages, "gpu_bytes": gpu}
-
-
-def stage_times(step: Step, rounds: int) -> dict[str, Any]:
-    """Return the seconds of each stage of a step."""
-    parts, device = step.stages(), step.loader.device
-    for _, stage in parts:
-        stage()
-    if isinstance(step.gradients, Captured):
-        step.gradients = step.gradients.work  # its graph's memory is given back
-        parts = as_graphs(parts)
-    stages: dict[str, list[float]] = {name: [] for name, _ in parts}
-    for _ in range(rounds):
-        seconds = dict.fromkeys(stages, 0.0)
-        for name, stage in parts:
-            seconds[name] += take_turns({name: stage}, 1, warm_up=0, device=device)[name].all[0]
-        for name, taken in seconds.items():
-            stages[name].append(taken)
-    return {name: Seconds(tuple(times)).as_json() for name, times in stages.items()}
-
-
-def as_graphs(parts: Sequence[tuple[str, Callable[[], None]]]) -> list[tuple[str, Callable[[], None]]]:
-    """Return the parts of a step, in their order, as CUDA graphs that share one memory; what waits for data stays itself."""
-    memory, graphs = torch.cuda.graph_pool_handle(), []
-    for name, part in parts:
-        if name == WAIT:
-            part()
-            graphs.append((name, part))
-            continue
-        if name == "optimizers":
-            part()  # which notes where the gradients are now
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            part()
-        graph.replay()
-        graphs.append((name, graph.replay))
-    return graphs
 
 
 def main() -> None:

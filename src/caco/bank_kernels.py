@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caco.trusted import has_room
+from caco.own_kernels import has_room
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """GPUs have 2ˣ only."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from caco.trusted import has_room, suits_kernels, works
+from caco.own_kernels import has_room, suits_kernels, works
 
 WIDEST = 256
 """Width of the widest embedding that the kernels have room for."""
@@ -34,7 +34,11 @@ def of_search(weight: Tensor) -> ModuleType | None:
 
     A product exact to float32 is three on tensor cores: worth it on a data centre's GPU, whose other units are few.
     """
-    return _of_bank(weight) if has_room(weight.device) and weight.shape[1] <= WIDEST_SEARCHED else None
+    return _of_bank(weight) if _searches(weight.device, weight.shape[1]) else None
+
+
+def _searches(device: torch.device, width: int) -> bool:
+    return width <= WIDEST_SEARCHED and has_room(device)
 
 
 def _of_bank(weight: Tensor) -> ModuleType | None:
@@ -47,10 +51,8 @@ def _checked(device: torch.device, width: int) -> ModuleType | None:
     """Return the bank's kernels if they give here what plain products give; waits for the device."""
 
     def problem() -> str:
-        from caco import bank_kernels
-
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return _problem(bank_kernels, device, width)
+            return _problem(device, width)
 
     if not works("the bank's kernels", problem):
         return None
@@ -59,11 +61,13 @@ def _checked(device: torch.device, width: int) -> ModuleType | None:
     return bank_kernels
 
 
-def _problem(ours: ModuleType, device: torch.device, width: int) -> str:
+def _problem(device: torch.device, width: int) -> str:
     """Return in what the bank's kernels deviate from plain products, "" if in nothing.
 
     At a size that is divided as a bank's is, and with remainders.
     """
+    from caco import bank_kernels  # which needs Triton
+
     generator = torch.Generator().manual_seed(0)
     query, weight, pull = (torch.randn(count, width, generator=generator).to(device) for count in (500, 32_100, 500))
     query, inverse_length = F.normalize(query, dim=1), weight.norm(dim=1, keepdim=True).reciprocal()
@@ -72,10 +76,10 @@ def _problem(ours: ModuleType, device: torch.device, width: int) -> str:
     probability, log_normaliser = logits.softmax(dim=1), logits.logsumexp(dim=1, keepdim=True)
     of_slots = probability.T @ pull
 
-    searches = has_room(device) and width <= WIDEST_SEARCHED
-    found, place = ours.nearest(query, weight, inverse_length) if searches else cosines.max(dim=1)
-    largest, total, slot_sum = ours.softmax(scaled, weight, inverse_length)
-    gradient = ours.pulls_on_slots(scaled, weight, inverse_length, log_normaliser, pull)
+    searches = _searches(device, width)
+    found, place = bank_kernels.nearest(query, weight, inverse_length) if searches else cosines.max(dim=1)
+    largest, total, slot_sum = bank_kernels.softmax(scaled, weight, inverse_length)
+    gradient = bank_kernels.pulls_on_slots(scaled, weight, inverse_length, log_normaliser, pull)
     gaps = cosines.amax(dim=1) - torch.stack([cosines.gather(1, place[:, None])[:, 0], found.double()])
     pairs = [
         (largest + total.log(), log_normaliser),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from caco.trusted import suits_kernels, works
+from caco.own_kernels import suits_kernels, works
 
 if TYPE_CHECKING:
     from caco.lars_kernels import Table
@@ -76,7 +76,7 @@ class LARS(_LayerWise):
     def _move(
         self, parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     ) -> None:
-        if not (parameters[0].device.type == "cuda" and self._by_kernels(parameters, gradients, buffers, group)):
+        if not self._by_kernels(parameters, gradients, buffers, group):
             super()._move(parameters, gradients, buffers, group)
 
     def _by_kernels(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import Stages, make_views, to_device
-from caco.trusted import suits_kernels, works
+from caco.own_kernels import suits_kernels, works
 from caco.views import Augmentation
 
 
