@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,17 +22,26 @@ from caco.slots import compare, pulls_on_slots
 
 BLOCKS: dict[int, dict[str, list[tuple[int, int, int, int]]]] = {
     128: {
-        "_NEAREST": [(128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
-        "_SOFTMAX": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
-        "_PULLS": [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 4, 3)],
+        "search": [(128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
+        "search, bf16x6": [
+            (128, 64, 8, 2),
+            (128, 64, 4, 2),
+            (64, 64, 4, 2),
+            (128, 32, 8, 3),
+            (128, 32, 4, 2),
+            (64, 128, 4, 2),
+        ],
+        "softmax": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
+        "pulls": [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 4, 3)],
     },
     256: {
-        "_NEAREST": [(64, 32, 4, 2), (64, 32, 8, 2)],
-        "_SOFTMAX": [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 3)],
-        "_PULLS": [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 3)],
+        "search": [(64, 32, 4, 2)],
+        "search, bf16x6": [(64, 32, 4, 2), (128, 32, 8, 2), (128, 32, 4, 2), (64, 64, 4, 2)],
+        "softmax": [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 3)],
+        "pulls": [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 3)],
     },
 }
-"""Queries and slots in a block, warps, loads ahead."""
+"""Queries and slots in a block, warps, loads ahead. bf16x6: six products of bfloat16 for an exact one, not three of TF32."""
 
 
 def graph(work: Callable[[], object]) -> Callable[[], None]:
@@ -47,7 +57,7 @@ def graph(work: Callable[[], object]) -> Callable[[], None]:
 
 def contestants(width: int, device: torch.device, slots: int) -> dict[str, dict[str, Callable[[], object]]]:
     """Return for each kernel what it does in plain torch, and each way to divide its work."""
-    from caco import bank_kernels
+    from caco.bank_kernels import pulls, search, softmaxes
 
     torch.manual_seed(0)
     batch = 4 * width
@@ -56,30 +66,34 @@ def contestants(width: int, device: torch.device, slots: int) -> dict[str, dict[
     keys = F.normalize(torch.randn(2 * batch, width, device=device), dim=1)
     queries, few = keys / 0.08, keys[:batch] / 0.08
     log_normaliser = (queries @ (weight * inverse_length).T).logsumexp(dim=1, keepdim=True)
-    pulls, bf16 = torch.randn_like(keys), torch.bfloat16
+    drawn, bf16 = torch.randn_like(keys), torch.bfloat16
 
     def plain_softmax() -> None:
         logits = compare(few, weight * inverse_length, bf16)
         exponentials = (logits - logits.amax(dim=1, keepdim=True)).exp_()
         torch.mm(exponentials.to(bf16), weight.to(bf16), out_dtype=torch.float32)
 
-    works: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "_NEAREST": (
+    works: dict[str, tuple[ModuleType, Callable[[], object], Callable[[], object]]] = {
+        "search": (
+            search,
             lambda: (keys @ (weight * inverse_length).T).max(dim=1),
-            lambda: bank_kernels.nearest(keys, weight, inverse_length),
+            lambda: search.nearest(keys, weight, inverse_length),
         ),
-        "_SOFTMAX": (plain_softmax, lambda: bank_kernels.softmax(few, weight, inverse_length)),
-        "_PULLS": (
-            lambda: pulls_on_slots(queries, weight * inverse_length, log_normaliser, pulls, bf16),
-            lambda: bank_kernels.pulls_on_slots(queries, weight, inverse_length, log_normaliser, pulls),
+        "softmax": (softmaxes, plain_softmax, lambda: softmaxes.softmax(few, weight, inverse_length)),
+        "pulls": (
+            pulls,
+            lambda: pulls_on_slots(queries, weight * inverse_length, log_normaliser, drawn, bf16),
+            lambda: pulls.pulls_on_slots(queries, weight, inverse_length, log_normaliser, drawn),
         ),
     }
     found: dict[str, dict[str, Callable[[], object]]] = {}
     for name, choices in BLOCKS[width].items():
-        plain, ours = works[name]
+        kernel, *precision = name.split(", ")
+        module, plain, ours = works[kernel]
+        search.PRECISION = precision[0] if precision else "tf32x3"
         found[name] = {"plain torch": graph(plain)}
         for blocks in choices:
-            setattr(bank_kernels, name, {width: (blocks,)})
+            module.BLOCKS = {width: (blocks,)}
             try:
                 found[name][str(blocks)] = graph(ours)
             except Exception as error:  # too large for this GPU

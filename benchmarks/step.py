@@ -161,13 +161,14 @@ def contestant(
     gpu = step_memory(step) if step.loader.device.type == "cuda" else None
 
     def in_turns(warm_up: int, **work: Callable[[], None]) -> dict[str, Any]:
-        often = {name: partial(repeat, one, steps) for name, one in work.items()}
-        turns = take_turns(often, rounds, warm_up, step.loader.device)
+        repeated = {name: partial(repeat, one, steps) for name, one in work.items()}
+        turns = take_turns(repeated, rounds, warm_up, step.loader.device)
         return {name: Seconds(tuple(taken / steps for taken in turns[name].all)).as_json() for name in turns}
 
+    often = 10 if gpu else max(rounds // 2, 1)
     if config.engine.checkpointing or not with_limit:  # the limit keeps all activations, which may not fit
         turns = in_turns(1, step=step.whole)
-        return {**turns, "limit": None, "stages": {}, "gpu_bytes": gpu}
+        return {**turns, "limit": None, "stages": stage_times(step, often) if in_stages else {}, "gpu_bytes": gpu}
     backbone = create_backbone(config.backbone, config.views.size)
     backbone.to(step.loader.device).to(memory_format=torch.channels_last).train()
     if config.engine.compile == "on":
@@ -181,7 +182,7 @@ def contestant(
     turns = in_turns(PLAIN_CALLS + 1 if gpu else 2, **work)
     print("seconds, medians:", {name: row["median"] for name, row in turns.items()}, flush=True)
     del backbone, views, work
-    stages = stage_times(step, max(rounds // 2, 1)) if in_stages else {}
+    stages = stage_times(step, often) if in_stages else {}
     return {**turns, "stages": stages, "gpu_bytes": gpu}
 
 

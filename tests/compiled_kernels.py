@@ -5,7 +5,8 @@ import json
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from caco import bank_kernels, lars_kernels
+from caco import lars_kernels
+from caco.bank_kernels import pulls, queries, search, softmaxes
 from caco.data import view_kernel
 
 POINTERS = {"queries": "*bf16", "pulls": "*bf16", "places": "*i32", "images": "*u8"}
@@ -30,19 +31,25 @@ def shared_memory(kernel, architecture, constants, options, other_types=None):
 def main() -> None:
     found = {"roomy": {}, "others": {}}
     tables = (
-        (bank_kernels._NEAREST, bank_kernels._nearest, "KEYS", {}),
-        (bank_kernels._SOFTMAX, bank_kernels._softmax, "QUERIES", {"WITH_MEAN": True}),
-        (bank_kernels._PULLS, bank_kernels._pulls, "QUERIES", {}),
+        (search.BLOCKS, search._nearest, "KEYS", {"PRECISION": search.PRECISION}),
+        (softmaxes.BLOCKS, softmaxes._softmax, "QUERIES", {"WITH_MEAN": True}),
+        (pulls.BLOCKS, pulls._pulls, "QUERIES", {}),
     )
-    for table, kernel, queries, more in tables:
+    for table, kernel, compared, more in tables:
         for width, (large, *small) in table.items():
             if width < 128:
                 continue  # needs less than those
             for kind, architecture, choices in (("roomy", 90, [large]), ("others", 86, small)):
                 for count, slots, warps, ahead in choices:
-                    constants = {"WIDTH": width, queries: count, "SLOTS": slots, **more}
+                    constants = {"WIDTH": width, compared: count, "SLOTS": slots, **more}
                     needed = shared_memory(kernel, architecture, constants, {"num_warps": warps, "num_stages": ahead})
                     found[kind][f"{kernel.__name__} {width}"] = needed
+    sizes = {"WIDTH": 256, "PARTS": 512, "POSITIVES": 2, "OTHERS": False, "CHUNK": queries.CHUNK}
+    floats = dict.fromkeys(("inverse_temperature", "to_slot_temperature", "hit_margin"), "fp32")
+    types = floats | {"scaled": "*bf16", "positives": "*i64", "hits": "*u8", "part_count": "i32"}
+    found["others"]["of_query"] = shared_memory(queries._of_query, 86, sizes, {}, types)
+    types = {"positives": "*i64"}
+    found["others"]["cooperate"] = shared_memory(pulls._cooperate, 86, {"WIDTH": 256}, {}, types)
     sides = {"ROWS": 32, "ROW": 32, "SIZE": 32}
     found["others"]["views"] = shared_memory(view_kernel._view, 86, sides, {"num_warps": 8})
     types = {"rows": "*i64", "tensor_of_chunk": "*i64"} | dict.fromkeys(

@@ -18,6 +18,7 @@ from caco.data.view_kernel import small_views
 from caco.lars_kernels import Table
 from caco.loss import cooperative_adversarial_loss
 from caco.optim import LARS
+from caco.slots import Unsharded
 
 
 def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -27,16 +28,23 @@ def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
 def bank() -> dict[str, float]:
     """Errors of search, loss and both gradients; sizes that the blocks divide, and others."""
 
-    class InFloat32:
-        softmax = staticmethod(partial(bank_kernels.softmax, factors=torch.float32))
-        pulls_on_slots = staticmethod(partial(bank_kernels.pulls_on_slots, factors=torch.float32))
+    for name in ("softmax", "of_queries", "pulls_on_slots"):
+        setattr(bank_kernels, name, partial(getattr(bank_kernels, name), factors=torch.float32))
+    fused.of_loss = lambda weight, products: bank_kernels
+    deviation = {"their own check": float(fused._problem(torch.device("cpu"), 48) != "")}
+    by_kernel = of_losses("loss by a kernel")
+    Unsharded.size = 2  # as if there were another process: its kernels are those of the products alone
+    return deviation | by_kernel | of_losses("plain loss")
 
-    fused.of_loss = lambda weight, products: InFloat32
+
+def of_losses(how: str) -> dict[str, float]:
     errors = {}
     for queries, size, width in ((100, 700, 48), (64, 256, 128), (10, 70, 200)):
         torch.manual_seed(0)
         query, weight = F.normalize(torch.randn(queries, width), dim=1), 3 * torch.randn(size, width)
         positives, weights = torch.randint(size, (queries, 2)), torch.rand(queries, 2)
+        cosines = query.double() @ F.normalize(weight.double(), dim=1).T
+        positives[::2, 0] = cosines.argmax(dim=1)[::2]
         for temperatures in ((0.08, 0.08), (0.08, 0.1)):
             exact = query.double().requires_grad_(), weight.double().requires_grad_()
             loss = dense_loss(*exact, positives, weights.double(), *temperatures)
@@ -44,11 +52,10 @@ def bank() -> dict[str, float]:
             ours = query.clone().requires_grad_(), weight.clone().requires_grad_()
             result = cooperative_adversarial_loss(*ours, positives, weights, *temperatures)
             result.loss.backward()
-            name = f"{queries} queries, {size} x {width}, {temperatures}"
+            name = f"{how}, {queries} queries, {size} x {width}, {temperatures}"
             errors[f"loss, {name}"] = relative(result.loss, loss.detach())
             errors[f"gradient of queries, {name}"] = relative(ours[0].grad, exact[0].grad)
-            errors[f"gradient of slots, {name}"] = relative(ours[1].grad, exact[1].grad)
-            cosines = query.double() @ F.normalize(weight.double(), dim=1).T
+            errors[f"gradient of slots, {name}"] = relative(ours[1].grad * Unsharded.size, exact[1].grad)
             hit = cosines.gather(1, positives) == cosines.amax(dim=1, keepdim=True)
             errors[f"hits, {name}"] = float((result.hit != hit).sum())
         if width <= 128:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from caco import fused
 from caco.bank import Bank
+from caco.slots import Unsharded
 
 INTERPRETED, COMPILED = (Path(__file__).parent / f"{kind}_kernels.py" for kind in ("interpreted", "compiled"))
 
@@ -42,7 +43,7 @@ def test_kernels_compile_and_fit_into_gpus_that_are_not_here(tmp_path):
     done = subprocess.run([sys.executable, str(COMPILED)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
-    assert len(needed["roomy"]) == 5 and len(needed["others"]) == 7
+    assert len(needed["roomy"]) == 5 and len(needed["others"]) == 9
     assert max(needed["roomy"].values()) <= 227 * 1024
     assert max(needed["others"].values()) <= 99 * 1024
 
@@ -67,6 +68,7 @@ def test_positives_are_rounded_as_the_kernels_round(length, monkeypatch):
     monkeypatch.setattr(fused, "of_loss", lambda weight, products: kernels if products == torch.bfloat16 else None)
     torch.manual_seed(0)
     bank = Bank(500, 128)
+    monkeypatch.setattr(Unsharded, "size", 2)  # where one process has all slots, another kernel does it
     bank.weight.data.copy_(length * F.normalize(bank.weight.data, dim=1))
     positives = torch.randint(500, (200, 2))
     queries = F.normalize(bank.weight.data[positives[:, 0]] / length + 0.1 * torch.randn(200, 128), dim=1)

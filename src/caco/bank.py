@@ -82,6 +82,7 @@ class Bank(nn.Module):
         """
         with torch.autocast(keys.device.type, enabled=False):
             keys = self.shards.gather(keys.to(slots.weight.dtype))
+            index: Tensor
             if kernels := fused.of_search(slots.weight):
                 largest, index = kernels.nearest(keys, *slots)
             else:
@@ -91,6 +92,8 @@ class Bank(nn.Module):
                     cosine, column = compare(keys, slots.unit_rows(block), keys.dtype).max(dim=1)
                     index = torch.where(cosine > largest, column + block.start, index)
                     largest = torch.maximum(largest, cosine)
+            if self.shards.size == 1:
+                return index
             index = index + self.held.start
             # The best of the processes' best.
             largest, index = self.shards.gather(largest[None]), self.shards.gather(index[None])

@@ -1,7 +1,8 @@
-"""Whether the bank is read by kernels of its own (`bank_kernels.py`): on an NVIDIA GPU where they do what is expected."""
+"""Whether the bank is read by kernels of its own (`bank_kernels/`): on an NVIDIA GPU where they do what is expected."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from caco.own_kernels import has_room, suits_kernels, works
+from caco.slots import Slots, along_sphere, inverse_lengths
 
 WIDEST = 256
 """Width of the widest embedding that the kernels have room for."""
@@ -66,28 +68,60 @@ def _problem(device: torch.device, width: int) -> str:
 
     At a size that is divided as a bank's is, and with remainders.
     """
-    from caco import bank_kernels  # which needs Triton
-
     generator = torch.Generator().manual_seed(0)
     query, weight, pull = (torch.randn(count, width, generator=generator).to(device) for count in (500, 32_100, 500))
-    query, inverse_length = F.normalize(query, dim=1), weight.norm(dim=1, keepdim=True).reciprocal()
-    rows, scaled = weight * inverse_length, query / 0.1
-    cosines, logits = query.double() @ rows.double().T, scaled @ rows.T
-    probability, log_normaliser = logits.softmax(dim=1), logits.logsumexp(dim=1, keepdim=True)
-    of_slots = probability.T @ pull
-
-    searches = _searches(device, width)
-    found, place = bank_kernels.nearest(query, weight, inverse_length) if searches else cosines.max(dim=1)
-    largest, total, slot_sum = bank_kernels.softmax(scaled, weight, inverse_length)
-    gradient = bank_kernels.pulls_on_slots(scaled, weight, inverse_length, log_normaliser, pull)
-    gaps = cosines.amax(dim=1) - torch.stack([cosines.gather(1, place[:, None])[:, 0], found.double()])
-    pairs = [
-        (largest + total.log(), log_normaliser),
-        (slot_sum / total, probability @ rows),
-        (gradient, (of_slots - (of_slots * rows).sum(dim=1, keepdim=True) * rows) * inverse_length),
-    ]
-    deviation = torch.stack([(one - other).norm() / other.norm() for one, other in pairs]).amax()
-    gap, furthest = gaps.abs().amax().item(), deviation.item()
+    positives = torch.randint(len(weight), (len(query), 2), generator=generator).to(device)
+    weights = torch.rand(len(query), 2, generator=generator).to(device)
+    query, slots = F.normalize(query, dim=1), Slots(weight, inverse_lengths(weight))
+    deviation = torch.stack(
+        [
+            (ours - plain).norm() / plain.norm()
+            for ours, plain in _ours_and_plain(query, slots, positives, weights, pull)
+        ]
+    ).amax()
+    gap = _gap_of_search(query, slots).item() if _searches(device, width) else 0.0
+    furthest = deviation.item()
     if gap < LARGEST_GAP and furthest < LARGEST_DEVIATION:  # not so for NaN
         return ""
     return f"they deviate by {furthest:.2g} from plain products, and by {gap:.2g} in the search"
+
+
+def _ours_and_plain(
+    query: Tensor, slots: Slots, positives: Tensor, weights: Tensor, pull: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what the kernels of the loss give, each with the same by plain products."""
+    from caco import bank_kernels  # which needs Triton
+
+    scaled, rows = query / 0.1, slots.unit_rows(slice(None))
+    logits = scaled @ rows.T
+    probability, log_normaliser = logits.softmax(dim=1), logits.logsumexp(dim=1, keepdim=True)
+    mean_slot = probability @ rows
+
+    largest, total, slot_sum = bank_kernels.softmax(scaled, *slots)
+    yield largest + total.log(), log_normaliser
+    yield slot_sum / total, mean_slot
+
+    own = bank_kernels.of_queries(query, *slots, positives, weights, 0.1, 0.2, 0.0)
+    yield own.loss, -(weights * (logits - log_normaliser).gather(1, positives)).sum(dim=1)
+    positive_slots = (weights[:, :, None] * rows[positives]).sum(dim=1)
+    yield own.gradient, (weights.sum(dim=1, keepdim=True) * mean_slot - positive_slots) / 0.1
+    yield own.log_normaliser, (logits / 2).logsumexp(dim=1, keepdim=True)
+
+    gradient = bank_kernels.pulls_on_slots(scaled, *slots, log_normaliser, pull)
+    plain = probability.T @ pull
+    along_sphere(plain, rows, slots.inverse_length)
+    yield gradient.clone(), plain
+    bank_kernels.cooperate(gradient, *slots, positives, weights, pull)
+    changes = (weights[:, :, None] * pull[:, None]).flatten(0, 1)
+    along_sphere(changes, rows[positives.flatten()], slots.inverse_length[positives.flatten()])
+    yield gradient, plain.index_add(0, positives.flatten(), changes)
+
+
+def _gap_of_search(query: Tensor, slots: Slots) -> Tensor:
+    """Return by how much the largest cosine exceeds that of the slot that the kernel finds, or differs from what it says."""
+    from caco import bank_kernels
+
+    cosines = query.double() @ slots.unit_rows(slice(None)).double().T
+    found, place = bank_kernels.nearest(query, *slots)
+    gaps = cosines.amax(dim=1) - torch.stack([cosines.gather(1, place[:, None])[:, 0], found.double()])
+    return gaps.abs().amax()

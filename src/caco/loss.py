@@ -111,14 +111,13 @@ class _CooperativeAdversarial(torch.autograd.Function):
         step = pull.queries * (-grad_outputs[0] / (temperature * ctx.shards.size))
         adversarial = pull.weights.sum(dim=1, keepdim=True) * step
         scaled = pull.queries / temperature
-        positives = pull.rows.flatten()
         change = torch.where(pull.is_local, pull.weights * (1 - 2 * pull.probability), 0)
-        cooperative = (change[:, :, None] * step[:, None]).flatten(0, 1)
         if kernels := fused.of_loss(weight, ctx.products):
             gradient: Tensor = kernels.pulls_on_slots(scaled, *slots, pull.log_normaliser, adversarial)
-            along_sphere(cooperative, slots.unit_rows(positives), inverse_length[positives])
-            gradient.index_add_(0, positives, cooperative)
+            kernels.cooperate(gradient, *slots, pull.rows, change, step)
             return gradient, *[None] * 5
+        positives = pull.rows.flatten()
+        cooperative = (change[:, :, None] * step[:, None]).flatten(0, 1)
         gradient = torch.empty_like(weight)
         for block in slots.blocks(len(scaled)):
             rows = slots.unit_rows(block)
@@ -189,6 +188,11 @@ def _loss_and_gradient(
     shards: Shards,
 ) -> tuple[BankLoss, Tensor]:
     """Return the loss, without gradient, and beside it its gradient for the queries [N, D]; the bank is read once."""
+    if shards.size == 1 and (kernels := fused.of_loss(slots.weight, products)):
+        found = kernels.of_queries(queries, *slots, positives, weights, temperature, slot_temperature, HIT)
+        is_local = torch.ones_like(found.hit)
+        pull = Pull(queries, positives, is_local, weights, found.log_normaliser, found.slot_probability)
+        return BankLoss(found.loss.sum(), found.probability, found.hit, pull), found.gradient
     queries, weights = shards.gather(queries), shards.gather(weights)
     held = len(slots.weight)
     row = shards.gather(positives) - shards.rank * held

@@ -146,7 +146,12 @@ def create_state(config: Pretrain, backbone: nn.Module, world: World) -> Trainin
     return TrainingState(
         model=model,
         optimizer=encoder_optimizer(options.name, model.encoder, lr, options.momentum, options.weight_decay),
-        bank_optimizer=torch.optim.SGD([model.bank.weight], lr=config.bank.lr, momentum=config.bank.momentum),
+        bank_optimizer=torch.optim.SGD(
+            [model.bank.weight],
+            lr=config.bank.lr,
+            momentum=config.bank.momentum,
+            fused=True if world.device.type == "cuda" else None,  # bank, gradient and velocity are read once
+        ),
         meters=Meters(config.bank_size, world.device),
     )
 
