@@ -1,6 +1,6 @@
 """The kernels of the bank on a GPU, by how they divide their work, against plain torch: where their sizes are from.
 
-    python benchmarks/bank_kernels.py [--quick] [--out FILE.json]
+    python benchmarks/bank_kernels.py [--quick] [--only search] [--out FILE.json]
 
 65,536 slots; of width 128 with 2 x 512 queries, of width 256 with 2 x 1,024. Times include what follows in plain torch, such as
 joining the parts. A GPU that Python keeps waiting measures Python: all launches of a call are one CUDA graph.
@@ -55,7 +55,7 @@ def graph(work: Callable[[], object]) -> Callable[[], None]:
     return captured.replay
 
 
-def contestants(width: int, device: torch.device, slots: int) -> dict[str, dict[str, Callable[[], object]]]:
+def contestants(width: int, device: torch.device, slots: int, only: str) -> dict[str, dict[str, Callable[[], object]]]:
     """Return for each kernel what it does in plain torch, and each way to divide its work."""
     from caco.bank_kernels import pulls, search, softmaxes
 
@@ -88,6 +88,8 @@ def contestants(width: int, device: torch.device, slots: int) -> dict[str, dict[
     }
     found: dict[str, dict[str, Callable[[], object]]] = {}
     for name, choices in BLOCKS[width].items():
+        if not name.startswith(only):
+            continue
         kernel, *precision = name.split(", ")
         module, plain, ours = works[kernel]
         search.PRECISION = precision[0] if precision else "tf32x3"
@@ -102,7 +104,9 @@ def contestants(width: int, device: torch.device, slots: int) -> dict[str, dict[
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--only", default="", help="kernels whose name begins so")
+    options = parser.parse_args()
     if options.device == "cpu":
         sys.exit("bank_kernels.py: the kernels are for a GPU, and there is none here")
     device = choose_device(options.device)
@@ -110,7 +114,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     rows = []
     for width in BLOCKS:
-        for name, works in contestants(width, device, 65_536).items():
+        for name, works in contestants(width, device, 65_536, options.only).items():
             turns = take_turns(works, 3 if options.quick else 20, device=device)
             for blocks, seconds in turns.items():
                 results[f"{name} {width} {blocks}"] = seconds.median / 10

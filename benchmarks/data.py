@@ -1,6 +1,6 @@
 """The data path of one core: decoding, augmentation, both together, large photos, and listing of folders.
 
-    python benchmarks/data.py [--quick] [--parts decode augment ...] [--files N] [--device cpu] [--out FILE.json]
+    python benchmarks/data.py [--quick] [--parts decode augment nvjpeg ...] [--files N] [--device cpu] [--out FILE.json]
 
 Every contestant makes the two published views, from the same pictures, drawing its own parameters. Rates are of the
 processor time of one thread (GPU: of the clock, with nothing left to do), the median over rounds in which the
@@ -134,6 +134,30 @@ def measure_decoding(count: int, rounds: int) -> dict[str, object]:
     return {**result, "by_threads": threads}
 
 
+def measure_nvjpeg(count: int, rounds: int) -> dict[str, object]:
+    """Decode on the GPU, in one call for all, and by a thread for each core; rates by the clock."""
+    files = jpegs(photos(64, 375, 500)) * (count // 64)
+    encoded = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+    cores = len(os.sched_getaffinity(0))
+    rates: dict[str, list[float]] = {"nvJPEG on the GPU": [], f"caco, {cores} threads": []}
+    with ThreadPoolExecutor(cores) as pool:
+        works = (
+            lambda: torchvision.io.decode_jpeg(encoded, device="cuda"),
+            lambda: list(pool.map(partial(decode_rgb, key="picture"), files)),
+        )
+        for turn in range(rounds + 1):
+            for rate, work in zip(rates.values(), works, strict=True):
+                start = time.perf_counter()
+                work()
+                torch.cuda.synchronize()
+                if turn:
+                    rate.append(count / (time.perf_counter() - start))
+    print(f"\ndecode {count:,} JPEGs of 500x375, images/s by the clock, median (least - most)")
+    for name, rate in rates.items():
+        print(f"  {name:20s}{np.median(rate):10,.0f}  ({min(rate):,.0f} - {max(rate):,.0f})")
+    return dict(rates)
+
+
 # --- views of decoded pictures: the contestants are in view_makers.py ---------------------------------------------------
 
 
@@ -212,13 +236,15 @@ def measure_listing(files: int) -> dict[str, object]:
     return {"files": files, "first": seconds[0], "again": seconds[1]}
 
 
-PARTS = ("decode", "augment", "files", "listing")
+PARTS = ("decode", "augment", "files", "listing", "nvjpeg")
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--files", type=int, help="files of the folder to list, in thousands of one folder each")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS[:4]), help="default: all but nvjpeg, for GPUs"
+    )
     options = parser.parse_args()
     quick, parts = options.quick, options.parts
     rounds = 3 if quick else 15
@@ -246,6 +272,8 @@ def main() -> None:
         }
     if "listing" in parts:
         result["listing"] = measure_listing(options.files or (10_000 if quick else 100_000))
+    if "nvjpeg" in parts:
+        result["nvjpeg"] = measure_nvjpeg(64 if quick else 1024, min(rounds, 5))
     save(options, result)
 
 

@@ -43,14 +43,6 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
         "step-resnet50-compiled": (250, f"step.py {RESNET50} --batch {batch} --rounds 3 --steps 3 {compiled}"),
         "multi-crop": (150, f"step.py {RESNET50} --batch 256 --rounds 3 --steps 3 --small 6 --no-stages"),
     }
-    memory = {
-        f"memory-{batch}{'-checkpointing' * again}-{accumulate}": (
-            120,
-            f"step.py {RESNET50} --batch {batch} --rounds 2 --no-limit --no-stages --accumulate {accumulate}"
-            + " --checkpointing" * again,
-        )
-        for batch, again, accumulate in [(256, 0, 1), (256, 1, 1), (1024, 1, 1), (1024, 0, 4), (1024, 1, 4)]
-    }
     others = {
         "bank": (150, "bank.py --slots 65536 1048576 --width 128 --batch 512 --rounds 5"),
         "bank-4-million": (
@@ -58,7 +50,8 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
             "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed streamed-bf16",
         ),
         "bank-kernels": (90, "bank_kernels.py"),
-        "data": (240, "data.py --parts augment"),
+        "large-batches": (150, "large_batches.py"),
+        "data": (240, "data.py --parts augment nvjpeg"),
         "evaluate": (180, "evaluate.py"),
     }
     if quick:  # tiny sizes: what is tried is that each part runs
@@ -76,18 +69,9 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
             )
             for name, (limit, command) in steps.items()
         }
-        memory = {
-            name: (
-                120,
-                command.replace("--batch 1024", "--batch 16")
-                .replace("--batch 256", "--batch 4")
-                .replace("--size 224", "--size 64"),
-            )
-            for name, (_, command) in memory.items()
-        }
         others = {name: (120, command.split()[0]) for name, (_, command) in others.items() if name not in NOT_ON_CPU}
     bank = {"bank": others.pop("bank")}
-    all_parts = {**steps, **bank, **memory, **others}
+    all_parts = {**steps, **bank, **others}
     return {name: (limit, command + small) for name, (limit, command) in all_parts.items()}
 
 
