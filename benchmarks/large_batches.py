@@ -43,10 +43,17 @@ def measure(options: Any, batch: int, parts: int, checkpointing: bool) -> dict[s
 def main() -> None:
     parser = arguments(__doc__)
     options = parser.parse_args()
-    given = dict(backbone="resnet50", size=224, embedding=256, projector=2048, bank=65_536)
+    given = {"backbone": "resnet50", "size": 224, "embedding": 256, "projector": 2048, "bank": 65_536}
     if options.quick:
-        given |= dict(size=64, embedding=128, projector=128, bank=4096)
-    plain = dict(small=0, small_size=96, convolution="direct", compile=False, no_cuda_graph=False, give_back=False)
+        given |= {"size": 64, "embedding": 128, "projector": 128, "bank": 4096}
+    plain = {
+        "small": 0,
+        "small_size": 96,
+        "convolution": "direct",
+        "compile": False,
+        "no_cuda_graph": False,
+        "give_back": False,
+    }
     vars(options).update(given | plain)
     print(describe(options.device))
     results, rows = [], []
