@@ -38,7 +38,7 @@ from caco.distributed.world import World
 from caco.precision import PRECISIONS, autocast
 from caco.train.captured import PLAIN_CALLS, captured
 from caco.train.engine import search_kernels
-from caco.train.heap import keep_heap
+from caco.train.heap import NO_SMALL_BLOCKS_APART, keep_heap
 from caco.train.prepare import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, compute_gradients, rates_at, train_step
@@ -226,7 +226,8 @@ def main() -> None:
     results = {}
     for precision in options.precision:
         what = not options.no_stages, not options.no_limit, options.plain_views
-        run = fresh(contestant, configuration(options, precision), rounds, options.steps, *what)
+        heap = NO_SMALL_BLOCKS_APART if options.device == "cpu" and not options.give_back else {}  # as `caco pretrain`
+        run = fresh(contestant, configuration(options, precision), rounds, options.steps, *what, environment=heap)
         row, memory = run.result, run.result["gpu_bytes"] or run.family_bytes
         results[precision] = {**row, "others": run.others, "bytes": memory}
         whole = options.batch / row["step"]["median"]

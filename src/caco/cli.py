@@ -20,6 +20,7 @@ from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import print_any_name, refused
 from caco.options import parse
 from caco.recipes import find_recipe, listing, whole
+from caco.train.heap import begin_anew_with_few_gaps
 
 OVERVIEW = """\
 usage: caco COMMAND [options]
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     wait_briefly()
+    if arguments is None:
+        begin_anew_with_few_gaps(given)
     return exit_status(lambda: _dispatch(given), "caco")
 
 

@@ -1,6 +1,7 @@
 """How the encoder is computed: measured choices, and that they do not change the mathematics."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -280,6 +281,26 @@ def test_a_compiler_that_fails_is_told_and_left():
 
     keeps, words = try_compiling(Difficult(), Trial("fp32", "channels_last"), CPU, 8, 4)
     assert not keeps and "torch.compile failed (RuntimeError)" in words
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="for CPUs")
+@pytest.mark.parametrize(("command", "begins_anew"), [("pretrain", True), ("knn", False)])
+def test_a_command_that_trains_begins_with_a_heap_of_few_gaps(command, begins_anew, tmp_path):
+    """As the same process, with what it was told."""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    told = tmp_path / "told"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, sys\nwith open({str(told)!r}, 'a') as file:\n"
+        "    print(os.getpid(), os.environ.get('GLIBC_TUNABLES'), *sys.orig_argv[1:], file=file)\n"
+    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [environment.get("PYTHONPATH")])])
+    line = [sys.executable, "-m", "caco", command, "--no-such-option"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and "no-such-option" in done.stderr and "Traceback" not in done.stderr
+    first, *more = [starts.split() for starts in told.read_text().splitlines()]
+    assert first[1:] == ["None", "-m", "caco", command, "--no-such-option"]
+    assert more == ([[first[0], "glibc.malloc.tcache_count=0", *first[2:]]] if begins_anew else [])
 
 
 FAULTS = """

@@ -123,7 +123,9 @@ def test_the_kernels_of_the_bank(width, queries, size):
         found, place = searches.nearest(query, weight, inverse_length)
         assert (found - cosines.amax(dim=1)).abs().max() < 5e-6
         assert (cosines.amax(dim=1) - cosines.gather(1, place[:, None])[:, 0]).max() < 5e-6
-    assert (searches is not None) == (width <= fused.WIDEST_SEARCHED and torch.cuda.get_device_capability(device)[0] in (9, 10))
+    assert (searches is not None) == (
+        width <= fused.WIDEST_SEARCHED and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    )
 
 
 def test_the_kernels_of_lars(monkeypatch):

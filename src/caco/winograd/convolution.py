@@ -100,8 +100,10 @@ def _pixels(maps: Tensor) -> np.ndarray:
 
 
 def _empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    shape = len(like), channels, height, width
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    """Return maps to be filled, channels_last. numpy's memory: of glibc it asks for the bytes alone, so that they fit where
+    others of their size were, while torch wants a multiple of 64 for their address and so some bytes more."""
+    pixels = np.empty((len(like), height, width, channels), _pixels(like[:0]).dtype)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def _parts_of_images(results: Tensor) -> list[tuple[int, int]]:
