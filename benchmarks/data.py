@@ -3,7 +3,7 @@
     python benchmarks/data.py [--quick] [--parts decode augment nvjpeg ...] [--files N] [--device cpu] [--out FILE.json]
 
 Every contestant makes the two published views, from the same pictures, drawing its own parameters. Rates are of the
-processor time of one thread (GPU: of the clock, with nothing left to do), the median over rounds in which the
+processor time of one thread (GPU and nvjpeg: of the clock, with nothing left to do), the median over rounds in which the
 contestants take turns, so that a busy machine disturbs all alike. The first, compiling call is not counted. Contestants
 that are not installed are left out (simplejpeg and numba: `pip install 'caco[fast]'`; kornia).
 """
@@ -134,7 +134,7 @@ def measure_decoding(count: int, rounds: int) -> dict[str, object]:
     return {**result, "by_threads": threads}
 
 
-def measure_nvjpeg(count: int, rounds: int) -> dict[str, object]:
+def measure_nvjpeg(count: int, rounds: int, device: str) -> dict[str, object]:
     """Decode on the GPU, in one call for all, and by a thread for each core; rates by the clock."""
     files = jpegs(photos(64, 375, 500)) * (count // 64)
     encoded = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
@@ -142,11 +142,12 @@ def measure_nvjpeg(count: int, rounds: int) -> dict[str, object]:
     rates: dict[str, list[float]] = {"nvJPEG on the GPU": [], f"caco, {cores} threads": []}
     with ThreadPoolExecutor(cores) as pool:
         works = (
-            lambda: torchvision.io.decode_jpeg(encoded, device="cuda"),
+            lambda: torchvision.io.decode_jpeg(encoded, device=device),
             lambda: list(pool.map(partial(decode_rgb, key="picture"), files)),
         )
         for turn in range(rounds + 1):
-            for rate, work in zip(rates.values(), works, strict=True):
+            both = list(zip(rates.values(), works, strict=True))
+            for rate, work in both if turn % 2 else reversed(both):
                 start = time.perf_counter()
                 work()
                 torch.cuda.synchronize()
@@ -273,7 +274,9 @@ def main() -> None:
     if "listing" in parts:
         result["listing"] = measure_listing(options.files or (10_000 if quick else 100_000))
     if "nvjpeg" in parts:
-        result["nvjpeg"] = measure_nvjpeg(64 if quick else 1024, min(rounds, 5))
+        if options.device == "cpu":
+            parser.error("--parts nvjpeg is for a GPU")
+        result["nvjpeg"] = measure_nvjpeg(64 if quick else 1024, min(rounds, 5), options.device)
     save(options, result)
 
 

@@ -50,7 +50,7 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
             "bank.py --slots 4194304 --width 256 --batch 1024 --rounds 3 --only streamed streamed-bf16",
         ),
         "bank-kernels": (90, "bank_kernels.py"),
-        "large-batches": (150, "large_batches.py"),
+        "large-batches": (300, "large_batches.py"),
         "data": (240, "data.py --parts augment nvjpeg"),
         "evaluate": (180, "evaluate.py"),
     }

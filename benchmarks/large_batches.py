@@ -30,7 +30,7 @@ def measure(options: Any, batch: int, parts: int, checkpointing: bool) -> dict[s
     memory = step_memory(step) if on_gpu else None
     steps = 1 if options.quick else 3
     work = {"step": lambda: repeat(step.whole, steps)}
-    seconds = take_turns(work, 2, warm_up=1, device=step.loader.device)["step"].least / steps
+    seconds = take_turns(work, 3, warm_up=1, device=step.loader.device)["step"].median / steps
     return {
         "batch": batch,
         "parts": parts,

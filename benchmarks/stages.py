@@ -47,7 +47,7 @@ def on_cpu(parts: Sequence[tuple[str, Callable[[], None]]]) -> Iterator[tuple[st
 
 
 def on_gpu(parts: Sequence[tuple[str, Callable[[], None]]]) -> Iterator[tuple[str, float]]:
-    """Yield the seconds that a GPU takes for each part when it need not wait for Python between them."""
+    """Yield the seconds that a GPU takes for each part; of parts that are no graphs, waiting for Python to launch them included."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
     marks[0].record()
     for (_, part), mark in zip(parts, marks[1:], strict=True):

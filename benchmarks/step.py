@@ -165,10 +165,16 @@ def contestant(
         turns = take_turns(repeated, rounds, warm_up, step.loader.device)
         return {name: Seconds(tuple(taken / steps for taken in turns[name].all)).as_json() for name in turns}
 
-    often = 10 if gpu else max(rounds // 2, 1)
+    rounds_of_stages = 10 if gpu else max(rounds // 2, 1)
+    in_stages = in_stages and config.accumulate == 1  # a whole batch may not fit
     if config.engine.checkpointing or not with_limit:  # the limit keeps all activations, which may not fit
         turns = in_turns(1, step=step.whole)
-        return {**turns, "limit": None, "stages": stage_times(step, often) if in_stages else {}, "gpu_bytes": gpu}
+        return {
+            **turns,
+            "limit": None,
+            "stages": stage_times(step, rounds_of_stages) if in_stages else {},
+            "gpu_bytes": gpu,
+        }
     backbone = create_backbone(config.backbone, config.views.size)
     backbone.to(step.loader.device).to(memory_format=torch.channels_last).train()
     if config.engine.compile == "on":
@@ -182,7 +188,7 @@ def contestant(
     turns = in_turns(PLAIN_CALLS + 1 if gpu else 2, **work)
     print("seconds, medians:", {name: row["median"] for name, row in turns.items()}, flush=True)
     del backbone, views, work
-    stages = stage_times(step, often) if in_stages else {}
+    stages = stage_times(step, rounds_of_stages) if in_stages else {}
     return {**turns, "stages": stages, "gpu_bytes": gpu}
 
 
@@ -201,13 +207,9 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--convolution", choices=("direct", "winograd"), default="direct")
     parser.add_argument("--compile", action="store_true", help="torch.compile, of the step's encoder and of the limit")
-    parser.add_argument(
-        "--accumulate", type=int, default=1, help="parts of a batch; the stages are then of a whole one"
-    )
-    parser.add_argument("--no-stages", action="store_true", help="the whole step and the limit only")
-    parser.add_argument(
-        "--no-limit", action="store_true", help="the whole step only; compiling the limit takes long, too"
-    )
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch")
+    parser.add_argument("--no-stages", action="store_true", help="no stages; so it is with --accumulate")
+    parser.add_argument("--no-limit", action="store_true", help="no bare passes; compiling them takes long, too")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--no-cuda-graph", action="store_true", help="GPU: Python launches each kernel")
     parser.add_argument(

@@ -31,7 +31,7 @@ def bank() -> dict[str, float]:
     for name in ("softmax", "of_queries", "pulls_on_slots"):
         setattr(bank_kernels, name, partial(getattr(bank_kernels, name), factors=torch.float32))
     fused.of_loss = lambda weight, products: bank_kernels
-    deviation = {"their own check": float(fused._problem(torch.device("cpu"), 48) != "")}
+    deviation = {"their own check": float(fused._problem(torch.device("cpu"), 48, 60, 700) != "")}
     by_kernel = of_losses("loss by a kernel")
     Unsharded.size = 2  # as if there were another process: its kernels are those of the products alone
     return deviation | by_kernel | of_losses("plain loss")
@@ -39,11 +39,12 @@ def bank() -> dict[str, float]:
 
 def of_losses(how: str) -> dict[str, float]:
     errors = {}
-    for queries, size, width in ((100, 700, 48), (64, 256, 128), (10, 70, 200)):
+    for queries, size, width, number in ((100, 700, 48, 2), (64, 256, 128, 3), (10, 70, 200, 2), (1, 90, 33, 1)):
         torch.manual_seed(0)
         query, weight = F.normalize(torch.randn(queries, width), dim=1), 3 * torch.randn(size, width)
-        positives, weights = torch.randint(size, (queries, 2)), torch.rand(queries, 2)
+        positives, weights = torch.randint(size, (queries, number)), torch.rand(queries, number)
         cosines = query.double() @ F.normalize(weight.double(), dim=1).T
+        weights[:, 1:2] *= 0  # as a view of which one key counts
         positives[::2, 0] = cosines.argmax(dim=1)[::2]
         for temperatures in ((0.08, 0.08), (0.08, 0.1)):
             exact = query.double().requires_grad_(), weight.double().requires_grad_()

@@ -63,13 +63,15 @@ def _checked(device: torch.device, width: int) -> ModuleType | None:
     return bank_kernels
 
 
-def _problem(device: torch.device, width: int) -> str:
+def _problem(device: torch.device, width: int, queries: int = 500, size: int = 32_100) -> str:
     """Return in what the bank's kernels deviate from plain products, "" if in nothing.
 
     At a size that is divided as a bank's is, and with remainders.
     """
     generator = torch.Generator().manual_seed(0)
-    query, weight, pull = (torch.randn(count, width, generator=generator).to(device) for count in (500, 32_100, 500))
+    query, weight, pull = (
+        torch.randn(count, width, generator=generator).to(device) for count in (queries, size, queries)
+    )
     positives = torch.randint(len(weight), (len(query), 2), generator=generator).to(device)
     weights = torch.rand(len(query), 2, generator=generator).to(device)
     query, slots = F.normalize(query, dim=1), Slots(weight, inverse_lengths(weight))
@@ -101,11 +103,20 @@ def _ours_and_plain(
     yield largest + total.log(), log_normaliser
     yield slot_sum / total, mean_slot
 
-    own = bank_kernels.of_queries(query, *slots, positives, weights, 0.1, 0.2, 0.0)
-    yield own.loss, -(weights * (logits - log_normaliser).gather(1, positives)).sum(dim=1)
+    positives[:, 0] = logits.argmax(dim=1)
+    log_probability = (logits - log_normaliser).gather(1, positives)
     positive_slots = (weights[:, :, None] * rows[positives]).sum(dim=1)
-    yield own.gradient, (weights.sum(dim=1, keepdim=True) * mean_slot - positive_slots) / 0.1
-    yield own.log_normaliser, (logits / 2).logsumexp(dim=1, keepdim=True)
+    nearness = logits.gather(1, positives) / logits.amax(dim=1, keepdim=True)
+    is_clear = (nearness == 1) | (nearness < 0.9)
+    for slot_temperature in (0.1, 0.2):  # two kernels
+        of_slots = logits * (0.1 / slot_temperature)
+        own = bank_kernels.of_queries(query, *slots, positives, weights, 0.1, slot_temperature, LARGEST_DEVIATION)
+        yield own.loss, -(weights * log_probability).sum(dim=1)
+        yield own.gradient, (weights.sum(dim=1, keepdim=True) * mean_slot - positive_slots) / 0.1
+        yield own.probability, log_probability.exp()
+        yield own.log_normaliser, of_slots.logsumexp(dim=1, keepdim=True)
+        yield own.slot_probability, of_slots.softmax(dim=1).gather(1, positives)
+        yield (own.hit & is_clear).float(), (nearness == 1).float()
 
     gradient = bank_kernels.pulls_on_slots(scaled, *slots, log_normaliser, pull)
     plain = probability.T @ pull

@@ -146,7 +146,7 @@ def cooperative_adversarial_loss(
 
     Source: paper eq. 5-8; the published `update_sym_network`, whose step this reproduces to rounding in float64.
     """
-    rows = slots.to(torch.promote_types(queries.dtype, torch.float32))
+    rows = slots.to(torch.promote_types(queries.dtype, torch.float32)).contiguous()
     measured = Slots(rows, inverse_lengths(rows))
     result = encoder_loss(queries, measured, positives, weights, temperature, slot_temperature, Unsharded())
     return result._replace(loss=result.loss + slot_term(measured, [result.pull], slot_temperature, Unsharded()))
@@ -169,7 +169,7 @@ def encoder_loss(
     working = slots.weight.dtype
     products = _dtype_of_products(slots)
     with torch.autocast(queries.device.type, enabled=False):
-        queries = queries.to(working)
+        queries = queries.to(working).contiguous()
         result, gradient = _loss_and_gradient(
             queries, slots, positives, weights.to(working), temperature, slot_temperature, products, shards
         )
@@ -187,7 +187,10 @@ def _loss_and_gradient(
     products: torch.dtype,
     shards: Shards,
 ) -> tuple[BankLoss, Tensor]:
-    """Return the loss, without gradient, and beside it its gradient for the queries [N, D]; the bank is read once."""
+    """Return the loss, without gradient, and beside it its gradient for the queries [N, D].
+
+    The bank is read once; by a GPU's kernels once more for a slot temperature of its own.
+    """
     if shards.size == 1 and (kernels := fused.of_loss(slots.weight, products)):
         found = kernels.of_queries(queries, *slots, positives, weights, temperature, slot_temperature, HIT)
         is_local = torch.ones_like(found.hit)

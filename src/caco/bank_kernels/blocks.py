@@ -41,10 +41,10 @@ def blocks_of(choices: Mapping[int, Sequence[tuple[int, int, int, int]]], weight
 def divide(queries: int, slots: int, blocks: Blocks, device: torch.device) -> tuple[tuple[int, int], int]:
     """Return the grid, of blocks of queries and parts of the slots, two programs for each processor, and a part's slots."""
     processors = _processors(device).multi_processor_count if device.type == "cuda" else 2
-    of_queries = triton.cdiv(queries, blocks.queries)
-    parts = max(2 * processors // of_queries, 1)
+    query_blocks = triton.cdiv(queries, blocks.queries)
+    parts = max(2 * processors // query_blocks, 1)
     of_part = triton.cdiv(triton.cdiv(slots, parts), blocks.slots) * blocks.slots
-    return (of_queries, triton.cdiv(slots, of_part)), of_part
+    return (query_blocks, triton.cdiv(slots, of_part)), of_part
 
 
 def _processors(device: torch.device) -> Any:

@@ -53,7 +53,16 @@ def cooperate(
     count, number = positives.shape
     width = weight.shape[1]
     _cooperate[(count, number)](
-        *(gradient, weight, inverse_length, positives.contiguous(), changes, step, len(weight), width),
+        *(
+            gradient,
+            weight,
+            inverse_length,
+            positives.contiguous(),
+            changes.contiguous(),
+            step.contiguous(),
+            len(weight),
+            width,
+        ),
         WIDTH=triton.next_power_of_2(width),
     )
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from caco.bank_kernels.blocks import blocks_of, divide, load_rows
 
 BLOCKS = {64: ((128, 64, 8, 3),), 128: ((128, 64, 8, 2),)}
-"""By the width of a row, at most: `Blocks` but for that (`benchmarks/bank_kernels.py`). The first are for GPUs that have room, the
-second for others."""
+"""By the width of a row, at most: `Blocks` but for that (`benchmarks/bank_kernels.py`); for GPUs that have room: on others
+cuBLAS is as fast."""
 PRECISION = "tf32x3"
 """How exact products are made: three of TensorFloat-32 on the tensor cores, of the factors' upper and lower halves."""
 

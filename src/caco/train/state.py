@@ -67,7 +67,10 @@ class TrainingState:
         try:
             self.model.load_state_dict(_bank_rows(state["model"], "bank.weight", self.model.bank.local_rows))
             self.optimizer.load_state_dict(state["optimizer"])
+            own = [group["fused"] for group in self.bank_optimizer.param_groups]  # what suits this device
             self.bank_optimizer.load_state_dict(_velocity(state["bank_optimizer"], self.model.bank.local_rows))
+            for group, fused in zip(self.bank_optimizer.param_groups, own, strict=True):
+                group["fused"] = fused
         except (RuntimeError, ValueError, KeyError) as error:
             raise UsageError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from error
         self.meters.load_state_dict(state["meters"], world)
