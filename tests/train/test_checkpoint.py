@@ -227,13 +227,14 @@ def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
     assert folder.latest().content["step"] == 1
 
 
-def test_how_a_device_moves_the_bank_is_its_own(tmp_path):
+def test_how_a_device_moves_the_bank_is_its_own():
     """A GPU's run moves it by one kernel; resumed elsewhere, or a CPU's run resumed on a GPU, it is done as suits the place."""
     config = Pretrain(backbone="resnet10_narrow", views=Views(size=32), bank_size=64, encoder=EncoderOptions(8, 16))
     torch.manual_seed(0)
-    here, there = (create_state(config, create_backbone("resnet10_narrow", 32), World()) for _ in range(2))
+    world = World(torch.device("cpu"))
+    here, there = (create_state(config, create_backbone("resnet10_narrow", 32), world) for _ in range(2))
     there.bank_optimizer.param_groups[0]["fused"] = True
     there.bank_optimizer.param_groups[0]["lr"] = 0.125
-    here.load_state_dict(there.state_dict(World()), World())
+    here.load_state_dict(there.state_dict(world), world)
     assert here.bank_optimizer.param_groups[0]["fused"] is None
     assert here.bank_optimizer.param_groups[0]["lr"] == 0.125
