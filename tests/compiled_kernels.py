@@ -44,7 +44,7 @@ def main() -> None:
                     constants = {"WIDTH": width, compared: count, "SLOTS": slots, **more}
                     needed = shared_memory(kernel, architecture, constants, {"num_warps": warps, "num_stages": ahead})
                     found[kind][f"{kernel.__name__} {width}"] = needed
-    sizes = {"WIDTH": 256, "PARTS": 512, "POSITIVES": 2, "OTHERS": False, "CHUNK": queries.CHUNK}
+    sizes = {"WIDTH": 256, "PARTS": 512, "POSITIVES": 2, "OTHER_TEMPERATURE": False, "CHUNK": queries.CHUNK}
     floats = dict.fromkeys(("inverse_temperature", "to_slot_temperature", "hit_margin"), "fp32")
     types = floats | {"scaled": "*bf16", "positives": "*i64", "hits": "*u8", "part_count": "i32"}
     found["others"]["of_query"] = shared_memory(queries._of_query, 86, sizes, {}, types)

@@ -103,7 +103,7 @@ def _ours_and_plain(
     yield largest + total.log(), log_normaliser
     yield slot_sum / total, mean_slot
 
-    positives[:, 0] = logits.argmax(dim=1)
+    positives = torch.stack([logits.argmax(dim=1), positives[:, 1]], dim=1)  # a hit, and one that hardly is
     log_probability = (logits - log_normaliser).gather(1, positives)
     positive_slots = (weights[:, :, None] * rows[positives]).sum(dim=1)
     nearness = logits.gather(1, positives) / logits.amax(dim=1, keepdim=True)

@@ -54,9 +54,9 @@ def of_queries(
     loss, gradient = weight.new_empty(count), weight.new_empty(count, width)
     probability, slot_probability = weight.new_empty(2, *positives.shape).unbind()
     hit = torch.empty(positives.shape, dtype=torch.uint8, device=weight.device)
-    others = slot_temperature != temperature
+    has_other_temperature = slot_temperature != temperature
     log_normaliser = weight.new_empty(count, 1)
-    if others:
+    if has_other_temperature:
         largest, total, _ = softmax(
             queries / slot_temperature, weight, inverse_length, with_mean=False, factors=factors
         )
@@ -68,7 +68,7 @@ def of_queries(
         WIDTH=triton.next_power_of_2(width),
         PARTS=triton.next_power_of_2(len(parts.largest)),
         POSITIVES=positives.shape[1],
-        OTHERS=others,
+        OTHER_TEMPERATURE=has_other_temperature,
         CHUNK=CHUNK,
     )
     return OfQueries(loss, gradient, probability, slot_probability, log_normaliser, hit.view(torch.bool))
@@ -100,7 +100,7 @@ def _of_query(
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     POSITIVES: tl.constexpr,
-    OTHERS: tl.constexpr,
+    OTHER_TEMPERATURE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """A query: its softmax over all parts, then its positives one after another."""
@@ -113,7 +113,7 @@ def _of_query(
     total = tl.sum(total_of_part * tl.exp(largest_of_part - largest), axis=0)
     log_normaliser = largest + tl.log(total)
     slot_log_normaliser = log_normaliser
-    if OTHERS:
+    if OTHER_TEMPERATURE:
         slot_log_normaliser = tl.load(log_normalisers + query)
     else:
         tl.store(log_normalisers + query, log_normaliser)

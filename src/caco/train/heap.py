@@ -1,7 +1,7 @@
 """Memory that a CPU run has freed is kept for its next tensors instead of going back to the system.
 
 glibc gives large blocks back at once, and the system clears every page anew at the next step: a fifth of a step of
-ResNet-18. The price are gaps that the next tensors do not fit into. Most of them are there because glibc keeps small blocks
+ResNet-18. The price is gaps that the next tensors do not fit into. Most of them are there because glibc keeps small blocks
 apart which lie between large ones; it can be told not to, but only before a program begins (docs/performance.md).
 """
 
