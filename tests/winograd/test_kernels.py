@@ -81,12 +81,12 @@ CHANNELS = 32
 
 def places_of(kind: int, maps: np.ndarray) -> np.ndarray:
     """Return the transformed tiles [places, T, C], out of their panels."""
-    rows, columns = tiles.grid(kind, *maps.shape[1:3])
+    rows, columns = tiles.grid(kind, maps)
     count = rows * columns * len(maps)
     room, places = tiles.room_for(count), transforms.SIDE[kind] ** 2
     distance = tiles.from_place_to_place(maps, room)
     flat = np.full(places * distance, np.nan)
-    tiles.maps_to_tiles(kind, maps, 0, len(maps), flat, room)
+    tiles.maps_to_tiles(kind, maps, 0, len(maps) * rows, flat, room)
     width = products.panel_width(8)
     matrices = flat.reshape(places, distance)[:, : room * CHANNELS].reshape(places, CHANNELS // width, room, width)
     return matrices[:, :, :count].swapaxes(1, 2).reshape(places, count, CHANNELS)
@@ -110,12 +110,13 @@ def test_tiles_go_back_by_the_transpose(kind):
     """Of maps that are no whole tiles."""
     draw = np.random.default_rng(0)
     maps, returned = draw.normal(size=(2, 2, 7, 13, CHANNELS))
-    count = np.prod(tiles.grid(kind, 7, 13)) * 2
+    rows, columns = tiles.grid(kind, maps)
+    count = 2 * rows * columns
     room = tiles.room_for(count)
     flat = np.zeros(transforms.SIDE[kind] ** 2 * tiles.from_place_to_place(maps, room))
     pull = draw.normal(size=flat.shape)
-    tiles.maps_to_tiles(kind, maps, 0, 2, flat, room)
-    tiles.tiles_to_maps(kind, pull, room, returned, 0, 2)
+    tiles.maps_to_tiles(kind, maps, 0, 2 * rows, flat, room)
+    tiles.tiles_to_maps(kind, pull, room, returned, 0, 2 * rows)
     np.testing.assert_allclose((flat * pull).sum(), (maps * returned).sum(), rtol=1e-12)
 
 

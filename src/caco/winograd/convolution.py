@@ -22,51 +22,82 @@ MOST_GRADIENT_BYTES = 2**28
 """Bytes that the threads' gradients of one layer's transformed filters may take: each thread has its own."""
 
 
-class WinogradConvolution(torch.autograd.Function):
-    """The convolution of maps [B, C, H, W] with filters [O, C, 3, 3], padding 1, stride 1 or 2, no bias; B > 0.
+def convolve(maps: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """Return the convolution of maps [B, C, H, W] with filters [O, C, 3, 3], padding 1, stride 1 or 2, no bias; B > 0.
 
     C and O are multiples of `panel_width`; ValueError if they are not.
     """
+    result: Tensor = WinogradConvolution.apply(maps, weight, stride)[0]
+    return result
+
+
+class WinogradConvolution(torch.autograd.Function):
+    """`convolve` between two batch norms: of maps · factors[0] + factors[1], rectified, with the sums of what comes out.
+
+    factors: none, or two of each channel, [2, C], float64. Returns the result and, if with_sums, the sums of it and of its squares
+    over images and pixels, [2, O], float64 (else None).
+    """
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    def forward(
+        ctx: Any, maps: Tensor, weight: Tensor, stride: int = 1, factors: Tensor | None = None, with_sums: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         from caco.winograd import passes  # numba takes a second to import
 
         maps = maps.contiguous(memory_format=torch.channels_last)
-        ctx.save_for_backward(maps, weight)
-        ctx.stride = stride
         height, width = (-(-side // stride) for side in maps.shape[2:])
-        result = _empty_maps(maps, len(weight), height, width)
-        arrays = _pixels(maps), transform_filters(weight.transpose(0, 1), stride).numpy(), _pixels(result)
+        result = empty_maps(maps, len(weight), height, width)
+        ctx.save_for_backward(maps, weight, factors, result if with_sums else None)
+        ctx.stride = stride
+        ctx.set_materialize_grads(False)
+        parts = parts_of_images(result)
+        sums = _empty_sums(len(parts), len(weight) if with_sums else 0)
+        arrays = pixels(maps), _numpy(factors, maps), transform_filters(weight.transpose(0, 1), stride).numpy(), pixels(result)
 
-        def convolve(first: int, last: int) -> None:
-            passes.forward(*arrays, first, last, stride)
+        def convolve_part(first: int, last: int) -> None:
+            passes.forward(*arrays, sums[parts.index((first, last))], first, last, stride)
 
-        in_threads(convolve, _parts_of_images(result))
-        return result
+        in_threads(convolve_part, parts)
+        return result, torch.from_numpy(sums.sum(0)) if with_sums else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         from caco.winograd import passes
 
-        maps, weight = ctx.saved_tensors
+        maps, weight, factors, result = ctx.saved_tensors
+        pull, sums_pull = grad_outputs
         stride, (to_maps, to_filters) = ctx.stride, ctx.needs_input_grad[:2]
-        pull = grad_outputs[0].contiguous(memory_format=torch.channels_last)
+        to_factors = factors is not None and ctx.needs_input_grad[3]
+        pull = torch.zeros_like(result) if pull is None else pull.contiguous(memory_format=torch.channels_last)
+        of_result = None
+        if sums_pull is not None:  # of the sum and of the sum of squares, for each number
+            of_result = torch.stack([2 * sums_pull[1], sums_pull[0]]).to(maps.dtype)
         filters = transform_filters(weight, stride)
-        parts = _parts_of_images(pull)
+        parts = parts_of_images(pull)
         if to_filters:
             parts = parts_of(len(maps), min(len(parts), MOST_GRADIENT_BYTES // filters.nbytes))
-        of_maps = _empty_maps(maps, *maps.shape[1:]) if to_maps else maps[:0]
+        of_maps = empty_maps(maps, *maps.shape[1:]) if to_maps or to_factors else maps[:0]
         of_filters = filters.new_empty(len(parts) if to_filters else 0, *filters.shape)
-        inputs = _pixels(maps), filters.numpy(), _pixels(pull)
+        of_factors = _empty_sums(len(parts), maps.shape[1] if factors is not None else 0)
+        inputs = pixels(maps), _numpy(factors, maps), filters.numpy()
+        pulled = pixels(pull), _numpy(of_result, pull), pixels(pull[:0] if of_result is None else result)
 
         def pull_back(first: int, last: int) -> None:
-            part = of_filters[parts.index((first, last))].numpy() if to_filters else inputs[1][:0]
-            passes.backward(*inputs, _pixels(of_maps), part, first, last, stride, to_maps, to_filters)
+            number = parts.index((first, last))
+            part = of_filters[number].numpy() if to_filters else inputs[2][:0]
+            asked = to_maps or to_factors, to_filters
+            gradients = pixels(of_maps), of_factors[number], part
+            passes.backward(*inputs, *pulled, *gradients, first, last, stride, *asked)
 
         in_threads(pull_back, parts)
-        return of_maps if to_maps else None, filters_back(of_filters, stride) if to_filters else None, None
+        return (
+            of_maps if to_maps else None,
+            filters_back(of_filters, stride) if to_filters else None,
+            None,
+            torch.from_numpy(of_factors.sum(0)) if to_factors else None,
+            None,
+        )
 
 
 def transform_filters(weight: Float[Tensor, "rows columns 3 3"], stride: int) -> Tensor:
@@ -94,19 +125,28 @@ def filters_back(parts: Tensor, stride: int) -> Float[Tensor, "rows columns 3 3"
     return result.permute(0, 3, 1, 2)
 
 
-def _pixels(maps: Tensor) -> np.ndarray:
+def pixels(maps: Tensor) -> np.ndarray:
     """Return maps that are channels_last as [B, H, W, C]."""
     return maps.detach().permute(0, 2, 3, 1).numpy()
 
 
-def _empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+def empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """Return maps to be filled, channels_last. numpy's memory: of glibc it asks for the bytes alone, so that they fit where
     others of their size were, while torch wants a multiple of 64 for their address and so some bytes more."""
-    pixels = np.empty((len(like), height, width, channels), _pixels(like[:0]).dtype)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    numbers = np.empty((len(like), height, width, channels), pixels(like[:0]).dtype)
+    return torch.from_numpy(numbers).permute(0, 3, 1, 2)
 
 
-def _parts_of_images(results: Tensor) -> list[tuple[int, int]]:
+def _numpy(factors: Tensor | None, maps: Tensor) -> np.ndarray:
+    return pixels(maps[:0]).reshape(0, 0) if factors is None else factors.detach().to(maps.dtype).contiguous().numpy()
+
+
+def _empty_sums(parts: int, channels: int) -> np.ndarray:
+    return np.zeros((parts, 2 if channels else 0, channels))
+
+
+def parts_of_images(results: Tensor) -> list[tuple[int, int]]:
+    """Return which images each thread takes."""
     tiles = len(results) * -(-results.shape[2] // 4) * -(-results.shape[3] // 4)
     return parts_of(len(results), tiles // LEAST_TILES)
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import numpy as np
 from numba import njit
 
 from caco.winograd.products import panel_width, position
-from caco.winograd.transforms import FILTERS, FILTERS_BY_TWO, SIDE, back, there
+from caco.winograd.strips import aligned
+from caco.winograd.transforms import FILTERS, FILTERS_BY_TWO, SIDE, filter_back, filter_there
 from caco.winograd.vectors import BYTES, load, store, zeros
 
 
@@ -25,16 +25,14 @@ def filters_to_places(stride, filters, matrices, first, last):
     rows, columns = len(filters), filters.shape[3]
     kind = FILTERS if stride == 1 else FILTERS_BY_TWO
     side, lanes = SIDE[kind], BYTES // filters.itemsize
-    source, target, half = filters.reshape(-1), matrices.reshape(-1), np.empty(27 * lanes, filters.dtype)
+    source, target, half = filters.reshape(-1), matrices.reshape(-1), aligned(27 * lanes, filters)
     size, width = rows * columns, panel_width(filters.itemsize)
     for column in range(0, columns, lanes):
         for row in range(first, last):
             at = row * 9 * columns + column
-            for j in range(3):
-                there(kind, source, at + j * columns, 3 * columns, half, j * lanes, 3 * lanes)
+            filter_there(kind, 3, source, at, columns, 3 * columns, half, 0, lanes, 3 * lanes)
             to = position(row, column, rows, width)
-            for i in range(side):
-                there(kind, half, i * 3 * lanes, lanes, target, to + i * side * size, size)
+            filter_there(kind, side, half, 0, 3 * lanes, lanes, target, to, side * size, size)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -45,7 +43,7 @@ def places_to_filters(stride, parts, filters, first, last):
     kind = FILTERS if stride == 1 else FILTERS_BY_TWO
     side, lanes = SIDE[kind], BYTES // filters.itemsize
     source, target = parts.reshape(-1), filters.reshape(-1)
-    sums, half = np.empty(side * lanes, filters.dtype), np.empty(27 * lanes, filters.dtype)
+    sums, half = aligned(side * lanes, filters), aligned(27 * lanes, filters)
     size, width = rows * columns, panel_width(filters.itemsize)
     for column in range(0, columns, lanes):
         for row in range(first, last):
@@ -56,7 +54,6 @@ def places_to_filters(stride, parts, filters, first, last):
                     for part in range(len(parts)):
                         total = total + load(source, at + ((part * side + i) * side + j) * size)
                     store(sums, j * lanes, total)
-                back(kind, sums, 0, lanes, half, i * 3 * lanes, lanes)
+                filter_back(kind, 1, sums, 0, 0, lanes, half, i * 3 * lanes, 0, lanes)
             to = row * 9 * columns + column
-            for j in range(3):
-                back(kind, half, j * lanes, 3 * lanes, target, to + j * columns, 3 * columns)
+            filter_back(kind, 3, half, 0, lanes, 3 * lanes, target, to, columns, 3 * columns)

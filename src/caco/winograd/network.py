@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from caco.winograd.convolution import PLACES, WinogradConvolution
+from caco.winograd.convolution import PLACES, convolve
+from caco.winograd.residual import residual_block
 
+BLOCKS = {("timm.models.resnet", "BasicBlock"), ("torchvision.models.resnet", "BasicBlock")}
+"""Residual blocks of two 3 × 3 convolutions, each with a batch norm: module and name of their classes."""
 LEAST_CHANNELS = 64
 """Channels in and out below which the transforms take longer than the products they save."""
 WHOLE_VECTORS = 32
@@ -22,12 +27,12 @@ class Convolution(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what nn.Conv2d returns, with other rounding (docs/performance.md)."""
-        if not self._suits(input):
+        if not self.suits(input):
             return super().forward(input)
-        output: Tensor = WinogradConvolution.apply(input, self.weight, self.stride[0])
+        output = convolve(input, self.weight, self.stride[0])
         return output if self.bias is None else output + self.bias[:, None, None]
 
-    def _suits(self, input: Tensor) -> bool:
+    def suits(self, input: Tensor) -> bool:
         """Return whether the input is one for Winograd's filtering; of wrong ones nn.Conv2d tells best what is wrong."""
         return (
             input.device.type == "cpu"
@@ -48,14 +53,51 @@ def _share_of_products(stride: int, height: int, width: int) -> float:
     return PLACES[stride] * tiles / (9 * height * width)
 
 
+class Block(nn.Module):
+    """A residual block of two such convolutions, mixed into its class: computed as one where it can be (`residual.py`)."""
+
+    def forward(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
+        """Return what the block returns, with other rounding."""
+        block: Any = self
+        if others or options or not _is_plain(block) or not block.conv1.suits(x):
+            return super().forward(x, *others, **options)  # type: ignore[misc,no-any-return]
+        shortcut = x if block.downsample is None else block.downsample(x)
+        return residual_block(x, (block.conv1, block.conv2), (block.bn1, block.bn2), shortcut)
+
+
+def _is_plain(block: Any) -> bool:
+    """Return whether nothing but the two convolutions, batch norms and ReLUs has been put into a block."""
+    layers = block.conv1, block.conv2, block.bn1, block.bn2
+    return (
+        all(type(layer) is expected for layer, expected in zip(layers, (Convolution,) * 2 + (nn.BatchNorm2d,) * 2, strict=True))
+        and all(type(getattr(block, name, None)) in (nn.Identity, type(None)) for name in ("drop_block", "aa", "se", "drop_path"))
+        and all(type(getattr(block, name, None)) in (nn.ReLU, type(None)) for name in ("act1", "act2", "relu"))
+        and block.conv1.bias is None
+        and block.conv2.bias is None
+        and not any(vars(layer)[hooks] for layer in block.children() for hooks in HOOKS)
+    )
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@cache
+def _with_block(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a block's class with `Block` mixed in."""
+    return type(kind.__name__, (Block, kind), {})
+
+
 def use_winograd(network: nn.Module) -> None:
     """Let the network's convolutions that can be computed by Winograd's filtering be so, in place.
 
-    Only their class changes, so parameters, names, hooks and what an optimizer holds of them stay.
+    Only classes change, so parameters, names, hooks and what an optimizer holds of them stay.
     """
     for module in network.modules():
         if _fits(module):
             module.__class__ = Convolution
+    for module in network.modules():
+        if (type(module).__module__, type(module).__name__) in BLOCKS:
+            module.__class__ = _with_block(type(module))
 
 
 def use_direct(network: nn.Module) -> None:
@@ -63,6 +105,8 @@ def use_direct(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is Convolution:
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
+        elif isinstance(module, Block):
+            module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]
 
 
 def can_use_winograd() -> bool:

@@ -7,70 +7,81 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import numpy as np
 from numba import njit
 
 from caco.winograd.products import multiply, multiply_transposed, panel_width
-from caco.winograd.tiles import from_place_to_place, grid, maps_to_tiles, room_for, tiles_to_maps
-from caco.winograd.transforms import INPUTS, INPUTS_BY_TWO, OUTPUTS, OUTPUTS_BY_TWO, inlined
+from caco.winograd.strips import aligned, grid, inlined, strip_of
+from caco.winograd.tiles import from_place_to_place, maps_to_tiles, room_for, tiles_to_maps
+from caco.winograd.transforms import INPUTS, INPUTS_BY_TWO, OUTPUTS, OUTPUTS_BY_TWO
 
-BLOCK = 192
-"""Tiles at a time, about."""
+BLOCK, LARGE_BLOCK = 64, 128
+"""Tiles at a time, about: as few as keep the products busy; more where each block has many filters to read."""
+LARGE_FILTERS = 2**16
+"""Filters from which on a block is large."""
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def forward(maps, filters, results, first, last, stride):
-    """Fill the results [B, H', W', O] of images `first` to `last` of the maps [B, H, W, C].
+def forward(maps, factors, filters, results, sums, first, last, stride):
+    """Fill the results [B, H', W', O] of images `first` to `last` of the maps [B, H, W, C], read with factors (`cut_out`).
 
-    filters: [places, O / w, C, w], transformed, w numbers in a panel.
+    filters: [places, O / w, C, w], transformed, w numbers in a panel. sums: none, or [2, O], those of the results (`put_back`).
     """
     width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], results.shape[3]
     inputs_kind, outputs_kind = kinds(stride)
-    images, room = block_of(results, first, last, outputs_kind)
-    size, flat = channels * outputs, filters.reshape(-1)
+    rows, columns = grid(outputs_kind, results)
+    at_a_time, room = block_of(rows * (last - first), columns, channels * outputs)
     place, product = from_place_to_place(maps, room), from_place_to_place(results, room)
-    inputs, products = np.empty(len(filters) * place, maps.dtype), np.empty(len(filters) * product, maps.dtype)
-    for begin in range(first, last, images):
-        end = min(begin + images, last)
-        maps_to_tiles(inputs_kind, maps, begin, end, inputs, room)
-        tiles = tiles_of(results, end - begin, outputs_kind)
+    inputs, products = aligned(len(filters) * place, maps), aligned(len(filters) * product, maps)
+    maps_strip, results_strip = strip_of(inputs_kind, maps), strip_of(outputs_kind, results)
+    size, flat = channels * outputs, filters.reshape(-1)
+    for begin in range(first * rows, last * rows, at_a_time):
+        end = min(begin + at_a_time, last * rows)
+        maps_to_tiles(inputs_kind, maps, factors, maps[:0], begin, end, maps_strip, inputs, room)
         for k in range(len(filters)):
             multiply(
                 inputs, k * place, room * width,
                 flat, k * size, channels * width,
                 products, k * product, room * width,
-                tiles, outputs, channels,
+                (end - begin) * columns, outputs, channels,
             )  # fmt: skip
-        tiles_to_maps(outputs_kind, products, room, results, begin, end)
+        tiles_to_maps(outputs_kind, products, room, results, factors[:0], results[:0], sums, begin, end, results_strip)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def backward(maps, filters, pulls, maps_gradient, filters_gradient, first, last, stride, to_maps, to_filters):
-    """Fill the maps' gradient of images `first` to `last` and these images' part of the filters', each if it is asked for.
+def backward(
+    maps, factors, filters, pulls, pulls_factors, results,
+    maps_gradient, factors_gradient, filters_gradient, first, last, stride, to_maps, to_filters,
+):  # fmt: skip
+    """Fill the maps' gradient of images `first` to `last`, and these images' part of the factors' and of the filters'.
 
-    pulls: the results' gradient, [B, H', W', O]. filters and their gradient: [places, C / w, O, w], transformed.
+    pulls: the results' gradient, [B, H', W', O]; with factors of their own, read with the results (`cut_out`), whose sums have
+    gradients, too. filters and their gradient: [places, C / w, O, w], transformed. to_maps, to_filters: what is asked for.
     """
     width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], pulls.shape[3]
     inputs_kind, outputs_kind = kinds(stride)
-    images, room = block_of(pulls, first, last, outputs_kind)
-    size = channels * outputs
-    flat, flat_gradient = filters.reshape(-1), filters_gradient.reshape(-1)
+    rows, columns = grid(outputs_kind, pulls)
+    at_a_time, room = block_of(rows * (last - first), columns, channels * outputs)
     place, product = from_place_to_place(maps, room), from_place_to_place(pulls, room)
-    inputs, products = np.empty(len(filters) * place, maps.dtype), np.empty(len(filters) * product, maps.dtype)
-    for begin in range(first, last, images):
-        end = min(begin + images, last)
-        tiles = tiles_of(pulls, end - begin, outputs_kind)
-        maps_to_tiles(outputs_kind, pulls, begin, end, products, room)
+    inputs, products = aligned(len(filters) * place, maps), aligned(len(filters) * product, maps)
+    maps_strip, sums_strip, pulls_strip = (
+        strip_of(inputs_kind, maps), strip_of(inputs_kind, maps), strip_of(outputs_kind, pulls),
+    )  # fmt: skip
+    size, flat, flat_gradient = channels * outputs, filters.reshape(-1), filters_gradient.reshape(-1)
+    others = maps[: len(maps) if len(factors) else 0]
+    for begin in range(first * rows, last * rows, at_a_time):
+        end = min(begin + at_a_time, last * rows)
+        tiles = (end - begin) * columns
+        maps_to_tiles(outputs_kind, pulls, pulls_factors, results, begin, end, pulls_strip, products, room)
         if to_filters:
-            maps_to_tiles(inputs_kind, maps, begin, end, inputs, room)
+            maps_to_tiles(inputs_kind, maps, factors, maps[:0], begin, end, maps_strip, inputs, room)
             for k in range(len(filters)):
                 multiply_transposed(
                     products, k * product, room * width,
                     inputs, k * place, room * width,
                     flat_gradient, k * size, outputs * width,
-                    outputs, channels, tiles, begin > first,
+                    outputs, channels, tiles, begin > first * rows,
                 )  # fmt: skip
         if to_maps:
             for k in range(len(filters)):
@@ -80,7 +91,7 @@ def backward(maps, filters, pulls, maps_gradient, filters_gradient, first, last,
                     inputs, k * place, room * width,
                     tiles, channels, outputs,
                 )  # fmt: skip
-            tiles_to_maps(inputs_kind, inputs, room, maps_gradient, begin, end)
+            tiles_to_maps(inputs_kind, inputs, room, maps_gradient, factors, others, factors_gradient, begin, end, sums_strip)
 
 
 @inlined
@@ -92,15 +103,8 @@ def kinds(stride):
 
 @inlined
 @no_type_check
-def tiles_of(results, images, outputs_kind):
-    """Return the number of tiles of so many images."""
-    rows, columns = grid(outputs_kind, results.shape[1], results.shape[2])
-    return rows * columns * images
-
-
-@inlined
-@no_type_check
-def block_of(results, first, last, outputs_kind):
-    """Return how many images to take at a time, and the room for their tiles."""
-    images = max(min(BLOCK // tiles_of(results, 1, outputs_kind), last - first), 1)
-    return images, room_for(tiles_of(results, images, outputs_kind))
+def block_of(rows, columns, filters):
+    """Return how many rows of tiles to take at a time, and the room for their tiles."""
+    most = LARGE_BLOCK if filters >= LARGE_FILTERS else BLOCK
+    at_a_time = max(min(most // columns, rows), 1)
+    return at_a_time, room_for(at_a_time * columns)

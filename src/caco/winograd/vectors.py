@@ -2,17 +2,20 @@
 
 A compiler makes vector code of a plain loop only where it can show that nothing it writes is read again; in Winograd's
 transforms, which read and write dozens of rows at once, it can't, and is three times slower. Here a vector is a value:
-`load` and `zeros` make one, `+`, `-` and `*` (by a number) compute with it, `store` puts it back; what has `_all` in its
-name does so with a tuple of them.
+`load` and `zeros` make one, `+`, `-` and `*` compute with it, `store` puts it back; what has `_all` in its name does so with
+a tuple of them. `compiled` makes vector code of a formula that is a plain function of numbers.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, no_type_check
 
 from llvmlite import binding, ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 from caco.compiled_code import find_place
@@ -88,21 +91,64 @@ def store(typing, array, index, vector):
     return types.void(array, types.intp, vector), generate
 
 
-@intrinsic(prefer_literal=True)
+@dataclass
+class _Written:
+    """A vector while code is being written: what a formula does with it is written down."""
+
+    builder: Any
+    value: Any
+
+    def __add__(self, other: _Written) -> _Written:
+        return _Written(self.builder, self.builder.fadd(self.value, other.value, flags=FLAGS))
+
+    def __sub__(self, other: _Written) -> _Written:
+        return _Written(self.builder, self.builder.fsub(self.value, other.value, flags=FLAGS))
+
+    def __rmul__(self, number: float) -> _Written:
+        factor = ir.Constant(self.value.type, [number] * self.value.type.count)
+        return _Written(self.builder, self.builder.fmul(factor, self.value, flags=FLAGS))
+
+
+Formula = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+
+
 @no_type_check
-def load_all(typing, array, index, step, count):
-    """Return `count` vectors as a tuple, `step` numbers from one to the next; the count is written as a number."""
+def compiled(formulas: Mapping[int, tuple[int, Formula]], add: bool = False):
+    """Return what compiled code calls to compute a formula of vectors, of so many lines, and to store, or add, what comes out.
 
-    def generate(context, builder, signature, arguments):
-        data, at = _data(context, builder, array, arguments[0]), arguments[1]
-        vectors = []
-        for _ in range(count.literal_value):
-            vectors.append(_load(builder, array, data, at))
-            at = builder.add(at, arguments[2])
-        return context.make_tuple(builder, signature.return_type, vectors)
+    formulas: for each kind, of how many vectors, and what. Of a line there is one vector every `step` numbers of the source,
+    from the index `at` on, and one every `by` of the target, from `to` on; the next line is `along` numbers further in the
+    source, `on` in the target.
+    """
 
-    result = types.UniTuple(Vector(array.dtype), count.literal_value)
-    return result(array, types.intp, types.intp, count), generate
+    @intrinsic
+    def compute(typing, kind, lines, source, at, along, step, target, to, on, by):
+        def generate(context, builder, signature, arguments):
+            kind, lines, from_array, at, along, step, to_array, to, on, by = arguments
+            from_data = _data(context, builder, source, from_array)
+            to_data = _data(context, builder, target, to_array)
+            for number, (count, formula) in formulas.items():
+                with (
+                    builder.if_then(builder.icmp_signed("==", kind, kind.type(number))),
+                    cgutils.for_range(builder, lines) as loop,
+                ):
+                    index = builder.add(at, builder.mul(loop.index, along))
+                    vectors = []
+                    for _ in range(count):
+                        vectors.append(_Written(builder, _load(builder, source, from_data, index)))
+                        index = builder.add(index, step)
+                    index = builder.add(to, builder.mul(loop.index, on))
+                    for vector in formula(tuple(vectors)):
+                        if add:
+                            vector = vector + _Written(builder, _load(builder, target, to_data, index))
+                        _store(builder, target, to_data, index, vector.value)
+                        index = builder.add(index, by)
+            return context.get_dummy_value()
+
+        of_line = (types.intp, types.intp, types.intp)
+        return types.void(types.intp, types.intp, source, *of_line, target, *of_line), generate
+
+    return compute
 
 
 @no_type_check
@@ -182,18 +228,20 @@ def _of_two(name):
     return operation
 
 
-_plus, _minus = _of_two("fadd"), _of_two("fsub")
+_plus, _minus, _times = _of_two("fadd"), _of_two("fsub"), _of_two("fmul")
 
 
 @intrinsic
 @no_type_check
-def _scaled(typing, factor, vector):
+def where_positive(typing, test, vector):
+    """Return a vector with zeros where the test's numbers are not positive; one that is no number counts as positive."""
+
     def generate(context, builder, signature, arguments):
         kind = _llvm_type(vector.dtype)
-        number = context.cast(builder, arguments[0], factor, vector.dtype)
-        return builder.fmul(_repeat(builder, number, kind), arguments[1], flags=FLAGS)
+        zero = ir.Constant(kind, None)
+        return builder.select(builder.fcmp_ordered("<=", arguments[0], zero), zero, arguments[1])
 
-    return vector(factor, vector), generate
+    return vector(test, vector), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -223,4 +271,4 @@ def _subtract(left, right):
 @overload(operator.mul)
 @no_type_check
 def _multiply(left, right):
-    return (lambda left, right: _scaled(left, right)) if isinstance(right, Vector) else None
+    return (lambda left, right: _times(left, right)) if isinstance(left, Vector) else None
