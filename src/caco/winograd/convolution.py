@@ -52,7 +52,7 @@ class WinogradConvolution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         parts = parts_of_images(result)
         sums = _empty_sums(len(parts), len(weight) if with_sums else 0)
-        arrays = pixels(maps), _numpy(factors, maps), transform_filters(weight.transpose(0, 1), stride).numpy(), pixels(result)
+        arrays = pixels(maps), _numpy(factors, maps), transform_filters(weight, stride, transposed=True).numpy(), pixels(result)
 
         def convolve_part(first: int, last: int) -> None:
             passes.forward(*arrays, sums[parts.index((first, last))], first, last, stride)
@@ -93,35 +93,40 @@ class WinogradConvolution(torch.autograd.Function):
         in_threads(pull_back, parts)
         return (
             of_maps if to_maps else None,
-            filters_back(of_filters, stride) if to_filters else None,
+            filters_back(of_filters, stride, *weight.shape[:2]) if to_filters else None,
             None,
             torch.from_numpy(of_factors.sum(0)) if to_factors else None,
             None,
         )
 
 
-def transform_filters(weight: Float[Tensor, "rows columns 3 3"], stride: int) -> Tensor:
-    """Return G g Gᵀ of every filter g: for each place a matrix of rows and columns, as `products.py` has them."""
+def transform_filters(weight: Float[Tensor, "outputs inputs 3 3"], stride: int, transposed: bool = False) -> Tensor:
+    """Return G g Gᵀ of every filter g: for each place a matrix of outputs and inputs, as `products.py` has them, in a row.
+
+    transposed: of inputs and outputs.
+    """
     from caco.winograd import filters
     from caco.winograd.products import panel_width
+    from caco.winograd.strips import CACHE_LINE
 
     width = panel_width(weight.element_size())
     if any(channels % width for channels in weight.shape[:2]):  # nothing that follows checks where it writes
         raise ValueError(f"filters of {tuple(weight.shape)}: channels must be multiples of {width}")
-    taps = weight.detach().permute(0, 2, 3, 1).contiguous()
-    result = taps.new_empty(PLACES[stride], taps.shape[3] // width, len(taps), width)
-    arrays = taps.numpy(), result.numpy()
-    in_threads(lambda first, last: filters.filters_to_places(stride, *arrays, first, last), _parts_of_rows(taps))
-    return result
+    lines = weight[:, :, 0, 0].numel() * weight.element_size() // CACHE_LINE
+    result = weight.new_empty(PLACES[stride], (lines | 1) * CACHE_LINE // weight.element_size())  # odd, as tiles are apart
+    arrays = weight.detach().permute(0, 2, 3, 1).contiguous().numpy(), transposed, result.detach().numpy()
+    parts = parts_of(weight.shape[1 if transposed else 0], weight.numel() // LEAST_WEIGHTS)
+    in_threads(lambda first, last: filters.filters_to_places(stride, *arrays, first, last), parts)
+    return result.detach()
 
 
-def filters_back(parts: Tensor, stride: int) -> Float[Tensor, "rows columns 3 3"]:
+def filters_back(parts: Tensor, stride: int, rows: int, columns: int) -> Float[Tensor, "rows columns 3 3"]:
     """Return Gᵀ u G of the sum of parts: the transpose of `transform_filters`."""
     from caco.winograd import filters
 
-    result = parts.new_empty(parts.shape[3], 3, 3, parts.shape[2] * parts.shape[4])
+    result = parts.new_empty(rows, 3, 3, columns)
     arrays = parts.numpy(), result.numpy()
-    in_threads(lambda first, last: filters.places_to_filters(stride, *arrays, first, last), _parts_of_rows(result))
+    in_threads(lambda first, last: filters.places_to_filters(stride, *arrays, first, last), parts_of(rows, result.numel() // LEAST_WEIGHTS))
     return result.permute(0, 3, 1, 2)
 
 
@@ -149,10 +154,6 @@ def parts_of_images(results: Tensor) -> list[tuple[int, int]]:
     """Return which images each thread takes."""
     tiles = len(results) * -(-results.shape[2] // 4) * -(-results.shape[3] // 4)
     return parts_of(len(results), tiles // LEAST_TILES)
-
-
-def _parts_of_rows(filters: Tensor) -> list[tuple[int, int]]:
-    return parts_of(len(filters), filters.numel() // LEAST_WEIGHTS)
 
 
 def parts_of(count: int, most: int) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ LARGE_FILTERS = 2**16
 def forward(maps, factors, filters, results, sums, first, last, stride):
     """Fill the results [B, H', W', O] of images `first` to `last` of the maps [B, H, W, C], read with factors (`cut_out`).
 
-    filters: [places, O / w, C, w], transformed, w numbers in a panel. sums: none, or [2, O], those of the results (`put_back`).
+    filters: [places, N], transformed: each place's [O / w, C, w] first, w numbers in a panel. sums: none, or [2, O], those of the results (`put_back`).
     """
     width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], results.shape[3]
     inputs_kind, outputs_kind = kinds(stride)
@@ -34,7 +34,7 @@ def forward(maps, factors, filters, results, sums, first, last, stride):
     place, product = from_place_to_place(maps, room), from_place_to_place(results, room)
     inputs, products = aligned(len(filters) * place, maps), aligned(len(filters) * product, maps)
     maps_strip, results_strip = strip_of(inputs_kind, maps), strip_of(outputs_kind, results)
-    size, flat = channels * outputs, filters.reshape(-1)
+    size, flat = filters.shape[1], filters.reshape(-1)
     for begin in range(first * rows, last * rows, at_a_time):
         end = min(begin + at_a_time, last * rows)
         maps_to_tiles(inputs_kind, maps, factors, maps[:0], begin, end, maps_strip, inputs, room)
@@ -57,7 +57,7 @@ def backward(
     """Fill the maps' gradient of images `first` to `last`, and these images' part of the factors' and of the filters'.
 
     pulls: the results' gradient, [B, H', W', O]; with factors of their own, read with the results (`cut_out`), whose sums have
-    gradients, too. filters and their gradient: [places, C / w, O, w], transformed. to_maps, to_filters: what is asked for.
+    gradients, too. filters and their gradient: [places, N], transformed: [C / w, O, w]. to_maps, to_filters: what is asked for.
     """
     width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], pulls.shape[3]
     inputs_kind, outputs_kind = kinds(stride)
@@ -68,7 +68,7 @@ def backward(
     maps_strip, sums_strip, pulls_strip = (
         strip_of(inputs_kind, maps), strip_of(inputs_kind, maps), strip_of(outputs_kind, pulls),
     )  # fmt: skip
-    size, flat, flat_gradient = channels * outputs, filters.reshape(-1), filters_gradient.reshape(-1)
+    size, flat, flat_gradient = filters.shape[1], filters.reshape(-1), filters_gradient.reshape(-1)
     others = maps[: len(maps) if len(factors) else 0]
     for begin in range(first * rows, last * rows, at_a_time):
         end = min(begin + at_a_time, last * rows)
