@@ -13,8 +13,8 @@ import torch
 from maps import maps_of, relative
 from torch.nn import functional as F
 
-from caco.winograd import convolution
-from caco.winograd.convolution import WinogradConvolution, filters_back, transform_filters
+from caco.winograd import convolution as module
+from caco.winograd.convolution import WinogradConvolution, convolve, filters_back, transform_filters
 
 pytest.importorskip("numba")
 
@@ -39,7 +39,7 @@ def test_results_and_gradients_are_those_of_the_direct_convolution(shape, stride
     maps = maps_of(images, inputs, height, width).requires_grad_()
     weight = torch.randn(outputs, inputs, 3, 3, dtype=torch.float64, requires_grad=True)
     direct = F.conv2d(maps, weight, padding=1, stride=stride)
-    winograd = WinogradConvolution.apply(maps, weight, stride)
+    winograd = convolve(maps, weight, stride)
     assert relative(winograd.detach(), direct.detach()) < 1e-13
     pull = torch.randn_like(direct)
     for found, true in zip(
@@ -55,7 +55,29 @@ def test_gradients_are_those_of_finite_differences(stride):
     torch.manual_seed(0)
     maps = maps_of(2, 32, 5, 4).requires_grad_()
     weight = torch.randn(64, 32, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(WinogradConvolution.apply, (maps, weight, stride), fast_mode=True)
+    assert torch.autograd.gradcheck(convolve, (maps, weight, stride), fast_mode=True)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_maps_are_read_with_factors_and_summed(shape, stride):
+    """The same as a rectified normalisation in front of it, and sums behind it, as operations of their own."""
+    torch.manual_seed(0)
+    images, inputs, outputs, height, width = shape
+    maps = maps_of(images, inputs, height, width).requires_grad_()
+    weight = torch.randn(outputs, inputs, 3, 3, dtype=torch.float64, requires_grad=True)
+    factors = torch.randn(2, inputs, dtype=torch.float64, requires_grad=True)
+    read = F.relu(maps * factors[0][:, None, None] + factors[1][:, None, None])
+    direct = F.conv2d(read, weight, padding=1, stride=stride)
+    true = direct, torch.stack([direct.sum((0, 2, 3)), direct.square().sum((0, 2, 3))])
+    found = WinogradConvolution.apply(maps, weight, stride, factors, True)
+    pulls = torch.randn_like(true[0]), torch.randn_like(true[1])
+    for pulled in ((0, 1), (0,), (1,)):
+        some = [[outputs[number] for number in pulled] for outputs in (found, true, pulls)]
+        gradients = [torch.autograd.grad(one, (maps, weight, factors), some[2], retain_graph=True) for one in some[:2]]
+        for one, other in zip((*found, *gradients[0]), (*true, *gradients[1]), strict=True):
+            assert one.shape == other.shape and relative(one.detach(), other.detach()) < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(32, 20), (20, 32)])
@@ -63,7 +85,7 @@ def test_channels_that_fill_no_panel_are_refused(shape):
     """Compiled code would write beyond its arrays."""
     inputs, outputs = shape
     with pytest.raises(ValueError, match="channels must be multiples of"):
-        WinogradConvolution.apply(maps_of(2, inputs, 6, 6), torch.randn(outputs, inputs, 3, 3, dtype=torch.float64))
+        convolve(maps_of(2, inputs, 6, 6), torch.randn(outputs, inputs, 3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("wanted", ["maps", "weight"])
@@ -72,7 +94,7 @@ def test_only_what_is_asked_for_has_a_gradient(wanted):
     both = {"maps": maps_of(2, 32, 6, 6), "weight": torch.randn(32, 32, 3, 3, dtype=torch.float64)}
     both[wanted].requires_grad_()
     true = torch.autograd.grad(F.conv2d(*both.values(), padding=1).square().sum(), both[wanted])[0]
-    WinogradConvolution.apply(*both.values()).square().sum().backward()
+    convolve(*both.values()).square().sum().backward()
     assert relative(both[wanted].grad, true) < 1e-13
     assert [name for name, tensor in both.items() if tensor.grad is not None] == [wanted]
 
@@ -86,8 +108,8 @@ def test_rounding_is_that_of_float32_and_not_of_a_shorter_format():
     pull = torch.randn_like(true)
     expected = true.detach(), *torch.autograd.grad(true, (maps, weight), pull)
     short = [tensor.detach().float().requires_grad_() for tensor in (maps, weight)]
-    for convolve in (WinogradConvolution.apply, lambda maps, weight: F.conv2d(maps, weight, padding=1)):
-        found = convolve(*short)
+    for convolution in (convolve, lambda maps, weight: F.conv2d(maps, weight, padding=1)):
+        found = convolution(*short)
         errors = [
             relative(one, other)
             for one, other in zip(
@@ -98,12 +120,21 @@ def test_rounding_is_that_of_float32_and_not_of_a_shorter_format():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(64, 32), (32, 64), (32, 32)])
+def test_transposed_filters_are_those_of_the_transposed(stride, shape):
+    weight = torch.randn(*shape, 3, 3)
+    found = transform_filters(weight, stride, transposed=True)[:, : shape[0] * shape[1]]
+    assert torch.equal(found, transform_filters(weight.transpose(0, 1), stride)[:, : shape[0] * shape[1]])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
 def test_filters_go_back_by_the_transpose_of_a_sum(stride):
     torch.manual_seed(0)
     weight = torch.randn(64, 32, 3, 3, dtype=torch.float64)
     there = transform_filters(weight, stride)
+    there[:, 64 * 32 :] = 0  # nothing is in there, nor is it read
     pull = torch.randn(3, *there.shape, dtype=torch.float64)
-    torch.testing.assert_close((there * pull.sum(0)).sum(), (weight * filters_back(pull, stride)).sum())
+    torch.testing.assert_close((there * pull.sum(0)).sum(), (weight * filters_back(pull, stride, 64, 32)).sum())
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -113,7 +144,7 @@ def test_what_is_not_finite_is_seen(wrong):
     maps[0, 1, 2, 3] = wrong
     maps.requires_grad_()
     weight = torch.ones(32, 32, 3, 3, requires_grad=True)
-    direct, winograd = F.conv2d(maps, weight, padding=1), WinogradConvolution.apply(maps, weight)
+    direct, winograd = F.conv2d(maps, weight, padding=1), convolve(maps, weight)
     assert not winograd[~direct.isfinite()].isfinite().any()
     pull = torch.ones_like(direct)
     pull[0, 0, 5, 5] = wrong
@@ -133,7 +164,7 @@ def test_threads_change_rounding_only_and_torchs_own_stay():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            result = WinogradConvolution.apply(maps, weight)
+            result = convolve(maps, weight)
             found.append((result.detach(), *torch.autograd.grad(result.square().sum(), (maps, weight))))
             assert torch.get_num_threads() == threads
             of_a_new_thread: list[int] = []
@@ -149,14 +180,14 @@ def test_threads_change_rounding_only_and_torchs_own_stay():
 
 COLD = """
 import threading, torch
-from caco.winograd.convolution import WinogradConvolution
+from caco.winograd.convolution import convolve
 torch.set_num_threads(3)
 maps = torch.randn(64, 32, 8, 8).contiguous(memory_format=torch.channels_last)
 weight = torch.randn(32, 32, 3, 3)
 results, numbers, start = [], [], threading.Barrier(4)
 def work():
     start.wait()
-    results.append(WinogradConvolution.apply(maps, weight))
+    results.append(convolve(maps, weight))
     numbers.append(torch.get_num_threads())
 threads = [threading.Thread(target=work) for _ in range(4)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
@@ -179,18 +210,18 @@ def test_the_gradient_of_large_filters_takes_few_parts(monkeypatch):
     maps, weight = maps_of(64, 32, 8, 8).requires_grad_(), torch.randn(32, 32, 3, 3, dtype=torch.float64)
     weight.requires_grad_()
     true = torch.autograd.grad(F.conv2d(maps, weight, padding=1).square().sum(), (maps, weight))
-    monkeypatch.setattr(convolution, "MOST_GRADIENT_BYTES", 1)
-    found = torch.autograd.grad(WinogradConvolution.apply(maps, weight).square().sum(), (maps, weight))
+    monkeypatch.setattr(module, "MOST_GRADIENT_BYTES", 1)
+    found = torch.autograd.grad(convolve(maps, weight).square().sum(), (maps, weight))
     assert all(relative(one, other) < 1e-13 for one, other in zip(found, true, strict=True))
 
 
 PROGRAM = """
 import hashlib, torch
-from caco.winograd.convolution import WinogradConvolution
+from caco.winograd.convolution import convolve
 torch.manual_seed(0)
 maps = torch.randn(3, 64, 9, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
 weight = torch.randn(32, 64, 3, 3, requires_grad=True)
-result = WinogradConvolution.apply(maps, weight)
+result = convolve(maps, weight)
 for tensor in (result.detach(), *torch.autograd.grad(result.square().sum(), (maps, weight))):
     print(hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest())
 """

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba")
 
-from caco.winograd import products, tiles, transforms
+from caco.winograd import products, strips, tiles, transforms
 
 # Lavin & Gray 2015, F(4 x 4, 3 x 3)
 INPUT = [
@@ -42,7 +42,7 @@ PAIRS = {  # what goes in; there, back
 
 def matrix(transform, inputs: int) -> np.ndarray:
     """Return a transform as a matrix: what it makes of unit vectors."""
-    return np.array(transform.py_func(tuple(np.eye(inputs))))
+    return np.array(transform(tuple(np.eye(inputs))))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -79,45 +79,95 @@ KINDS = {
 CHANNELS = 32
 
 
-def places_of(kind: int, maps: np.ndarray) -> np.ndarray:
+def no_factors(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.empty((0, CHANNELS)), maps[:0]
+
+
+def places_of(kind: int, maps: np.ndarray, factors: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return the transformed tiles [places, T, C], out of their panels."""
-    rows, columns = tiles.grid(kind, maps)
+    rows, columns = strips.grid(kind, maps)
     count = rows * columns * len(maps)
     room, places = tiles.room_for(count), transforms.SIDE[kind] ** 2
     distance = tiles.from_place_to_place(maps, room)
     flat = np.full(places * distance, np.nan)
-    tiles.maps_to_tiles(kind, maps, 0, len(maps) * rows, flat, room)
+    tiles.maps_to_tiles(kind, maps, factors, others, 0, rows * len(maps), strips.strip_of(kind, maps), flat, room)
     width = products.panel_width(8)
     matrices = flat.reshape(places, distance)[:, : room * CHANNELS].reshape(places, CHANNELS // width, room, width)
     return matrices[:, :, :count].swapaxes(1, 2).reshape(places, count, CHANNELS)
 
 
+READ = ["as they are", "rectified", "with others"]
+
+
+def as_read(maps: np.ndarray, factors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return what the docstring of `cut_out` says."""
+    if not len(factors):
+        return maps
+    return maps + factors[0] * others + factors[1] if len(others) else np.maximum(factors[0] * maps + factors[1], 0)
+
+
+def factors_and_others(read: str, maps: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    if read == "as they are":
+        return no_factors(maps)
+    return draw.normal(size=(2, CHANNELS)), draw.normal(size=maps.shape) if read == "with others" else maps[:0]
+
+
+@pytest.mark.parametrize("read", READ)
 @pytest.mark.parametrize("kind", KINDS)
-def test_tiles_are_cut_out_and_transformed(kind):
-    """Against torch, which cuts them out of padded maps."""
-    maps = np.random.default_rng(0).normal(size=(2, 16, 24, CHANNELS))
-    pixels, step, margin = tiles.PIXELS[kind], tiles.STEP[kind], tiles.MARGIN[kind]
-    padded = F.pad(torch.from_numpy(maps).permute(0, 3, 1, 2), (margin,) * 4)
+def test_tiles_are_cut_out_and_transformed(kind, read):
+    """Against torch, which cuts them out of padded maps: beyond the border is zero, whatever is done to the maps."""
+    draw = np.random.default_rng(0)
+    maps = draw.normal(size=(2, 16, 24, CHANNELS))
+    given = factors_and_others(read, maps, draw)
+    pixels, step, margin = strips.PIXELS[kind], strips.STEP[kind], strips.MARGIN[kind]
+    padded = F.pad(torch.from_numpy(as_read(maps, *given)).permute(0, 3, 1, 2), (margin,) * 4)
     cut = F.unfold(padded, pixels, stride=step).view(2, CHANNELS, pixels, pixels, -1).permute(2, 3, 0, 4, 1).numpy()
     inputs, there, back = PAIRS[KINDS[kind]]
     one = matrix(there, inputs) if margin else matrix(back, 4)
     expected = np.einsum("ik,klntc,jl->ijntc", one, cut, one).reshape(transforms.SIDE[kind] ** 2, -1, CHANNELS)
-    np.testing.assert_allclose(places_of(kind, maps), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(places_of(kind, maps, *given), expected, rtol=1e-12, atol=1e-12)
+
+
+def put_back(kind: int, pull: np.ndarray, room: int, maps: np.ndarray, given: tuple, sums: np.ndarray) -> None:
+    """Fill the maps, a row of tiles at a time."""
+    strip = strips.strip_of(kind, maps)
+    for row in range(len(maps) * strips.grid(kind, maps)[0]):
+        flat = pull[row].copy()
+        tiles.tiles_to_maps(kind, flat, room, maps, *given, sums, row, row + 1, strip)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tiles_go_back_by_the_transpose(kind):
-    """Of maps that are no whole tiles."""
+    """Of maps that are no whole tiles; what rows of tiles have in common is left for the next call."""
     draw = np.random.default_rng(0)
     maps, returned = draw.normal(size=(2, 2, 7, 13, CHANNELS))
-    rows, columns = tiles.grid(kind, maps)
-    count = 2 * rows * columns
-    room = tiles.room_for(count)
-    flat = np.zeros(transforms.SIDE[kind] ** 2 * tiles.from_place_to_place(maps, room))
+    rows, columns = strips.grid(kind, maps)
+    room = tiles.room_for(columns)
+    flat = np.zeros((2 * rows, transforms.SIDE[kind] ** 2 * tiles.from_place_to_place(maps, room)))
     pull = draw.normal(size=flat.shape)
-    tiles.maps_to_tiles(kind, maps, 0, 2 * rows, flat, room)
-    tiles.tiles_to_maps(kind, pull, room, returned, 0, 2 * rows)
+    for row in range(2 * rows):
+        strip = strips.strip_of(kind, maps)
+        tiles.maps_to_tiles(kind, maps, *no_factors(maps), row, row + 1, strip, flat[row], room)
+    put_back(kind, pull, room, returned, no_factors(maps), np.empty((0, CHANNELS)))
     np.testing.assert_allclose((flat * pull).sum(), (maps * returned).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_are_taken_of_what_is_put_back(kind):
+    draw = np.random.default_rng(0)
+    plain, summed, rectified = draw.normal(size=(3, 2, 7, 13, CHANNELS))
+    rows, columns = strips.grid(kind, plain)
+    room, (factors, others) = tiles.room_for(columns), (draw.normal(size=(2, CHANNELS)), draw.normal(size=plain.shape))
+    pull = draw.normal(size=(2 * rows, transforms.SIDE[kind] ** 2 * tiles.from_place_to_place(plain, room)))
+    sums, of_factors = np.ones((2, 2, CHANNELS))
+    put_back(kind, pull, room, plain, no_factors(plain), np.empty((0, CHANNELS)))
+    put_back(kind, pull, room, summed, no_factors(plain), sums)
+    put_back(kind, pull, room, rectified, (factors, others), of_factors)
+    np.testing.assert_array_equal(summed, plain)
+    np.testing.assert_allclose(sums - 1, [plain.sum((0, 1, 2)), np.square(plain).sum((0, 1, 2))], rtol=1e-10)
+    through = np.where(factors[0] * others + factors[1] > 0, plain, 0)
+    np.testing.assert_allclose(rectified, factors[0] * through, rtol=1e-12)
+    np.testing.assert_allclose(of_factors - 1, [(through * others).sum((0, 1, 2)), through.sum((0, 1, 2))], rtol=1e-10)
 
 
 def in_panels(matrix: np.ndarray, room: int) -> np.ndarray:

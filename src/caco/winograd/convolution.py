@@ -52,7 +52,12 @@ class WinogradConvolution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         parts = parts_of_images(result)
         sums = _empty_sums(len(parts), len(weight) if with_sums else 0)
-        arrays = pixels(maps), _numpy(factors, maps), transform_filters(weight, stride, transposed=True).numpy(), pixels(result)
+        arrays = (
+            pixels(maps),
+            _numpy(factors, maps),
+            transform_filters(weight, stride, transposed=True).numpy(),
+            pixels(result),
+        )
 
         def convolve_part(first: int, last: int) -> None:
             passes.forward(*arrays, sums[parts.index((first, last))], first, last, stride)
@@ -69,6 +74,8 @@ class WinogradConvolution(torch.autograd.Function):
         pull, sums_pull = grad_outputs
         stride, (to_maps, to_filters) = ctx.stride, ctx.needs_input_grad[:2]
         to_factors = factors is not None and ctx.needs_input_grad[3]
+        if pull is None and sums_pull is None:
+            return None, None, None, None, None
         pull = torch.zeros_like(result) if pull is None else pull.contiguous(memory_format=torch.channels_last)
         of_result = None
         if sums_pull is not None:  # of the sum and of the sum of squares, for each number
@@ -113,7 +120,9 @@ def transform_filters(weight: Float[Tensor, "outputs inputs 3 3"], stride: int, 
     if any(channels % width for channels in weight.shape[:2]):  # nothing that follows checks where it writes
         raise ValueError(f"filters of {tuple(weight.shape)}: channels must be multiples of {width}")
     lines = weight[:, :, 0, 0].numel() * weight.element_size() // CACHE_LINE
-    result = weight.new_empty(PLACES[stride], (lines | 1) * CACHE_LINE // weight.element_size())  # odd, as tiles are apart
+    result = weight.new_empty(
+        PLACES[stride], (lines | 1) * CACHE_LINE // weight.element_size()
+    )  # odd, as tiles are apart
     arrays = weight.detach().permute(0, 2, 3, 1).contiguous().numpy(), transposed, result.detach().numpy()
     parts = parts_of(weight.shape[1 if transposed else 0], weight.numel() // LEAST_WEIGHTS)
     in_threads(lambda first, last: filters.filters_to_places(stride, *arrays, first, last), parts)
@@ -126,7 +135,10 @@ def filters_back(parts: Tensor, stride: int, rows: int, columns: int) -> Float[T
 
     result = parts.new_empty(rows, 3, 3, columns)
     arrays = parts.numpy(), result.numpy()
-    in_threads(lambda first, last: filters.places_to_filters(stride, *arrays, first, last), parts_of(rows, result.numel() // LEAST_WEIGHTS))
+    in_threads(
+        lambda first, last: filters.places_to_filters(stride, *arrays, first, last),
+        parts_of(rows, result.numel() // LEAST_WEIGHTS),
+    )
     return result.permute(0, 3, 1, 2)
 
 

@@ -14,7 +14,6 @@ from caco.winograd.strips import aligned
 from caco.winograd.transforms import FILTERS, FILTERS_BY_TWO, SIDE, filter_back, filter_there
 from caco.winograd.vectors import BYTES, load, store, zeros
 
-
 ROWS_AT_A_TIME = 16
 """Rows of a panel that are read or written in one go at each place: memory is fast where neighbours follow each other."""
 

@@ -26,7 +26,11 @@ def join(maps, factors, shortcut, results, first, last):
     for pixel in range(first * image, last * image, channels):
         for channel in range(0, channels, lanes):
             at = pixel + channel
-            value = load(source, at) * load(flat_factors, channel) + load(flat_factors, channels + channel) + load(other, at)
+            value = (
+                load(source, at) * load(flat_factors, channel)
+                + load(flat_factors, channels + channel)
+                + load(other, at)
+            )
             store(target, at, where_positive(value, value))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +26,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what nn.Conv2d returns, with other rounding (docs/performance.md)."""
-        if not self.suits(input):
+        if not (self.suits(input) and self.pays(*input.shape[2:])):
             return super().forward(input)
         output = convolve(input, self.weight, self.stride[0])
         return output if self.bias is None else output + self.bias[:, None, None]
@@ -42,15 +41,14 @@ class Convolution(nn.Conv2d):
             and input.dim() == 4
             and len(input) > 0
             and input.shape[1] == self.in_channels
-            and _share_of_products(self.stride[0], *input.shape[2:]) <= MOST_PRODUCTS[self.stride[0]]
         )
 
-
-def _share_of_products(stride: int, height: int, width: int) -> float:
-    """Return the products of Winograd's filtering of maps as a share of those of the direct convolution."""
-    height, width = -(-height // stride), -(-width // stride)
-    tiles = -(-height // 4) * -(-width // 4)
-    return PLACES[stride] * tiles / (9 * height * width)
+    def pays(self, height: int, width: int) -> bool:
+        """Return whether maps of so many pixels are large enough for its tiles."""
+        stride = self.stride[0]
+        height, width = -(-height // stride), -(-width // stride)
+        tiles = -(-height // 4) * -(-width // 4)
+        return PLACES[stride] * tiles <= MOST_PRODUCTS[stride] * 9 * height * width
 
 
 class Block(nn.Module):
@@ -59,18 +57,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
         """Return what the block returns, with other rounding."""
         block: Any = self
-        if others or options or not _is_plain(block) or not block.conv1.suits(x):
-            return super().forward(x, *others, **options)  # type: ignore[misc,no-any-return]
+        if others or options or not _is_plain(block) or not _suits_block(block, x):
+            return super().forward(x, *others, **options)  # type: ignore[no-any-return]
         shortcut = x if block.downsample is None else block.downsample(x)
         return residual_block(x, (block.conv1, block.conv2), (block.bn1, block.bn2), shortcut)
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether nothing but the two convolutions, batch norms and ReLUs has been put into a block."""
-    layers = block.conv1, block.conv2, block.bn1, block.bn2
+    """Return whether a block is two convolutions with batch norms and ReLUs and nothing else, which nobody listens to."""
+    kinds = {"conv1": Convolution, "bn1": nn.BatchNorm2d, "conv2": Convolution, "bn2": nn.BatchNorm2d}
     return (
-        all(type(layer) is expected for layer, expected in zip(layers, (Convolution,) * 2 + (nn.BatchNorm2d,) * 2, strict=True))
-        and all(type(getattr(block, name, None)) in (nn.Identity, type(None)) for name in ("drop_block", "aa", "se", "drop_path"))
+        all(type(getattr(block, name)) is kind for name, kind in kinds.items())
+        and all(type(getattr(block, name, None)) in NOTHING for name in ("drop_block", "aa", "se", "drop_path"))
         and all(type(getattr(block, name, None)) in (nn.ReLU, type(None)) for name in ("act1", "act2", "relu"))
         and block.conv1.bias is None
         and block.conv2.bias is None
@@ -78,13 +76,26 @@ def _is_plain(block: Any) -> bool:
     )
 
 
+def _suits_block(block: Any, maps: Tensor) -> bool:
+    """Return whether both convolutions of a block are Winograd's for these maps."""
+    stride = block.conv1.stride[0]
+    return bool(
+        block.conv1.suits(maps)
+        and block.conv1.pays(*maps.shape[2:])
+        and block.conv2.pays(*(-(-side // stride) for side in maps.shape[2:]))
+    )
+
+
+NOTHING = (nn.Identity, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-@cache
-def _with_block(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return a block's class with `Block` mixed in."""
-    return type(kind.__name__, (Block, kind), {})
+_MIXED: dict[type, type] = {}
+
+
+def _with_block(kind: type) -> type:
+    """Return a block's class with `Block` mixed in, the same one each time."""
+    return _MIXED.setdefault(kind, type(kind.__name__, (Block, kind), {}))
 
 
 def use_winograd(network: nn.Module) -> None:
@@ -106,7 +117,7 @@ def use_direct(network: nn.Module) -> None:
         if type(module) is Convolution:
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
         elif isinstance(module, Block):
-            module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]
+            module.__class__ = type(module).__mro__[2]
 
 
 def can_use_winograd() -> bool:

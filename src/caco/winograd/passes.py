@@ -25,7 +25,8 @@ LARGE_FILTERS = 2**16
 def forward(maps, factors, filters, results, sums, first, last, stride):
     """Fill the results [B, H', W', O] of images `first` to `last` of the maps [B, H, W, C], read with factors (`cut_out`).
 
-    filters: [places, N], transformed: each place's [O / w, C, w] first, w numbers in a panel. sums: none, or [2, O], those of the results (`put_back`).
+    filters: [places, N], transformed: each place's [O / w, C, w] first, w numbers in a panel. sums: none, or [2, O], those of
+    the results (`put_back`).
     """
     width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], results.shape[3]
     inputs_kind, outputs_kind = kinds(stride)
@@ -91,7 +92,9 @@ def backward(
                     inputs, k * place, room * width,
                     tiles, channels, outputs,
                 )  # fmt: skip
-            tiles_to_maps(inputs_kind, inputs, room, maps_gradient, factors, others, factors_gradient, begin, end, sums_strip)
+            tiles_to_maps(
+                inputs_kind, inputs, room, maps_gradient, factors, others, factors_gradient, begin, end, sums_strip
+            )
 
 
 @inlined

@@ -18,7 +18,10 @@ from caco.winograd.convolution import WinogradConvolution, empty_maps, in_thread
 
 
 def residual_block(
-    maps: Tensor, convolutions: tuple[nn.Conv2d, nn.Conv2d], norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d], shortcut: Tensor
+    maps: Tensor,
+    convolutions: tuple[nn.Conv2d, nn.Conv2d],
+    norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d],
+    shortcut: Tensor,
 ) -> Tensor:
     """Return relu(norm(convolution(relu(norm(convolution(maps))))) + shortcut), maps and shortcut [B, C, H, W]."""
     factors: Tensor | None = None
@@ -88,7 +91,14 @@ class Joined(torch.autograd.Function):
         of_maps, of_shortcut = (empty_maps(maps, *maps.shape[1:]) for _ in range(2))
         parts = parts_of_images(result)
         sums = factors.new_zeros(len(parts), *factors.shape)
-        arrays = pixels(maps), factors.to(maps.dtype).numpy(), pixels(result), pixels(pull), pixels(of_maps), pixels(of_shortcut)
+        arrays = (
+            pixels(maps),
+            factors.to(maps.dtype).numpy(),
+            pixels(result),
+            pixels(pull),
+            pixels(of_maps),
+            pixels(of_shortcut),
+        )
 
         def part(first: int, last: int) -> None:
             joins.part(*arrays, sums[parts.index((first, last))].numpy(), first, last)

@@ -122,7 +122,12 @@ def filters_by_two_back(u: Vectors) -> Vectors:
     )
 
 
-FORMULAS = {INPUTS: (6, inputs), OUTPUTS: (4, outputs_back), INPUTS_BY_TWO: (9, inputs_by_two), OUTPUTS_BY_TWO: (4, outputs_by_two_back)}
+FORMULAS = {
+    INPUTS: (6, inputs),
+    OUTPUTS: (4, outputs_back),
+    INPUTS_BY_TWO: (9, inputs_by_two),
+    OUTPUTS_BY_TWO: (4, outputs_by_two_back),
+}
 FORMULAS_BACK = {
     INPUTS: (6, inputs_back),
     OUTPUTS: (6, outputs),
