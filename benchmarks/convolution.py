@@ -20,9 +20,9 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
+from caco.cpu_kernels.products import multiply, panel_width
 from caco.train.heap import keep_heap
 from caco.winograd.convolution import WinogradConvolution
-from caco.winograd.products import multiply, panel_width
 
 SHAPES = (
     *((64, 64, 32, 1), (128, 128, 16, 1), (256, 256, 8, 1), (512, 512, 4, 1)),

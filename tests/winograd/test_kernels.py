@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("numba")
 
-from caco.winograd import products, strips, tiles, transforms
+from caco.cpu_kernels import products
+from caco.winograd import strips, tiles, transforms
 
 # Lavin & Gray 2015, F(4 x 4, 3 x 3)
 INPUT = [

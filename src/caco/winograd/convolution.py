@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from caco.cpu_kernels.threads import in_threads, parts_of
 
 PLACES = {1: 36, 2: 81}
 """Products of a tile of 4 × 4 outputs, for each stride; the direct convolution has 144."""
@@ -112,9 +110,9 @@ def transform_filters(weight: Float[Tensor, "outputs inputs 3 3"], stride: int, 
 
     transposed: of inputs and outputs.
     """
+    from caco.cpu_kernels.memory import CACHE_LINE
+    from caco.cpu_kernels.products import panel_width
     from caco.winograd import filters
-    from caco.winograd.products import panel_width
-    from caco.winograd.strips import CACHE_LINE
 
     width = panel_width(weight.element_size())
     if any(channels % width for channels in weight.shape[:2]):  # nothing that follows checks where it writes
@@ -166,34 +164,3 @@ def parts_of_images(results: Tensor) -> list[tuple[int, int]]:
     """Return which images each thread takes."""
     tiles = len(results) * -(-results.shape[2] // 4) * -(-results.shape[3] // 4)
     return parts_of(len(results), tiles // LEAST_TILES)
-
-
-def parts_of(count: int, most: int) -> list[tuple[int, int]]:
-    """Return the first and last of each part of so many: one for each of torch's threads, or `most`, at least one."""
-    parts = max(min(torch.get_num_threads(), count, most), 1)
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
-
-
-def in_threads(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
-    """Do each part of the work in a thread of its own."""
-    if len(parts) == 1:
-        work(*parts[0])
-    else:
-        list(_thread_pool(len(parts)).map(work, *zip(*parts, strict=True)))
-
-
-_POOLS: dict[int, ThreadPoolExecutor] = {}
-_POOLS_LOCK = threading.Lock()
-
-
-def _thread_pool(threads: int) -> ThreadPoolExecutor:
-    """Return so many threads."""
-    with _POOLS_LOCK:
-        if threads not in _POOLS:
-            _POOLS[threads] = ThreadPoolExecutor(threads, thread_name_prefix="winograd")
-        return _POOLS[threads]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_POOLS.clear)  # a child has no threads but its first

@@ -9,10 +9,10 @@ from typing import no_type_check
 
 from numba import njit
 
-from caco.winograd.products import panel_width, position
-from caco.winograd.strips import aligned
+from caco.cpu_kernels.memory import aligned
+from caco.cpu_kernels.products import panel_width, position
+from caco.cpu_kernels.vectors import BYTES, load, store, zeros
 from caco.winograd.transforms import FILTERS, FILTERS_BY_TWO, SIDE, filter_back, filter_there
-from caco.winograd.vectors import BYTES, load, store, zeros
 
 ROWS_AT_A_TIME = 16
 """Rows of a panel that are read or written in one go at each place: memory is fast where neighbours follow each other."""

@@ -9,8 +9,8 @@ from typing import no_type_check
 
 from numba import njit
 
-from caco.winograd.strips import aligned
-from caco.winograd.vectors import BYTES, load, store, where_positive
+from caco.cpu_kernels.memory import aligned
+from caco.cpu_kernels.vectors import BYTES, load, store, where_positive
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

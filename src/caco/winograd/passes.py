@@ -9,8 +9,9 @@ from typing import no_type_check
 
 from numba import njit
 
-from caco.winograd.products import multiply, multiply_transposed, panel_width
-from caco.winograd.strips import aligned, grid, inlined, strip_of
+from caco.cpu_kernels.memory import aligned, inlined
+from caco.cpu_kernels.products import multiply, multiply_transposed, panel_width
+from caco.winograd.strips import grid, strip_of
 from caco.winograd.tiles import from_place_to_place, maps_to_tiles, room_for, tiles_to_maps
 from caco.winograd.transforms import INPUTS, INPUTS_BY_TWO, OUTPUTS, OUTPUTS_BY_TWO
 

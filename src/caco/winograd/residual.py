@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from caco.winograd.convolution import WinogradConvolution, empty_maps, in_threads, parts_of_images, pixels
+from caco.cpu_kernels.threads import in_threads
+from caco.winograd.convolution import WinogradConvolution, empty_maps, parts_of_images, pixels
 
 
 def residual_block(

@@ -9,17 +9,11 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import numpy as np
-from numba import njit
-
-from caco.winograd.vectors import BYTES, load, store, where_positive, zeros
-
-inlined = njit(forceinline=True, error_model="numpy")
+from caco.cpu_kernels.memory import aligned, inlined
+from caco.cpu_kernels.vectors import BYTES, load, store, where_positive, zeros
 
 PIXELS, STEP, MARGIN = (6, 4, 0, 9, 4), (4, 4, 0, 8, 4), (1, 0, 0, 1, 0)
 """Of maps of each kind (`transforms.py`): pixels along a side of a tile, from a tile to the next, before the first pixel."""
-CACHE_LINE = 64
-"""Bytes."""
 
 
 @inlined
@@ -142,12 +136,3 @@ def grid(kind, maps):
 @no_type_check
 def strip_of(kind, maps):
     return aligned(PIXELS[kind] * inside(kind, maps)[0], maps)
-
-
-@inlined
-@no_type_check
-def aligned(count, like):
-    """Return so many numbers that begin with a line of the cache, so that no vector lies in two."""
-    line = CACHE_LINE // like.itemsize
-    numbers = np.empty(count + line, like.dtype)
-    return numbers[-(numbers.ctypes.data // like.itemsize) % line :]

@@ -13,10 +13,11 @@ from typing import no_type_check
 
 from numba import njit
 
-from caco.winograd.products import ROWS, panel_width, position
-from caco.winograd.strips import CACHE_LINE, PIXELS, STEP, aligned, begin, cut_out, grid, inlined, inside, put_back
+from caco.cpu_kernels.memory import CACHE_LINE, aligned, inlined
+from caco.cpu_kernels.products import ROWS, panel_width, position
+from caco.cpu_kernels.vectors import BYTES
+from caco.winograd.strips import PIXELS, STEP, begin, cut_out, grid, inside, put_back
 from caco.winograd.transforms import SIDE, back, back_added, there
-from caco.winograd.vectors import BYTES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

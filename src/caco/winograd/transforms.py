@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from caco.winograd.vectors import compiled
+from caco.cpu_kernels.vectors import compiled
 
 Vectors = tuple[Any, ...]
 

@@ -8,6 +8,7 @@ a tuple of them. `compiled` makes vector code of a formula that is a plain funct
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -242,6 +243,67 @@ def where_positive(typing, test, vector):
         return builder.select(builder.fcmp_ordered("<=", arguments[0], zero), zero, arguments[1])
 
     return vector(test, vector), generate
+
+
+@intrinsic
+@no_type_check
+def greatest(typing, left, right):
+    """Return the greater of each two numbers; the left one if the right one is no number."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.select(builder.fcmp_ordered(">", arguments[1], arguments[0]), arguments[1], arguments[0])
+
+    return left(left, right), generate
+
+
+@intrinsic
+@no_type_check
+def repeated(typing, array, number):
+    """Return a vector of a number, of an array's type."""
+
+    def generate(context, builder, signature, arguments):
+        return _repeat(builder, context.cast(builder, arguments[1], number, array.dtype), _llvm_type(array.dtype))
+
+    return Vector(array.dtype)(array, number), generate
+
+
+LEAST_EXPONENT, LN_2_HIGH, LN_2_LOW = -87.0, 0.693359375, -2.12194440e-4
+POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+"""(exp(x) - 1 - x) / x² for |x| < ln 2 / 2, the first factor that of x⁵ (Cephes, `expf`)."""
+
+
+@intrinsic
+@no_type_check
+def exponential(typing, vector):
+    """Return exp of numbers of float32 that are at most 0, to 1e-7 of it; 1e-38 at least. What is no number stays so."""
+
+    def generate(context, builder, signature, arguments):
+        kind = _llvm_type(vector.dtype)
+        whole = ir.VectorType(ir.IntType(32), kind.count)
+
+        def all_(number, of=kind):
+            return ir.Constant(of, [number] * kind.count)
+
+        def plus(left, right):
+            return builder.fadd(left, right, flags=FLAGS)
+
+        def times(left, right):
+            return builder.fmul(left, right, flags=FLAGS)
+
+        least = all_(LEAST_EXPONENT)
+        x = builder.select(builder.fcmp_ordered("<", arguments[0], least), least, arguments[0])
+        name = f"llvm.rint.v{kind.count}f32"
+        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), name)
+        power = builder.call(rint, [times(x, all_(1 / math.log(2)))])
+        x = plus(plus(x, times(power, all_(-LN_2_HIGH))), times(power, all_(-LN_2_LOW)))
+        result = all_(POLYNOMIAL[0])
+        for factor in POLYNOMIAL[1:]:
+            result = plus(times(result, x), all_(factor))
+        result = plus(plus(times(times(result, x), x), x), all_(1.0))
+        bits = builder.shl(builder.add(builder.fptosi(power, whole), all_(127, whole)), all_(23, whole))
+        return times(result, builder.bitcast(bits, kind))
+
+    return vector(vector), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -1,0 +1,109 @@
+"""The bank read by compiled code (numba) on a CPU: what `bank_kernels/` is on a GPU, in float32.
+
+queries: over the temperature; weight: the slots [K, D], rows of any length, and 1 / ‖row‖ of each [K, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from caco.cpu_kernels import slots
+from caco.cpu_kernels.products import panel_width
+from caco.cpu_kernels.threads import in_threads, parts_of
+
+LEAST_SLOTS = 4 * slots.SLOTS
+"""Of a thread."""
+QUERIES = 256
+"""Queries at a time for the slots' gradient: with what they pull with they stay in the second nearest cache."""
+
+
+def nearest(
+    queries: Float[Tensor, "N D"], weight: Float[Tensor, "K D"], inverse_length: Float[Tensor, "K 1"]
+) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+    """Return the largest cosine of each query, a unit row, and the first slot that has it."""
+    panels = _transposed_panels(queries)
+    parts = _parts_of_slots(weight)
+    largest = np.full((len(parts), panels.shape[0] * panels.shape[2]), -np.inf, np.float32)
+    indices = np.zeros(largest.shape, np.int64)
+    _on_parts(slots.nearest, (panels,), weight, inverse_length, parts, largest, indices)
+    best, part = torch.from_numpy(largest)[:, : len(queries)].max(dim=0)  # of equal parts the first
+    return best, torch.from_numpy(indices)[:, : len(queries)].gather(0, part[None])[0]
+
+
+def softmax(
+    queries: Float[Tensor, "N D"],
+    weight: Float[Tensor, "K D"],
+    inverse_length: Float[Tensor, "K 1"],
+    with_mean: bool = True,
+) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N 1"], Float[Tensor, "N D"]]:
+    """Return of each query's softmax the largest logit, Σ exp(logit − largest), and Σ of that · unit slot (or what is 0)."""
+    panels = _transposed_panels(queries)
+    parts = _parts_of_slots(weight)
+    (panel_count, wide, width), given = panels.shape, weight.shape[1]
+    largest = np.full((len(parts), panel_count * width), -np.inf, np.float32)
+    totals, sums = np.zeros_like(largest), np.zeros((len(parts), wide // width, panel_count * width, width), np.float32)
+    _on_parts(slots.softmax, (panels,), weight, inverse_length, parts, largest, totals, sums, options=(with_mean,))
+    each, total = (torch.from_numpy(values)[:, : len(queries), None] for values in (largest, totals))
+    most = each.amax(dim=0)
+    shrink = (each - most).exp_()
+    slot_sum = torch.from_numpy(sums).transpose(1, 2).flatten(2)[:, : len(queries), :given]
+    return most, (total * shrink).sum(dim=0), (slot_sum * shrink).sum(dim=0)
+
+
+def pulls_on_slots(
+    queries: Float[Tensor, "N D"],
+    weight: Float[Tensor, "K D"],
+    inverse_length: Float[Tensor, "K 1"],
+    log_normaliser: Float[Tensor, "N 1"],
+    pulls: Float[Tensor, "N D"],
+) -> Float[Tensor, "K D"]:
+    """Return Σ p · pull over the queries for each slot, p a query's probability of it, along the sphere."""
+    width = panel_width(4)
+    each = -(-min(len(queries), QUERIES) // width) * width
+    missing = -len(queries) % each
+    queries, pulls = (F.pad(values, (0, -values.shape[1] % width, 0, missing)) for values in (queries, pulls))
+    normalisers = F.pad(log_normaliser[:, 0], (0, missing)).view(-1, each).numpy()  # those that are missing pull with 0
+    in_panels = queries.view(-1, each // width, width, queries.shape[1]).transpose(2, 3).contiguous().numpy()
+    of_pulls = pulls.view(-1, each, pulls.shape[1] // width, width).transpose(1, 2).contiguous().numpy()
+    gradient = torch.empty_like(weight)
+    arrays = in_panels, of_pulls, normalisers, weight.detach().numpy(), inverse_length[:, 0].contiguous().numpy()
+    target = gradient.numpy()
+    in_threads(lambda first, last: slots.pulls_on_slots(*arrays, first, last, target), _parts_of_slots(weight))
+    return gradient
+
+
+def _transposed_panels(queries: Tensor) -> np.ndarray:
+    """Return queries as [N / w, D, w], both rounded up with zeros."""
+    width = panel_width(4)
+    padded = F.pad(queries, (0, -queries.shape[1] % width, 0, -len(queries) % width))
+    result: np.ndarray = padded.view(-1, width, padded.shape[1]).transpose(1, 2).contiguous().numpy()
+    return result
+
+
+def _parts_of_slots(weight: Tensor) -> list[tuple[int, int]]:
+    return parts_of(len(weight), len(weight) // LEAST_SLOTS)
+
+
+def _on_parts(
+    work: Callable[..., None],
+    queries: tuple[np.ndarray, ...],
+    weight: Tensor,
+    inverse_length: Tensor,
+    parts: list[tuple[int, int]],
+    *results: np.ndarray,
+    options: tuple[bool, ...] = (),
+) -> None:
+    """Do the work for each part of the slots, with its own part of the results."""
+    arrays = *queries, weight.detach().numpy(), inverse_length[:, 0].contiguous().numpy()
+
+    def of_part(first: int, last: int) -> None:
+        number = parts.index((first, last))
+        work(*arrays, first, last, *(result[number] for result in results), *options)
+
+    in_threads(of_part, parts)
