@@ -21,7 +21,8 @@ COMPILED = (
     "caco.lars_kernels",
     "caco.data.view_kernel",
     "caco.data.kernel",
-    *(f"caco.winograd.{name}" for name in ("filters", "passes", "products", "tiles", "transforms", "vectors")),
+    *(f"caco.cpu_kernels.{name}" for name in ("memory", "products", "slots", "vectors")),
+    *(f"caco.winograd.{name}" for name in ("filters", "joins", "passes", "strips", "tiles", "transforms")),
 )
 """What Triton or numba compiles cannot be wrapped, which jaxtyping's release for Python 3.10 does in spite of no_type_check."""
 
@@ -35,9 +36,9 @@ def checked_modules() -> list[str]:
 
 def remove_stale_code() -> None:
     """Delete what numba compiled of sources that have changed: it looks at a function's own file only, not at what that uses."""
-    folder = Path(caco.__file__).parent / "winograd"
-    changed = max(path.stat().st_mtime for path in folder.glob("*.py"))
-    for path in (folder / "__pycache__").glob("*.nb?"):
+    folders = [Path(caco.__file__).parent / name for name in ("cpu_kernels", "winograd")]
+    changed = max(path.stat().st_mtime for folder in folders for path in folder.glob("*.py"))
+    for path in (path for folder in folders for path in (folder / "__pycache__").glob("*.nb?")):
         if path.stat().st_mtime < changed:
             path.unlink(missing_ok=True)
 

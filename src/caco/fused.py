@@ -1,9 +1,11 @@
-"""Whether the bank is read by kernels of its own (`bank_kernels/`): on an NVIDIA GPU where they do what is expected."""
+"""Whether the bank is read by kernels of its own: on an NVIDIA GPU (`bank_kernels/`) and, if it is large, on a CPU
+(`cpu_kernels/bank.py`), where they do what is expected."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -17,10 +19,12 @@ WIDEST = 256
 """Width of the widest embedding that the kernels have room for."""
 WIDEST_SEARCHED = 128
 """Of the widest whose nearest slot they search faster than cuBLAS."""
+LEAST_SLOTS_ON_CPU = 2**14
+"""Below, nothing is won on a CPU for what it takes to compile the kernels."""
 LARGEST_GAP = 5e-6
 """By how much a cosine that was found may differ from the largest one, by rounding: tensor cores cut off what they add."""
-LARGEST_DEVIATION = 0.02
-"""Largest relative deviation from plain products that rounding to bfloat16 explains."""
+LARGEST_DEVIATION, LARGEST_IN_FLOAT32 = 0.02, 1e-5
+"""Largest relative deviation from plain products that rounding to bfloat16 explains, and to float32."""
 
 
 def of_loss(weight: Tensor, products: torch.dtype) -> ModuleType | None:
@@ -31,12 +35,66 @@ def of_loss(weight: Tensor, products: torch.dtype) -> ModuleType | None:
     return _of_bank(weight) if products == torch.bfloat16 else None
 
 
+def of_parts(weight: Tensor, products: torch.dtype) -> ModuleType | None:
+    """Return the kernels that give softmaxes over slots like these, and the slots' gradient, else None."""
+    return _of_cpu(weight) if products == torch.float32 and _is_on_cpu(weight) else of_loss(weight, products)
+
+
 def of_search(weight: Tensor) -> ModuleType | None:
-    """Return `bank_kernels` if the nearest of slots like these is found by them, else None.
+    """Return the kernels that find the nearest of slots like these, else None.
 
     A product exact to float32 is three on tensor cores: worth it on a data centre's GPU, whose other units are few.
     """
+    if _is_on_cpu(weight):
+        return _of_cpu(weight)
     return _of_bank(weight) if _searches(weight.device, weight.shape[1]) else None
+
+
+def _is_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def _of_cpu(weight: Tensor) -> ModuleType | None:
+    return _checked_on_cpu() if len(weight) >= LEAST_SLOTS_ON_CPU and find_spec("numba") else None
+
+
+@lru_cache
+def _checked_on_cpu() -> ModuleType | None:
+    """Return the CPU's kernels if they compile, and give here what plain products give."""
+
+    def problem() -> str:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _problem_on_cpu()
+
+    if not works("the bank's kernels for CPUs", problem):
+        return None
+    from caco.cpu_kernels import bank
+
+    return bank
+
+
+def _problem_on_cpu(queries: int = 300, size: int = 1_010, width: int = 70) -> str:
+    """Return in what the CPU's kernels deviate from plain products, "" if in nothing."""
+    from caco.cpu_kernels import bank  # which needs numba
+
+    generator = torch.Generator().manual_seed(0)
+    query, weight, pull = (torch.randn(count, width, generator=generator) for count in (queries, size, queries))
+    query, slots = F.normalize(query, dim=1), Slots(weight, inverse_lengths(weight))
+    rows, scaled = slots.unit_rows(slice(None)), query / 0.1
+    logits = scaled @ rows.T
+    log_normaliser = logits.logsumexp(dim=1, keepdim=True)
+    plain = logits.softmax(dim=1).T @ pull
+    along_sphere(plain, rows, slots.inverse_length)
+    largest, total, slot_sum = bank.softmax(scaled, *slots)
+    pairs = [
+        (largest + total.log(), log_normaliser),
+        (slot_sum / total, logits.softmax(dim=1) @ rows),
+        (bank.pulls_on_slots(scaled, *slots, log_normaliser, pull), plain),
+        (bank.nearest(query, *slots)[0] / 0.1, logits.amax(dim=1)),
+        (logits.gather(1, bank.nearest(query, *slots)[1][:, None])[:, 0], logits.amax(dim=1)),
+    ]
+    furthest = max(float((ours - other).norm() / other.norm()) for ours, other in pairs)
+    return "" if furthest < LARGEST_IN_FLOAT32 else f"they deviate by {furthest:.2g} from plain products"
 
 
 def _searches(device: torch.device, width: int) -> bool:

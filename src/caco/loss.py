@@ -112,7 +112,7 @@ class _CooperativeAdversarial(torch.autograd.Function):
         adversarial = pull.weights.sum(dim=1, keepdim=True) * step
         scaled = pull.queries / temperature
         change = torch.where(pull.is_local, pull.weights * (1 - 2 * pull.probability), 0)
-        if kernels := fused.of_loss(weight, ctx.products):
+        if kernels := fused.of_parts(weight, ctx.products):
             gradient: Tensor = kernels.pulls_on_slots(scaled, *slots, pull.log_normaliser, adversarial)
             kernels.cooperate(gradient, *slots, pull.rows, change, step)
             return gradient, *[None] * 5

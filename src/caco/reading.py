@@ -1,4 +1,4 @@
-"""One reading of the bank: what queries find in it, block by block, or at once by a GPU's kernels."""
+"""One reading of the bank: what queries find in it, block by block, or at once by kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_bank(
     """Compare all queries with all slots; row: [N, P], of each positive in this process's slots, outside where it is not."""
     softmax = RunningSoftmax(queries / temperature, products)
     others = RunningSoftmax(queries / slot_temperature, products) if slot_temperature != temperature else None
-    if kernels := fused.of_loss(slots.weight, products):
+    if kernels := fused.of_parts(slots.weight, products):
         found = _read_at_once(kernels, softmax, others, slots, row)
     else:
         found = _read_in_blocks(softmax, others, temperature / slot_temperature, slots, row)
@@ -49,7 +49,7 @@ def read_bank(
 def _read_at_once(
     kernels: ModuleType, softmax: RunningSoftmax, others: RunningSoftmax | None, slots: Slots, row: Tensor
 ) -> Tensor:
-    """Take all slots into the softmax of the encoder, and into that of the slots if it is another one, by a GPU's kernels.
+    """Take all slots into the softmax of the encoder, and into that of the slots if it is another one, by kernels.
 
     Returns each positive's logit, where it is in this process, of factors that are rounded as the kernels' are.
     """

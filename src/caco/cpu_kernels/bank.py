@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from caco.cpu_kernels import slots
 from caco.cpu_kernels.products import panel_width
 from caco.cpu_kernels.threads import in_threads, parts_of
+from caco.slots import along_sphere
 
 LEAST_SLOTS = 4 * slots.SLOTS
 """Of a thread."""
@@ -66,11 +67,13 @@ def pulls_on_slots(
     """Return Σ p · pull over the queries for each slot, p a query's probability of it, along the sphere."""
     width = panel_width(4)
     each = -(-min(len(queries), QUERIES) // width) * width
-    missing = -len(queries) % each
+    missing = -len(queries) % each  # those pull with 0
     queries, pulls = (F.pad(values, (0, -values.shape[1] % width, 0, missing)) for values in (queries, pulls))
-    normalisers = F.pad(log_normaliser[:, 0], (0, missing)).view(-1, each).numpy()  # those that are missing pull with 0
-    in_panels = queries.view(-1, each // width, width, queries.shape[1]).transpose(2, 3).contiguous().numpy()
-    of_pulls = pulls.view(-1, each, pulls.shape[1] // width, width).transpose(1, 2).contiguous().numpy()
+    normalisers = (
+        F.pad(log_normaliser[:, 0], (0, missing)).reshape(-1, each).contiguous().numpy()
+    )  # those that are missing pull with 0
+    in_panels = queries.reshape(-1, each // width, width, queries.shape[1]).transpose(2, 3).contiguous().numpy()
+    of_pulls = pulls.reshape(-1, each, pulls.shape[1] // width, width).transpose(1, 2).contiguous().numpy()
     gradient = torch.empty_like(weight)
     arrays = in_panels, of_pulls, normalisers, weight.detach().numpy(), inverse_length[:, 0].contiguous().numpy()
     target = gradient.numpy()
@@ -78,11 +81,27 @@ def pulls_on_slots(
     return gradient
 
 
+def cooperate(
+    gradient: Float[Tensor, "K D"],
+    weight: Float[Tensor, "K D"],
+    inverse_length: Float[Tensor, "K 1"],
+    positives: Int[Tensor, "N P"],
+    changes: Float[Tensor, "N P"],
+    step: Float[Tensor, "N D"],
+) -> None:
+    """Add to the gradient change · step of each query for its positives, along the sphere; where the change is not 0."""
+    query, place = changes.nonzero(as_tuple=True)
+    slot = positives[query, place]
+    pulled = changes[query, place, None] * step[query]
+    along_sphere(pulled, weight.detach()[slot] * inverse_length[slot], inverse_length[slot])
+    gradient.index_add_(0, slot, pulled)
+
+
 def _transposed_panels(queries: Tensor) -> np.ndarray:
     """Return queries as [N / w, D, w], both rounded up with zeros."""
     width = panel_width(4)
     padded = F.pad(queries, (0, -queries.shape[1] % width, 0, -len(queries) % width))
-    result: np.ndarray = padded.view(-1, width, padded.shape[1]).transpose(1, 2).contiguous().numpy()
+    result: np.ndarray = padded.reshape(-1, width, padded.shape[1]).transpose(1, 2).contiguous().numpy()
     return result
 
 

@@ -56,7 +56,12 @@ def softmax(queries, weight, inverse_length, first, last, largest, totals, slot_
     queries: over the temperature, as in `nearest`. largest, totals: [N]; slot_sums: [D / w, N, w], all filled.
     """
     wide, width = queries.shape[1:]
-    count, lanes, flat, sums = len(queries) * width, BYTES // weight.itemsize, queries.reshape(-1), slot_sums.reshape(-1)
+    count, lanes, flat, sums = (
+        len(queries) * width,
+        BYTES // weight.itemsize,
+        queries.reshape(-1),
+        slot_sums.reshape(-1),
+    )
     rows, products, highest = aligned(wide * ROOM, weight), aligned(count * ROOM, weight), aligned(width, weight)
     for start in range(first, last, SLOTS):
         slots = min(SLOTS, last - start)
@@ -110,7 +115,9 @@ def pulls_on_slots(queries, pulls, log_normalisers, weight, inverse_length, firs
                 for place in range(to, to + slots * width, width):
                     store(products, place, exponential(load(products, place) - normaliser))
             target = of_part if part else pulled
-            multiply(products, 0, ROOM * width, flat_pulls, at, count * width, target, 0, ROOM * width, slots, wide, count)
+            multiply(
+                products, 0, ROOM * width, flat_pulls, at, count * width, target, 0, ROOM * width, slots, wide, count
+            )
             if part:
                 for number in range(0, wide * ROOM, lanes):
                     store(pulled, number, load(pulled, number) + load(of_part, number))

@@ -1,0 +1,101 @@
+"""The bank read by compiled code on a CPU: against the dense form in float64, whatever the sizes, threads and temperatures."""
+
+import pytest
+import torch
+from conftest import relative_error
+from dense_bank import dense_loss, dense_nearest
+from torch.nn import functional as F
+
+pytest.importorskip("numba")
+
+from caco import fused
+from caco.bank import Bank
+from caco.cpu_kernels import bank as kernels
+from caco.loss import cooperative_adversarial_loss
+from caco.slots import Slots, inverse_lengths
+
+SIZES = [(24, 1000, 16, 2), (5, 64, 8, 1), (300, 2000, 70, 1), (1, 97, 3, 2), (520, 500, 32, 1)]
+"""Queries, slots, width, positives: whole panels and parts of them, slots for several threads, more queries than at a time."""
+
+
+@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"], autouse=True)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def small_banks_too(monkeypatch):
+    monkeypatch.setattr(fused, "LEAST_SLOTS_ON_CPU", 1)
+
+
+def given(batch, size, width):
+    torch.manual_seed(1)
+    return F.normalize(torch.randn(batch, width), dim=1), 3 * torch.randn(size, width)
+
+
+@pytest.mark.parametrize("temperatures", [(0.08, 0.08), (0.2, 0.05), (0.002, 0.3), (0.3, 0.002)])
+@pytest.mark.parametrize(("batch", "size", "width", "pairs"), SIZES)
+def test_loss_and_gradients_are_those_of_the_dense_form(batch, size, width, pairs, temperatures):
+    queries, slots = (tensor.requires_grad_() for tensor in given(batch, size, width))
+    positives = torch.randint(size, (batch, pairs))
+    positives[-1] = positives[0]  # two queries share a slot
+    weights = torch.rand(batch, pairs)
+    result = cooperative_adversarial_loss(queries, slots, positives, weights, *temperatures)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (queries, slots)]
+    loss = dense_loss(*exact, positives, weights.double(), *temperatures)
+    result.loss.backward()
+    loss.backward()
+    assert fused.of_parts(slots, torch.float32) is kernels
+    tolerance = max(1e-5, 2**-23 / min(temperatures))  # float32's rounding of a logit, which is up to 1 / temperature
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert relative_error(queries.grad, exact[0].grad) < tolerance
+    assert relative_error(slots.grad, exact[1].grad) < tolerance
+    probability = (exact[0] @ F.normalize(exact[1], dim=1).T / temperatures[0]).softmax(dim=1).gather(1, positives)
+    torch.testing.assert_close(result.positive_probability.double(), probability.detach(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "size", "width", "pairs"), SIZES)
+def test_the_nearest_slot_is_found(batch, size, width, pairs):
+    keys, slots = given(batch, size, width)
+    bank = Bank(size, width)
+    bank.weight.data = slots
+    assert torch.equal(bank.nearest(keys, bank.slots()), dense_nearest(keys.double(), slots.double()))
+
+
+def test_of_equally_near_slots_the_first_is_found():
+    keys, slots = given(40, 3, 16)
+    many = slots.repeat(500, 1)
+    largest, index = kernels.nearest(keys, many, inverse_lengths(many))
+    assert torch.equal(index, dense_nearest(keys, slots))
+    torch.testing.assert_close(largest, (keys @ F.normalize(slots, dim=1).T).amax(dim=1))
+
+
+def test_a_softmax_needs_no_mean():
+    queries, slots = given(40, 1000, 16)
+    whole, part = (kernels.softmax(8 * queries, slots, inverse_lengths(slots), mean) for mean in (True, False))
+    assert torch.equal(whole[0], part[0]) and torch.equal(whole[1], part[1]) and not part[2].any()
+
+
+def test_what_is_no_number_is_seen():
+    """In a query: in its own results alone, and in the gradient of all slots."""
+    queries, slots = given(40, 1000, 16)
+    queries[3, 2] = float("nan")
+    measured = Slots(slots, inverse_lengths(slots))
+    _, total, slot_sum = kernels.softmax(queries, *measured)
+    wrong = torch.arange(40) == 3
+    assert torch.equal(total.isnan()[:, 0], wrong) and torch.equal(slot_sum.isnan().any(dim=1), wrong)
+    gradient = kernels.pulls_on_slots(queries, *measured, torch.zeros(40, 1), queries)
+    assert gradient.isnan().all()
+
+
+def test_kernels_that_deviate_are_not_used(monkeypatch, caplog):
+    fused._checked_on_cpu.cache_clear()
+    right = kernels.softmax
+    monkeypatch.setattr(kernels, "softmax", lambda *given: (*right(*given)[:2], right(*given)[2] * 1.001))
+    _, slots = given(2, 100, 8)
+    assert fused.of_parts(slots, torch.float32) is None and fused.of_search(slots) is None
+    assert "are not used" in caplog.text
+    fused._checked_on_cpu.cache_clear()
