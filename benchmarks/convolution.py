@@ -96,7 +96,7 @@ def multiply_all(left, right, result, tiles, channels):  # type: ignore[no-untyp
             left, place * tiles * channels, tiles * width,
             right, place * channels * channels, channels * width,
             result, place * tiles * channels, tiles * width,
-            tiles, channels, channels,
+            tiles, channels, channels, False,
         )  # fmt: skip
 
 

@@ -58,26 +58,64 @@ def test_gradients_are_those_of_finite_differences(stride):
     assert torch.autograd.gradcheck(convolve, (maps, weight, stride), fast_mode=True)
 
 
+def with_sums(result: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return result, torch.stack([result.sum((0, 2, 3)), result.square().sum((0, 2, 3))])
+
+
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", ["stride 1", "stride 2", "stride 2, and one of 1 x 1"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_maps_are_read_with_factors_and_summed(shape, stride):
-    """The same as a rectified normalisation in front of it, and sums behind it, as operations of their own."""
+def test_maps_are_read_with_factors_and_summed(shape, kind):
+    """The same as a rectified normalisation in front of it, sums behind it, and the other convolution beside it."""
     torch.manual_seed(0)
     images, inputs, outputs, height, width = shape
+    stride, two = (1 if kind == "stride 1" else 2), "1 x 1" in kind
     maps = maps_of(images, inputs, height, width).requires_grad_()
     weight = torch.randn(outputs, inputs, 3, 3, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(outputs, inputs, 1, 1, dtype=torch.float64, requires_grad=True)
     factors = torch.randn(2, inputs, dtype=torch.float64, requires_grad=True)
     read = F.relu(maps * factors[0][:, None, None] + factors[1][:, None, None])
-    direct = F.conv2d(read, weight, padding=1, stride=stride)
-    true = direct, torch.stack([direct.sum((0, 2, 3)), direct.square().sum((0, 2, 3))])
-    found = WinogradConvolution.apply(maps, weight, stride, factors, True)
-    pulls = torch.randn_like(true[0]), torch.randn_like(true[1])
-    for pulled in ((0, 1), (0,), (1,)):
-        some = [[outputs[number] for number in pulled] for outputs in (found, true, pulls)]
-        gradients = [torch.autograd.grad(one, (maps, weight, factors), some[2], retain_graph=True) for one in some[:2]]
-        for one, other in zip((*found, *gradients[0]), (*true, *gradients[1]), strict=True):
-            assert one.shape == other.shape and relative(one.detach(), other.detach()) < 1e-12
+    true = with_sums(F.conv2d(read, weight, padding=1, stride=stride))
+    if two:
+        true += with_sums(F.conv2d(read, other, stride=2))
+    found = WinogradConvolution.apply(maps, weight, stride, factors, True, other if two else None)
+    assert found[len(true) :] == (None,) * (4 - len(true))
+    pulls = [torch.randn_like(tensor) for tensor in true]
+    leaves = (maps, weight, factors, *([other] if two else []))
+    some = [list(range(len(true))), *([number] for number in range(len(true)))]  # all, and each alone
+    for pulled in some:
+        gradients = [
+            torch.autograd.grad(
+                [results[number] for number in pulled],
+                leaves,
+                [pulls[number] for number in pulled],
+                retain_graph=True,
+                allow_unused=results is true,
+                materialize_grads=results is true,
+            )
+            for results in (found, true)
+        ]
+        for one, exact in zip((*found[: len(true)], *gradients[0]), (*true, *gradients[1]), strict=True):
+            assert one.shape == exact.shape
+            assert float((one - exact).detach().norm()) <= 1e-12 * float(exact.detach().norm())
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (5,), (0, 5), (1, 3)])
+def test_with_another_beside_it_only_what_is_asked_for_has_a_gradient(wanted):
+    torch.manual_seed(0)
+    given = [maps_of(2, 32, 9, 6), maps_of(64, 32, 3, 3), 2, torch.rand(2, 32).double(), True, maps_of(64, 32, 1, 1)]
+    for number in wanted:
+        given[number].requires_grad_()
+    read = F.relu(given[0] * given[3][0][:, None, None] + given[3][1][:, None, None])
+    true = F.conv2d(read, given[1], padding=1, stride=2).sin().sum() + F.conv2d(read, given[5], stride=2).cos().sum()
+    expected = torch.autograd.grad(
+        true, [given[number] for number in wanted], allow_unused=True, materialize_grads=True
+    )
+    found = WinogradConvolution.apply(*given)
+    (found[0].sin().sum() + found[2].cos().sum()).backward()
+    for number, exact in zip(wanted, expected, strict=True):
+        assert relative(given[number].grad, exact) < 1e-12
+    assert [number for number in (0, 1, 3, 5) if given[number].grad is not None] == list(wanted)
 
 
 @pytest.mark.parametrize("shape", [(32, 20), (20, 32)])

@@ -193,7 +193,7 @@ def test_products(rows, columns, depth, dtype):
     result = np.full(columns * room, np.nan, dtype)
     products.multiply(
         in_panels(left, room), 0, room * width, in_panels(right, depth), 0, depth * width, result, 0, room * width,
-        rows, columns, depth,
+        rows, columns, depth, False,
     )  # fmt: skip
     found = result.reshape(-1, room, width)[:, :rows].swapaxes(0, 1).reshape(rows, columns)
     assert error(found, left.astype(float) @ right) < 4 * np.finfo(dtype).eps

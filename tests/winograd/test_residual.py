@@ -21,13 +21,19 @@ from caco.winograd.residual import Joined
 pytest.importorskip("numba")
 
 
-def downsample(inputs: int, outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+def downsample(inputs: int, outputs: int, stride: int = 2) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+def averages(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), *downsample(inputs, outputs, stride=1))
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: BasicBlock(64, 64),
     "timm, half as wide": lambda: BasicBlock(64, 128, stride=2, downsample=downsample(64, 128)),
+    "timm, half as wide by averages": lambda: BasicBlock(64, 128, stride=2, downsample=averages(64, 128)),
+    "timm, twice as many channels": lambda: BasicBlock(64, 128, downsample=downsample(64, 128, stride=1)),
     "torchvision": lambda: TorchvisionBlock(64, 64),
     "torchvision, half as wide": lambda: TorchvisionBlock(64, 128, stride=2, downsample=downsample(64, 128)),
 }
@@ -41,7 +47,13 @@ NORMS: dict[str, Callable[[nn.Module], Any]] = {
     ),
     "no factors": lambda block: setattr(block, "bn2", nn.BatchNorm2d(block.bn2.num_features, affine=False)),
     "frozen filters": lambda block: block.conv1.weight.requires_grad_(False),
+    "frozen shortcut": lambda block: block.downsample and block.downsample.eval().requires_grad_(False),
+    "a shortcut that is heard": lambda block: block.downsample and block.downsample[0].register_forward_hook(doubled),
 }
+
+
+def doubled(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
 
 
 def drawn(block: nn.Module) -> nn.Module:
@@ -164,6 +176,11 @@ def test_what_joins_has_the_gradients_of_finite_differences():
     expected = F.relu(maps * factors[0][:, None, None] + factors[1][:, None, None] + shortcut)
     torch.testing.assert_close(Joined.apply(maps, factors, shortcut), expected)
     assert torch.autograd.gradcheck(Joined.apply, (maps, factors, shortcut), fast_mode=True)
+    others = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
+    read = shortcut * others[0][:, None, None] + others[1][:, None, None]
+    expected = F.relu(maps * factors[0][:, None, None] + factors[1][:, None, None] + read)
+    torch.testing.assert_close(Joined.apply(maps, factors, shortcut, others), expected)
+    assert torch.autograd.gradcheck(Joined.apply, (maps, factors, shortcut, others), fast_mode=True)
 
 
 def test_what_is_not_finite_stays_so():

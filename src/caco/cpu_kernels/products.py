@@ -37,9 +37,9 @@ def multiply(
     left, left_at, left_panel,
     right, right_at, right_panel,
     result, result_at, result_panel,
-    rows, columns, depth,
+    rows, columns, depth, add,
 ):  # fmt: skip
-    """result[rows, columns] = left[rows, depth] · right[depth, columns].
+    """result[rows, columns] = left[rows, depth] · right[depth, columns], or that is added to the result.
 
     Each matrix is a part of a contiguous array of one dimension, from an index on: panels of `panel_width` columns, row
     by row, one every `*_panel` numbers. Columns are whole panels, as terms are; rows are rounded up to ROWS, for which
@@ -60,7 +60,7 @@ def multiply(
                         a += 1
                         b += width
                 c = result_at + panel * result_panel + first * width
-                if start:
+                if start or add:
                     add_all(result, c, lanes, sums)
                 else:
                     store_all(result, c, lanes, sums)

@@ -35,7 +35,9 @@ def nearest(queries, weight, inverse_length, first, last, largest, indices):
     for start in range(first, last, SLOTS):
         end = min(start + SLOTS, last)
         unit_rows(weight, inverse_length, start, end, rows, wide)
-        multiply(rows, 0, ROOM * width, flat, 0, wide * width, products, 0, ROOM * width, end - start, count, wide)
+        multiply(
+            rows, 0, ROOM * width, flat, 0, wide * width, products, 0, ROOM * width, end - start, count, wide, False
+        )
         for panel in range(len(queries)):
             highest_of(products, panel, end - start, highest, lanes)
             for column in range(width):
@@ -66,7 +68,7 @@ def softmax(queries, weight, inverse_length, first, last, largest, totals, slot_
     for start in range(first, last, SLOTS):
         slots = min(SLOTS, last - start)
         unit_rows(weight, inverse_length, start, start + slots, rows, wide)
-        multiply(rows, 0, ROOM * width, flat, 0, wide * width, products, 0, ROOM * width, slots, count, wide)
+        multiply(rows, 0, ROOM * width, flat, 0, wide * width, products, 0, ROOM * width, slots, count, wide, False)
         for panel in range(len(queries)):
             highest_of(products, panel, slots, highest, lanes)
             for column in range(width):
@@ -101,26 +103,35 @@ def pulls_on_slots(queries, pulls, log_normalisers, weight, inverse_length, firs
     wide, width = queries.shape[2:]
     parts, count, lanes = len(queries), queries.shape[1] * width, BYTES // weight.itemsize
     flat, flat_pulls, normalisers = queries.reshape(-1), pulls.reshape(-1), log_normalisers.reshape(-1)
-    rows, products = aligned(wide * ROOM, weight), aligned(count * ROOM, weight)
-    of_part, pulled = aligned(wide * ROOM, weight), aligned(wide * ROOM, weight)
+    rows, products, pulled = aligned(wide * ROOM, weight), aligned(count * ROOM, weight), aligned(wide * ROOM, weight)
     for start in range(first, last, SLOTS):
         slots = min(SLOTS, last - start)
         unit_rows(weight, inverse_length, start, start + slots, rows, wide)
         for part in range(parts):
             at = part * count * wide
-            multiply(rows, 0, ROOM * width, flat, at, wide * width, products, 0, ROOM * width, slots, count, wide)
+            multiply(
+                rows, 0, ROOM * width, flat, at, wide * width, products, 0, ROOM * width, slots, count, wide, False
+            )
             for number in range(0, count, lanes):
                 normaliser = load(normalisers, part * count + number)
                 to = number // width * ROOM * width + number % width
                 for place in range(to, to + slots * width, width):
                     store(products, place, exponential(load(products, place) - normaliser))
-            target = of_part if part else pulled
             multiply(
-                products, 0, ROOM * width, flat_pulls, at, count * width, target, 0, ROOM * width, slots, wide, count
+                products,
+                0,
+                ROOM * width,
+                flat_pulls,
+                at,
+                count * width,
+                pulled,
+                0,
+                ROOM * width,
+                slots,
+                wide,
+                count,
+                part > 0,
             )
-            if part:
-                for number in range(0, wide * ROOM, lanes):
-                    store(pulled, number, load(pulled, number) + load(of_part, number))
         for slot in range(slots):
             along_sphere(pulled, rows, slot, wide // width, width, lanes, inverse_length[start + slot])
             for column in range(weight.shape[1]):

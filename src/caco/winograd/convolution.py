@@ -32,68 +32,84 @@ def convolve(maps: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
 class WinogradConvolution(torch.autograd.Function):
     """`convolve` between two batch norms: of maps · factors[0] + factors[1], rectified, with the sums of what comes out.
 
-    factors: none, or two of each channel, [2, C], float64. Returns the result and, if with_sums, the sums of it and of its squares
-    over images and pixels, [2, O], float64 (else None).
+    factors: none, or two of each channel, [2, C], float64. samples_weight: none, or filters [O, C, 1, 1] of a convolution with
+    stride 2 of the same maps, when that is this one's stride, too. Returns the result and, if with_sums, the sums of it and of
+    its squares over images and pixels, [2, O], float64 (else None); then the same two of the other convolution, None without.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, maps: Tensor, weight: Tensor, stride: int = 1, factors: Tensor | None = None, with_sums: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any,
+        maps: Tensor,
+        weight: Tensor,
+        stride: int = 1,
+        factors: Tensor | None = None,
+        with_sums: bool = False,
+        samples_weight: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
         from caco.winograd import passes  # numba takes a second to import
 
         maps = maps.contiguous(memory_format=torch.channels_last)
-        height, width = (-(-side // stride) for side in maps.shape[2:])
-        result = empty_maps(maps, len(weight), height, width)
-        ctx.save_for_backward(maps, weight, factors, result if with_sums else None)
+        size = [-(-side // stride) for side in maps.shape[2:]]
+        result = empty_maps(maps, len(weight), *size)
+        samples = None if samples_weight is None else empty_maps(maps, len(weight), *size)
+        kept = (result, samples) if with_sums else (None, None)
+        ctx.save_for_backward(maps, weight, factors, samples_weight, *kept)
         ctx.stride = stride
         ctx.set_materialize_grads(False)
         parts = parts_of_images(result)
-        sums = _empty_sums(len(parts), len(weight) if with_sums else 0)
-        arrays = (
-            pixels(maps),
-            _numpy(factors, maps),
-            transform_filters(weight, stride, transposed=True).numpy(),
-            pixels(result),
+        sums, samples_sums = (np.zeros((len(parts), 2 if with_sums else 0, len(weight))) for _ in range(2))
+        of_all = transform_filters(weight, stride, transposed=True).numpy(), pixels(result)
+        of_samples = (
+            _in_panels(samples_weight, maps, transposed=True),
+            pixels(result[:0] if samples is None else samples),
         )
 
         def convolve_part(first: int, last: int) -> None:
-            passes.forward(*arrays, sums[parts.index((first, last))], first, last, stride)
+            number = parts.index((first, last))
+            outputs = (*of_all, sums[number]), (*of_samples, samples_sums[number])
+            passes.forward(pixels(maps), as_array(factors, maps), *outputs, first, last, stride)
 
         in_threads(convolve_part, parts)
-        return result, torch.from_numpy(sums.sum(0)) if with_sums else None
+        summed = [torch.from_numpy(each.sum(0)) if with_sums else None for each in (sums, samples_sums)]
+        return result, summed[0], samples, None if samples is None else summed[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         from caco.winograd import passes
 
-        maps, weight, factors, result = ctx.saved_tensors
-        pull, sums_pull = grad_outputs
+        maps, weight, factors, samples_weight, result, samples = ctx.saved_tensors
+        pull, sums_pull, samples_pull, samples_sums_pull = grad_outputs
+        if all(gradient is None for gradient in grad_outputs):
+            return (None,) * 6
         stride, (to_maps, to_filters) = ctx.stride, ctx.needs_input_grad[:2]
         to_factors = factors is not None and ctx.needs_input_grad[3]
-        if pull is None and sums_pull is None:
-            return None, None, None, None, None
-        pull = torch.zeros_like(result) if pull is None else pull.contiguous(memory_format=torch.channels_last)
-        of_result = None
-        if sums_pull is not None:  # of the sum and of the sum of squares, for each number
-            of_result = torch.stack([2 * sums_pull[1], sums_pull[0]]).to(maps.dtype)
+        to_samples = samples_weight is not None and ctx.needs_input_grad[5]
+        size = [len(maps), len(weight), *(-(-side // stride) for side in maps.shape[2:])]
+        pulled = _pulled(maps, size, pull, sums_pull, result)
+        samples_size = size if samples_weight is not None else [0, *size[1:]]
+        samples_pulled = _pulled(maps, samples_size, samples_pull, samples_sums_pull, samples)
         filters = transform_filters(weight, stride)
-        parts = parts_of_images(pull)
-        if to_filters:
-            parts = parts_of(len(maps), min(len(parts), MOST_GRADIENT_BYTES // filters.nbytes))
+        parts = parts_of(len(maps), _most_parts(*size))
+        if to_filters or to_samples:
+            parts = parts_of(len(maps), min(_most_parts(*size), MOST_GRADIENT_BYTES // filters.nbytes))
         of_maps = empty_maps(maps, *maps.shape[1:]) if to_maps or to_factors else maps[:0]
-        of_filters = filters.new_empty(len(parts) if to_filters else 0, *filters.shape)
-        of_factors = _empty_sums(len(parts), maps.shape[1] if factors is not None else 0)
-        inputs = pixels(maps), _numpy(factors, maps), filters.numpy()
-        pulled = pixels(pull), _numpy(of_result, pull), pixels(pull[:0] if of_result is None else result)
+        of_filters = filters.new_empty(len(parts) if to_filters or to_samples else 0, *filters.shape)
+        few = _in_panels(samples_weight, maps)
+        of_few = filters.new_empty(len(parts), *few.shape)
+        of_factors = np.zeros((len(parts), 2 if factors is not None else 0, maps.shape[1]))
 
         def pull_back(first: int, last: int) -> None:
             number = parts.index((first, last))
-            part = of_filters[number].numpy() if to_filters else inputs[2][:0]
-            asked = to_maps or to_factors, to_filters
-            gradients = pixels(of_maps), of_factors[number], part
-            passes.backward(*inputs, *pulled, *gradients, first, last, stride, *asked)
+            part = of_filters[number] if len(of_filters) else of_few[0, :0]
+            of_all = *pulled, filters.numpy(), part.numpy()
+            of_samples = *samples_pulled, few, of_few[number].numpy()
+            gradients = pixels(of_maps), of_factors[number]
+            asked = to_maps or to_factors, to_filters or to_samples
+            passes.backward(
+                pixels(maps), as_array(factors, maps), of_all, of_samples, *gradients, first, last, stride, *asked
+            )
 
         in_threads(pull_back, parts)
         return (
@@ -102,7 +118,42 @@ class WinogradConvolution(torch.autograd.Function):
             None,
             torch.from_numpy(of_factors.sum(0)) if to_factors else None,
             None,
+            _out_of_panels(of_few.sum(0), samples_weight) if to_samples else None,
         )
+
+
+def _pulled(
+    maps: Tensor, size: list[int], pull: Tensor | None, sums_pull: Tensor | None, result: Tensor | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gradient of a result of that size, the factors with which it is read, and the result, if its sums have one."""
+    if pull is None:
+        pull = maps.new_zeros(size)
+    pull = pull.contiguous(memory_format=torch.channels_last)
+    if sums_pull is None or result is None:
+        return pixels(pull), as_array(None, maps), pixels(pull[:0])
+    of_numbers = torch.stack([2 * sums_pull[1], sums_pull[0]])  # of the sum of squares, and of the sum
+    return pixels(pull), as_array(of_numbers, maps), pixels(result)
+
+
+def _in_panels(weight: Tensor | None, maps: Tensor, transposed: bool = False) -> np.ndarray:
+    """Return filters of 1 × 1 as one place's matrix of outputs and inputs, [1, N] (transposed: of inputs and outputs), or none."""
+    from caco.cpu_kernels.products import panel_width
+
+    if weight is None:
+        return as_array(None, maps)
+    matrix = weight.detach()[:, :, 0, 0]
+    panels = (matrix.T if transposed else matrix).unflatten(1, (-1, panel_width(weight.element_size())))
+    result: np.ndarray = panels.transpose(0, 1).reshape(1, -1).contiguous().numpy()
+    return result
+
+
+def _out_of_panels(panels: Tensor, weight: Tensor) -> Tensor:
+    """Return what `_in_panels` makes of filters as filters."""
+    from caco.cpu_kernels.products import panel_width
+
+    outputs, inputs = weight.shape[:2]
+    matrix = panels.view(-1, outputs, panel_width(weight.element_size())).transpose(0, 1).reshape(outputs, inputs)
+    return matrix[:, :, None, None]
 
 
 def transform_filters(weight: Float[Tensor, "outputs inputs 3 3"], stride: int, transposed: bool = False) -> Tensor:
@@ -152,15 +203,15 @@ def empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     return torch.from_numpy(numbers).permute(0, 3, 1, 2)
 
 
-def _numpy(factors: Tensor | None, maps: Tensor) -> np.ndarray:
+def as_array(factors: Tensor | None, maps: Tensor) -> np.ndarray:
+    """Return factors of each channel as compiled code takes them with such maps, of no size if there are none."""
     return pixels(maps[:0]).reshape(0, 0) if factors is None else factors.detach().to(maps.dtype).contiguous().numpy()
-
-
-def _empty_sums(parts: int, channels: int) -> np.ndarray:
-    return np.zeros((parts, 2 if channels else 0, channels))
 
 
 def parts_of_images(results: Tensor) -> list[tuple[int, int]]:
     """Return which images each thread takes."""
-    tiles = len(results) * -(-results.shape[2] // 4) * -(-results.shape[3] // 4)
-    return parts_of(len(results), tiles // LEAST_TILES)
+    return parts_of(len(results), _most_parts(*results.shape))
+
+
+def _most_parts(images: int, channels: int, height: int, width: int) -> int:
+    return images * -(-height // 4) * -(-width // 4) // LEAST_TILES

@@ -59,8 +59,11 @@ class Block(nn.Module):
         block: Any = self
         if others or options or not _is_plain(block) or not _suits_block(block, x):
             return super().forward(x, *others, **options)  # type: ignore[no-any-return]
-        shortcut = x if block.downsample is None else block.downsample(x)
-        return residual_block(x, (block.conv1, block.conv2), (block.bn1, block.bn2), shortcut)
+        layers = (block.conv1, block.bn1), (block.conv2, block.bn2)
+        if block.downsample is None:
+            return residual_block(x, layers, x)
+        beside: tuple[Any, ...] = tuple(block.downsample.children())
+        return residual_block(x, layers, beside if _rides_along(block, beside) else block.downsample(x))
 
 
 def _is_plain(block: Any) -> bool:
@@ -72,8 +75,30 @@ def _is_plain(block: Any) -> bool:
         and all(type(getattr(block, name, None)) in (nn.ReLU, type(None)) for name in ("act1", "act2", "relu"))
         and block.conv1.bias is None
         and block.conv2.bias is None
-        and not any(vars(layer)[hooks] for layer in block.children() for hooks in HOOKS)
+        and not any(map(_is_listened_to, block.children()))
     )
+
+
+def _rides_along(block: Any, beside: tuple[Any, ...]) -> bool:
+    """Return whether a shortcut's layers are a convolution of 1 × 1 that meets pixels which the first one's tiles have, too."""
+    return (
+        type(block.downsample) is nn.Sequential
+        and [type(layer) for layer in beside] == [nn.Conv2d, nn.BatchNorm2d]
+        and not any(map(_is_listened_to, beside))
+        and _geometry(beside[0]) == ((1, 1), (2, 2), 1)
+        and beside[0].padding in ((0, 0), "valid")
+        and beside[0].bias is None
+        and block.conv1.stride == (2, 2)
+        and beside[0].weight.shape[:2] == block.conv1.weight.shape[:2]
+    )
+
+
+def _geometry(convolution: Any) -> tuple[Any, ...]:
+    return convolution.kernel_size, convolution.stride, convolution.groups
+
+
+def _is_listened_to(layer: nn.Module) -> bool:
+    return any(vars(layer)[hooks] for hooks in HOOKS)
 
 
 def _suits_block(block: Any, maps: Tensor) -> bool:

@@ -13,7 +13,7 @@ from caco.cpu_kernels.memory import aligned, inlined
 from caco.cpu_kernels.products import multiply, multiply_transposed, panel_width
 from caco.winograd.strips import grid, strip_of
 from caco.winograd.tiles import from_place_to_place, maps_to_tiles, room_for, tiles_to_maps
-from caco.winograd.transforms import INPUTS, INPUTS_BY_TWO, OUTPUTS, OUTPUTS_BY_TWO
+from caco.winograd.transforms import INPUTS, INPUTS_BY_TWO, OUTPUTS, OUTPUTS_BY_TWO, SAMPLES, SIDE
 
 BLOCK, LARGE_BLOCK = 64, 128
 """Tiles at a time, about: as few as keep the products busy; more where each block has many filters to read."""
@@ -23,59 +23,79 @@ LARGE_FILTERS = 2**16
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def forward(maps, factors, filters, results, sums, first, last, stride):
-    """Fill the results [B, H', W', O] of images `first` to `last` of the maps [B, H, W, C], read with factors (`cut_out`).
+def forward(maps, factors, of_all, of_samples, first, last, stride):
+    """Convolve images `first` to `last` of the maps [B, H, W, C], read with factors (`cut_out`).
 
-    filters: [places, N], transformed: each place's [O / w, C, w] first, w numbers in a panel. sums: none, or [2, O], those of
-    the results (`put_back`).
+    of_all: filters [places, N], transformed: of each place [O / w, C, w] first, w numbers in a panel; the results to fill,
+    [B, H', W', O]; and none or [2, O], to which the sums of the results are added (`put_back`). of_samples: the same of a
+    convolution of 1 × 1 with stride 2 that meets the same maps, of whose filters there is one place, or none.
     """
-    width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], results.shape[3]
-    inputs_kind, outputs_kind = kinds(stride)
+    width, channels, (filters, results, sums), (few, samples, samples_sums) = (
+        panel_width(maps.itemsize), maps.shape[3], of_all, of_samples,
+    )  # fmt: skip
+    outputs, (inputs_kind, outputs_kind) = results.shape[3], kinds(stride)
     rows, columns = grid(outputs_kind, results)
     at_a_time, room = block_of(rows * (last - first), columns, channels * outputs)
     place, product = from_place_to_place(maps, room), from_place_to_place(results, room)
     inputs, products = aligned(len(filters) * place, maps), aligned(len(filters) * product, maps)
     maps_strip, results_strip = strip_of(inputs_kind, maps), strip_of(outputs_kind, results)
-    size, flat = filters.shape[1], filters.reshape(-1)
+    size, flat, flat_few, plain = filters.shape[1], filters.reshape(-1), few.reshape(-1), (factors[:0], results[:0])
     for begin in range(first * rows, last * rows, at_a_time):
         end = min(begin + at_a_time, last * rows)
+        tiles = (end - begin) * columns
         maps_to_tiles(inputs_kind, maps, factors, maps[:0], begin, end, maps_strip, inputs, room)
         for k in range(len(filters)):
             multiply(
                 inputs, k * place, room * width,
                 flat, k * size, channels * width,
                 products, k * product, room * width,
-                (end - begin) * columns, outputs, channels,
+                tiles, outputs, channels, False,
             )  # fmt: skip
-        tiles_to_maps(outputs_kind, products, room, results, factors[:0], results[:0], sums, begin, end, results_strip)
+        tiles_to_maps(outputs_kind, products, room, results, *plain, sums, begin, end, results_strip)
+        if len(few):
+            for k in range(SIDE[SAMPLES] ** 2):
+                multiply(
+                    inputs, place_of_sample(k) * place, room * width,
+                    flat_few, 0, channels * width,
+                    products, k * product, room * width,
+                    tiles, outputs, channels, False,
+                )  # fmt: skip
+            tiles_to_maps(SAMPLES, products, room, samples, *plain, samples_sums, begin, end, results_strip)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
 def backward(
-    maps, factors, filters, pulls, pulls_factors, results,
-    maps_gradient, factors_gradient, filters_gradient, first, last, stride, to_maps, to_filters,
+    maps, factors, of_all, of_samples, maps_gradient, factors_gradient, first, last, stride, to_maps, to_filters
 ):  # fmt: skip
     """Fill the maps' gradient of images `first` to `last`, and these images' part of the factors' and of the filters'.
 
-    pulls: the results' gradient, [B, H', W', O]; with factors of their own, read with the results (`cut_out`), whose sums have
-    gradients, too. filters and their gradient: [places, N], transformed: [C / w, O, w]. to_maps, to_filters: what is asked for.
+    of_all: the results' gradient, [B, H', W', O], and factors of its own, with which it is read with the results (`cut_out`),
+    whose sums have gradients, too; the results; filters and their gradient, [places, N], transformed: [C / w, O, w].
+    of_samples: as in `forward`. to_maps, to_filters: what is asked for.
     """
-    width, channels, outputs = panel_width(maps.itemsize), maps.shape[3], pulls.shape[3]
-    inputs_kind, outputs_kind = kinds(stride)
+    width, channels, (pulls, pulls_factors, results, filters, filters_gradient) = (
+        panel_width(maps.itemsize), maps.shape[3], of_all,
+    )  # fmt: skip
+    sample_pulls, sample_factors, samples, few, few_gradient = of_samples
+    outputs, (inputs_kind, outputs_kind) = pulls.shape[3], kinds(stride)
     rows, columns = grid(outputs_kind, pulls)
     at_a_time, room = block_of(rows * (last - first), columns, channels * outputs)
     place, product = from_place_to_place(maps, room), from_place_to_place(pulls, room)
     inputs, products = aligned(len(filters) * place, maps), aligned(len(filters) * product, maps)
+    sampled = aligned(SIDE[SAMPLES] ** 2 * product if len(few) else 0, maps)
     maps_strip, sums_strip, pulls_strip = (
         strip_of(inputs_kind, maps), strip_of(inputs_kind, maps), strip_of(outputs_kind, pulls),
     )  # fmt: skip
     size, flat, flat_gradient = filters.shape[1], filters.reshape(-1), filters_gradient.reshape(-1)
+    flat_few, flat_few_gradient = few.reshape(-1), few_gradient.reshape(-1)
     others = maps[: len(maps) if len(factors) else 0]
     for begin in range(first * rows, last * rows, at_a_time):
         end = min(begin + at_a_time, last * rows)
-        tiles = (end - begin) * columns
+        tiles, is_first = (end - begin) * columns, begin == first * rows
         maps_to_tiles(outputs_kind, pulls, pulls_factors, results, begin, end, pulls_strip, products, room)
+        if len(few):
+            maps_to_tiles(SAMPLES, sample_pulls, sample_factors, samples, begin, end, pulls_strip, sampled, room)
         if to_filters:
             maps_to_tiles(inputs_kind, maps, factors, maps[:0], begin, end, maps_strip, inputs, room)
             for k in range(len(filters)):
@@ -83,7 +103,14 @@ def backward(
                     products, k * product, room * width,
                     inputs, k * place, room * width,
                     flat_gradient, k * size, outputs * width,
-                    outputs, channels, tiles, begin > first * rows,
+                    outputs, channels, tiles, not is_first,
+                )  # fmt: skip
+            for k in range(SIDE[SAMPLES] ** 2 * len(few)):
+                multiply_transposed(
+                    sampled, k * product, room * width,
+                    inputs, place_of_sample(k) * place, room * width,
+                    flat_few_gradient, 0, outputs * width,
+                    outputs, channels, tiles, k > 0 or not is_first,
                 )  # fmt: skip
         if to_maps:
             for k in range(len(filters)):
@@ -91,11 +118,27 @@ def backward(
                     products, k * product, room * width,
                     flat, k * size, outputs * width,
                     inputs, k * place, room * width,
-                    tiles, channels, outputs,
+                    tiles, channels, outputs, False,
+                )  # fmt: skip
+            for k in range(SIDE[SAMPLES] ** 2 * len(few)):
+                multiply(
+                    sampled, k * product, room * width,
+                    flat_few, 0, outputs * width,
+                    inputs, place_of_sample(k) * place, room * width,
+                    tiles, channels, outputs, True,
                 )  # fmt: skip
             tiles_to_maps(
                 inputs_kind, inputs, room, maps_gradient, factors, others, factors_gradient, begin, end, sums_strip
             )
+
+
+@inlined
+@no_type_check
+def place_of_sample(k):
+    """Return which place of a tile with stride 2 holds the pixel that a filter of 1 × 1 meets for its output number k."""
+    side = SIDE[SAMPLES]
+    rest = SIDE[INPUTS_BY_TWO] - side
+    return (rest + k // side) * SIDE[INPUTS_BY_TWO] + rest + k % side
 
 
 @inlined

@@ -15,22 +15,28 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from caco.cpu_kernels.threads import in_threads
-from caco.winograd.convolution import WinogradConvolution, empty_maps, parts_of_images, pixels
+from caco.winograd.convolution import WinogradConvolution, as_array, empty_maps, parts_of_images, pixels
+
+Layer = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 
-def residual_block(
-    maps: Tensor,
-    convolutions: tuple[nn.Conv2d, nn.Conv2d],
-    norms: tuple[nn.BatchNorm2d, nn.BatchNorm2d],
-    shortcut: Tensor,
-) -> Tensor:
-    """Return relu(norm(convolution(relu(norm(convolution(maps))))) + shortcut), maps and shortcut [B, C, H, W]."""
-    factors: Tensor | None = None
-    for convolution, norm in zip(convolutions, norms, strict=True):
-        own = uses_own_statistics(norm)
-        maps, sums = WinogradConvolution.apply(maps, convolution.weight, convolution.stride[0], factors, own)
-        factors = factors_of(norm, sums, maps.numel() // maps.shape[1])
-    result: Tensor = Joined.apply(maps, factors, shortcut)
+def residual_block(maps: Tensor, layers: tuple[Layer, Layer], shortcut: Tensor | Layer) -> Tensor:
+    """Return relu(norm(convolution(relu(norm(convolution(maps))))) + shortcut), maps [B, C, H, W].
+
+    shortcut: maps of the result's size, or the convolution of 1 × 1 with stride 2, as the first layer's, and norm that make it.
+    """
+    (first, first_norm), (second, second_norm) = layers
+    beside, beside_norm = (None, None) if isinstance(shortcut, Tensor) else shortcut
+    with_sums = any(uses_own_statistics(norm) for norm in (first_norm, beside_norm) if norm is not None)
+    maps, sums, samples, samples_sums = WinogradConvolution.apply(
+        maps, first.weight, first.stride[0], None, with_sums, None if beside is None else beside.weight
+    )
+    factors, shortcut_factors = factors_of(first_norm, sums, maps), None
+    if beside_norm is not None:
+        shortcut, shortcut_factors = samples, factors_of(beside_norm, samples_sums, samples)
+    own = uses_own_statistics(second_norm)
+    maps, sums, *_ = WinogradConvolution.apply(maps, second.weight, second.stride[0], factors, own)
+    result: Tensor = Joined.apply(maps, factors_of(second_norm, sums, maps), shortcut, shortcut_factors)
     return result
 
 
@@ -39,12 +45,13 @@ def uses_own_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def factors_of(norm: nn.BatchNorm2d, sums: Tensor | None, count: int) -> Tensor:
-    """Return factor and constant of each channel, [2, C], float64, that are a batch norm; keep its running statistics.
+def factors_of(norm: nn.BatchNorm2d, sums: Tensor | None, maps: Tensor) -> Tensor:
+    """Return factor and constant of each channel, [2, C], float64, that are a batch norm of maps; keep its running statistics.
 
-    sums: those of the maps and of their squares [2, C], over so many numbers, if it uses its own statistics.
+    sums: those of the maps [B, C, H, W] and of their squares, [2, C], for one that uses its own statistics.
     """
-    if sums is None:
+    count = maps.numel() // maps.shape[1]
+    if sums is None or not uses_own_statistics(norm):
         assert norm.running_mean is not None and norm.running_var is not None
         mean, variance = norm.running_mean.double(), norm.running_var.double()
     else:
@@ -69,40 +76,46 @@ def _keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> No
 
 
 class Joined(torch.autograd.Function):
-    """relu(maps · factors[0] + factors[1] + shortcut): maps and shortcut [B, C, H, W], factors [2, C], float64."""
+    """relu(maps · factors[0] + factors[1] + shortcut): maps and shortcut [B, C, H, W], factors [2, C], float64.
+
+    shortcut_factors: none, or two with which the shortcut is read, too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, factors: Tensor, shortcut: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, maps: Tensor, factors: Tensor, shortcut: Tensor, shortcut_factors: Tensor | None = None
+    ) -> Tensor:
         from caco.winograd import joins
 
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         result = empty_maps(maps, *maps.shape[1:])
-        ctx.save_for_backward(maps, factors, result)
-        arrays = pixels(maps), factors.detach().to(maps.dtype).numpy(), pixels(shortcut), pixels(result)
-        in_threads(lambda first, last: joins.join(*arrays, first, last), parts_of_images(result))
+        ctx.save_for_backward(maps, factors, None if shortcut_factors is None else shortcut, shortcut_factors, result)
+        given = (
+            pixels(maps),
+            as_array(factors, maps),
+            pixels(shortcut),
+            as_array(shortcut_factors, maps),
+            pixels(result),
+        )
+        in_threads(lambda first, last: joins.join(*given, first, last), parts_of_images(result))
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         from caco.winograd import joins
 
-        maps, factors, result = ctx.saved_tensors
+        maps, factors, shortcut, shortcut_factors, result = ctx.saved_tensors
         pull = grad_outputs[0].contiguous(memory_format=torch.channels_last)
         of_maps, of_shortcut = (empty_maps(maps, *maps.shape[1:]) for _ in range(2))
         parts = parts_of_images(result)
-        sums = factors.new_zeros(len(parts), *factors.shape)
-        arrays = (
-            pixels(maps),
-            factors.to(maps.dtype).numpy(),
-            pixels(result),
-            pixels(pull),
-            pixels(of_maps),
-            pixels(of_shortcut),
-        )
+        sums = factors.new_zeros(len(parts), 3, maps.shape[1])
+        given = pixels(maps), as_array(factors, maps), pixels(maps[:0] if shortcut is None else shortcut)
+        arrays = as_array(shortcut_factors, maps), pixels(result), pixels(pull), pixels(of_maps), pixels(of_shortcut)
 
         def part(first: int, last: int) -> None:
-            joins.part(*arrays, sums[parts.index((first, last))].numpy(), first, last)
+            joins.part(*given, *arrays, sums[parts.index((first, last))].numpy(), first, last)
 
         in_threads(part, parts)
-        return of_maps, sums.sum(0), of_shortcut
+        total = sums.sum(0)
+        return of_maps, total[:2], of_shortcut, None if shortcut is None else total[[2, 1]]

@@ -12,7 +12,7 @@ from typing import no_type_check
 from caco.cpu_kernels.memory import aligned, inlined
 from caco.cpu_kernels.vectors import BYTES, load, store, where_positive, zeros
 
-PIXELS, STEP, MARGIN = (6, 4, 0, 9, 4), (4, 4, 0, 8, 4), (1, 0, 0, 1, 0)
+PIXELS, STEP, MARGIN = (6, 4, 0, 9, 4, 0, 4), (4, 4, 0, 8, 4, 0, 4), (1, 0, 0, 1, 0, 0, 0)
 """Of maps of each kind (`transforms.py`): pixels along a side of a tile, from a tile to the next, before the first pixel."""
 
 

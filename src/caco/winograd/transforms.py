@@ -16,9 +16,9 @@ from caco.cpu_kernels.vectors import compiled
 
 Vectors = tuple[Any, ...]
 
-INPUTS, OUTPUTS, FILTERS, INPUTS_BY_TWO, OUTPUTS_BY_TWO, FILTERS_BY_TWO = range(6)
-"""What is transformed: what goes into a convolution, what comes out of it, its filters; with stride 1 or 2."""
-SIDE = (6, 6, 6, 9, 9, 9)
+INPUTS, OUTPUTS, FILTERS, INPUTS_BY_TWO, OUTPUTS_BY_TWO, FILTERS_BY_TWO, SAMPLES = range(7)
+"""What is transformed: what goes into a convolution, what comes out of it, its filters; with stride 1 or 2; or nothing is done."""
+SIDE = (6, 6, 6, 9, 9, 9, 4)
 """Of each: numbers in a row of what is multiplied."""
 
 
@@ -122,17 +122,24 @@ def filters_by_two_back(u: Vectors) -> Vectors:
     )
 
 
+def samples(d: Vectors) -> Vectors:
+    """What comes out of a convolution of 1 × 1 with stride 2: it meets the inputs that `inputs_by_two` leaves as they are."""
+    return d
+
+
 FORMULAS = {
     INPUTS: (6, inputs),
     OUTPUTS: (4, outputs_back),
     INPUTS_BY_TWO: (9, inputs_by_two),
     OUTPUTS_BY_TWO: (4, outputs_by_two_back),
+    SAMPLES: (4, samples),
 }
 FORMULAS_BACK = {
     INPUTS: (6, inputs_back),
     OUTPUTS: (6, outputs),
     INPUTS_BY_TWO: (9, inputs_by_two_back),
     OUTPUTS_BY_TWO: (9, outputs_by_two),
+    SAMPLES: (4, samples),
 }
 there, back, back_added = compiled(FORMULAS), compiled(FORMULAS_BACK), compiled(FORMULAS_BACK, add=True)
 """What transforms maps; its transpose; the same added to what is there."""
