@@ -34,17 +34,6 @@ def checked_modules() -> list[str]:
     return [name for name in names if not name.startswith(COMPILED) and not name.endswith(".__init__")]
 
 
-def remove_stale_code() -> None:
-    """Delete what numba compiled of sources that have changed: it looks at a function's own file only, not at what that uses."""
-    folders = [Path(caco.__file__).parent / name for name in ("cpu_kernels", "winograd")]
-    changed = max(path.stat().st_mtime for folder in folders for path in folder.glob("*.py"))
-    for path in (path for folder in folders for path in (folder / "__pycache__").glob("*.nb?")):
-        if path.stat().st_mtime < changed:
-            path.unlink(missing_ok=True)
-
-
-remove_stale_code()
-
 if find_spec("beartype"):
     install_import_hook(checked_modules(), "typechecker.checked")
 

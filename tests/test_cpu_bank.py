@@ -73,6 +73,15 @@ def test_of_equally_near_slots_the_first_is_found():
     torch.testing.assert_close(largest, (keys @ F.normalize(slots, dim=1).T).amax(dim=1))
 
 
+@pytest.mark.parametrize("slot", [0, 5, 96])
+def test_a_slot_that_is_no_number_hides_no_other(slot):
+    keys, slots = given(40, 1000, 16)
+    expected = dense_nearest(keys, torch.cat([slots[:slot], slots[slot + 1 :]]))
+    slots[slot] = float("nan")
+    _, index = kernels.nearest(keys, slots, inverse_lengths(slots))
+    assert torch.equal(index, expected + (expected >= slot).long())
+
+
 def test_a_softmax_needs_no_mean():
     queries, slots = given(40, 1000, 16)
     whole, part = (kernels.softmax(8 * queries, slots, inverse_lengths(slots), mean) for mean in (True, False))
@@ -96,6 +105,8 @@ def test_kernels_that_deviate_are_not_used(monkeypatch, caplog):
     right = kernels.softmax
     monkeypatch.setattr(kernels, "softmax", lambda *given: (*right(*given)[:2], right(*given)[2] * 1.001))
     _, slots = given(2, 100, 8)
-    assert fused.of_parts(slots, torch.float32) is None and fused.of_search(slots) is None
-    assert "are not used" in caplog.text
-    fused._checked_on_cpu.cache_clear()
+    try:
+        assert fused.of_parts(slots, torch.float32) is None and fused.of_search(slots) is None
+        assert "are not used" in caplog.text
+    finally:
+        fused._checked_on_cpu.cache_clear()

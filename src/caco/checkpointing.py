@@ -23,7 +23,7 @@ def checkpoint_blocks(backbone: nn.Module) -> None:
     if not blocks:
         raise UsageError(f"--engine.checkpointing: {type(backbone).__name__} has no repeated blocks to compute again")
     for block in blocks:
-        block.forward = partial(_again_in_backward, block, block.forward)
+        block.forward = partial(_again_in_backward, block, vars(block).get("forward"))
 
 
 def keep_all_activations(network: nn.Module) -> None:
@@ -32,9 +32,9 @@ def keep_all_activations(network: nn.Module) -> None:
         forward = vars(module).get("forward")
         if isinstance(forward, partial) and forward.func is _again_in_backward:
             del module.forward
-            block, before = forward.args
-            if before != type(block).forward.__get__(block):  # it had one of its own
-                block.forward = before
+            block, own = forward.args
+            if own is not None:
+                block.forward = own
 
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
@@ -51,7 +51,10 @@ def _layers(module: nn.Module) -> int:
     return sum(not list(part.children()) and bool(list(part.parameters(recurse=False))) for part in module.modules())
 
 
-def _again_in_backward(block: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:
+def _again_in_backward(block: nn.Module, own: Any, *inputs: Any, **options: Any) -> Any:
+    """Call the forward of its own that a block had, else that of the class that it has by now."""
+    forward = own or partial(type(block).forward, block)
+
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _same_statistics(block)
 

@@ -189,7 +189,7 @@ def _loss_and_gradient(
 ) -> tuple[BankLoss, Tensor]:
     """Return the loss, without gradient, and beside it its gradient for the queries [N, D].
 
-    The bank is read once; by a GPU's kernels once more for a slot temperature of its own.
+    The bank is read once; by kernels once more for a slot temperature of its own.
     """
     if shards.size == 1 and (kernels := fused.of_loss(slots.weight, products)):
         found = kernels.of_queries(queries, *slots, positives, weights, temperature, slot_temperature, HIT)

@@ -1,4 +1,4 @@
-"""Kernels of our own, in Triton, are used on a GPU only after they have been seen to do there what plain torch does."""
+"""Kernels of our own, in Triton or numba, are used only after they have been seen to do here what plain torch does."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def works(what: str, problem: Callable[[], str]) -> bool:
         found = problem()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # no Triton, a GPU too old or too small for them: as many kinds as reasons
+    except Exception as error:  # no compiler, a GPU too old or too small for them: as many kinds as reasons
         found = f"{type(error).__name__}: {error}".splitlines()[0]
     if found:
         logging.getLogger(__name__).warning("%s are not used, which is slower: %s", what, found)

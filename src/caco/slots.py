@@ -1,7 +1,7 @@
 """The slots of a bank, block by block: unit rows, comparison with queries, softmax over all of them.
 
 No matrix of all queries and all slots is ever held, so memory beyond the bank, its gradient and its velocity does not
-grow with the bank. On a GPU kernels of their own read all slots at once (`fused.py`).
+grow with the bank. Kernels of their own read the slots on a GPU, and many of them on a CPU (`fused.py`).
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from maps import maps_of, relative
+from timm.models.resnet import BasicBlock
 from torch import nn
 
 from caco.backbone import create_backbone
-from caco.checkpointing import checkpoint_blocks
+from caco.checkpointing import checkpoint_blocks, keep_all_activations
 from caco.winograd.network import Convolution, suits_winograd, use_direct, use_winograd
 
 pytest.importorskip("numba")
@@ -117,14 +118,21 @@ def test_hooks_parameters_and_optimizers_stay_and_parametrized_ones_are_left():
     assert type(normalised) is kind
 
 
-def test_checkpointed_blocks_compute_the_same():
+@pytest.mark.parametrize("first", [use_winograd, checkpoint_blocks])
+def test_checkpointed_blocks_compute_the_same(first):
+    """Whichever is done first: a run checkpoints first."""
     torch.manual_seed(0)
     plain = create_backbone("resnet18", 32).double().train()
-    use_winograd(plain)
     checkpointed = copy.deepcopy(plain)
-    checkpoint_blocks(checkpointed)
+    use_winograd(plain)
+    for change in (first, *({use_winograd, checkpoint_blocks} - {first})):
+        change(checkpointed)
     view, gradients = maps_of(2, 3, 32, 32), []
     for network in (plain, checkpointed):
         network(view).square().mean().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    use_direct(checkpointed)
+    keep_all_activations(checkpointed)
+    assert type(checkpointed.layer1[0]) is BasicBlock and "forward" not in vars(checkpointed.layer1[0])
+    checkpointed(view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,8 @@ NORMS: dict[str, Callable[[nn.Module], Any]] = {
     "no statistics": lambda block: setattr(
         block, "bn1", nn.BatchNorm2d(block.bn1.num_features, track_running_stats=False)
     ),
+    "statistics are no longer kept": lambda block: setattr(block.bn1, "track_running_stats", False),
+    "batches are not counted": lambda block: setattr(block.bn1, "num_batches_tracked", None),
     "no factors": lambda block: setattr(block, "bn2", nn.BatchNorm2d(block.bn2.num_features, affine=False)),
     "frozen filters": lambda block: block.conv1.weight.requires_grad_(False),
     "frozen shortcut": lambda block: block.downsample and block.downsample.eval().requires_grad_(False),
@@ -57,10 +60,11 @@ def doubled(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor
 
 
 def drawn(block: nn.Module) -> nn.Module:
-    """Return the block with every parameter and statistic something else than it begins with."""
-    for name, tensor in block.state_dict().items():
-        if "bn" in name and tensor.is_floating_point():
-            tensor.uniform_(0.5, 2)
+    """Return the block with all that its norms have something else than it begins with."""
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor in norm.state_dict().values():
+                tensor.uniform_(0.5, 2) if tensor.is_floating_point() else tensor.fill_(3)
     return block.double().train()
 
 
@@ -84,8 +88,8 @@ def as_one(monkeypatch) -> list[int]:
 def test_a_block_is_what_it_was(block, norm, as_one):
     """Twice, as statistics are kept from one to the next."""
     torch.manual_seed(0)
-    direct = drawn(BLOCKS[block]())
-    NORMS[norm](direct)
+    direct = BLOCKS[block]()
+    NORMS[norm](drawn(direct))
     direct = direct.double()
     winograd = copy.deepcopy(direct)
     use_winograd(winograd)
@@ -118,6 +122,7 @@ OTHERS = {
     "dropped": changed(lambda block: setattr(block, "drop_path", nn.Dropout(1e-9))),
     "another norm": changed(lambda block: setattr(block, "bn1", nn.InstanceNorm2d(64))),
     "a hook": changed(lambda block: block.bn1.register_forward_hook(lambda module, given, output: 2 * output)),
+    "another forward": changed(lambda block: setattr(block.bn2, "forward", torch.neg)),
     "a narrow one": lambda: BasicBlock(32, 32),
     "bias": changed(lambda block: setattr(block, "conv2", nn.Conv2d(64, 64, 3, padding=1))),
 }
@@ -151,22 +156,26 @@ def test_small_maps_half_precisions_and_classes(as_one):
     assert (type(block), list(block.state_dict())) == before
 
 
-def test_rounding_is_no_more_than_that_of_torchs_own(as_one):
-    """Maps whose mean is far from 0 for their spread: the variance is a small difference of large sums."""
+@pytest.mark.parametrize("mean", [0, 100])
+def test_rounding_is_no_more_than_that_of_torchs_own(mean, as_one):
+    """Also where the mean of what is normalised is far from 0 for its spread: the variance of it is a small difference."""
     torch.manual_seed(0)
-    exact = drawn(BLOCKS["timm"]())
-    maps = maps_of(16, 64, 16, 16).relu() + 3
-    expected = [exact(maps).detach(), *(buffer for buffer in exact.buffers() if buffer.is_floating_point())]
-    torch.manual_seed(0)
-    direct = drawn(BLOCKS["timm"]()).float()
+    exact = drawn(BLOCKS["timm, half as wide"]())
+    for filters in (exact.conv1.weight.data, exact.downsample[0].weight.data):
+        filters[:, 7] = 0
+        filters[:, 7, filters.shape[2] // 2, filters.shape[3] // 2] = 1
+    maps = maps_of(16, 64, 16, 16) + mean * (torch.arange(64) == 7).double()[:, None, None]
+    direct, results = copy.deepcopy(exact).float(), []
     winograd = copy.deepcopy(direct)
     use_winograd(winograd)
-    errors = []
-    for module in (direct, winograd):
-        output = module(maps.float()).detach()
-        found = [output, *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
-        errors.append([relative(one, other) for one, other in zip(found, expected, strict=True)])
-    assert as_one and all(other < 4 * one + 1e-6 for one, other in zip(*errors, strict=True)), errors
+    for module, given in ((exact, maps), (direct, maps.float()), (winograd, maps.float())):
+        output = module(given.clone().requires_grad_())
+        output.square().mean().backward()
+        gradients = [parameter.grad for parameter in module.parameters()]
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        results.append([output.detach(), *gradients, *buffers])
+    ours, torchs = ([relative(a, b) for a, b in zip(found, results[0], strict=True)] for found in results[:0:-1])
+    assert as_one and all(one < 8 * other + 5e-6 for one, other in zip(ours, torchs, strict=True)), (ours, torchs)
 
 
 def test_what_joins_has_the_gradients_of_finite_differences():
@@ -183,10 +192,56 @@ def test_what_joins_has_the_gradients_of_finite_differences():
     assert torch.autograd.gradcheck(Joined.apply, (maps, factors, shortcut, others), fast_mode=True)
 
 
-def test_what_is_not_finite_stays_so():
+def test_what_is_not_finite_stays_so(as_one):
     """ReLU passes what is no number, and so does its gradient."""
     block = drawn(BLOCKS["timm"]())
     use_winograd(block)
+    block.conv2.weight.data[5, 3, 1, 1] = float("nan")
+    maps = maps_of(2, 64, 8, 8).requires_grad_()
+    output = block(maps)
+    assert as_one and torch.equal(output.isnan().any(dim=(0, 2, 3)), torch.arange(64) == 5)
+    output.sum().backward()
+    assert maps.grad.isnan().any() and block.conv1.weight.grad.isnan().any()
+
+
+def test_what_does_not_fit_is_told_and_what_spreads_is_spread(as_one):
+    """As by torch: a shortcut of other channels, and one of a single pixel; compiled code would read foreign memory."""
+    wrong = BasicBlock(64, 128)
+    gate = BasicBlock(64, 64, downsample=nn.Sequential(nn.AdaptiveAvgPool2d(1))).double()
+    plain = copy.deepcopy(gate)
+    for block in (wrong, gate):
+        use_winograd(block)
+    with pytest.raises(RuntimeError, match="must match|expanded size"):
+        wrong(maps_of(2, 64, 8, 8, dtype=torch.float32))
+    results = []
+    for block in (plain, gate):
+        maps = maps_of(2, 64, 8, 8).sin().requires_grad_() if not results else results[0][0]
+        output = F.relu(block(maps))
+        results.append(
+            (maps, output.detach(), *torch.autograd.grad(output.square().sum(), (maps, *block.parameters())))
+        )
+    assert all(relative(other, one) < 1e-11 for one, other in zip(results[0][1:], results[1][1:], strict=True))
+    other = BLOCKS["timm"]()
+    other.bn1 = nn.BatchNorm2d(32)
+    use_winograd(other)
+    with pytest.raises((RuntimeError, ValueError)):
+        other(maps_of(2, 64, 8, 8, dtype=torch.float32))
+
+
+def test_a_block_in_use_can_be_pickled():
+    block = drawn(BLOCKS["timm"]())
+    use_winograd(block)
+    again = pickle.loads(pickle.dumps(block))
     maps = maps_of(2, 64, 8, 8)
-    maps[0, 3, 2, 2] = float("nan")
-    assert block(maps).isnan().any()
+    assert type(again) is type(block) and torch.equal(again(maps), block(maps))
+
+
+def test_whoever_listens_to_all_modules_hears_all_layers(as_one):
+    block, heard = BLOCKS["timm"](), []
+    use_winograd(block)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, output: heard.append(module))
+    try:
+        block(maps_of(2, 64, 8, 8, dtype=torch.float32))
+    finally:
+        handle.remove()
+    assert not as_one and block.bn1 in heard

@@ -19,7 +19,7 @@ from caco.cpu_kernels.threads import in_threads, parts_of
 from caco.slots import along_sphere
 
 LEAST_SLOTS = 4 * slots.SLOTS
-"""Of a thread."""
+"""Fewest slots worth a thread."""
 QUERIES = 256
 """Queries at a time for the slots' gradient: with what they pull with they stay in the second nearest cache."""
 
@@ -69,9 +69,7 @@ def pulls_on_slots(
     each = -(-min(len(queries), QUERIES) // width) * width
     missing = -len(queries) % each  # those pull with 0
     queries, pulls = (F.pad(values, (0, -values.shape[1] % width, 0, missing)) for values in (queries, pulls))
-    normalisers = (
-        F.pad(log_normaliser[:, 0], (0, missing)).reshape(-1, each).contiguous().numpy()
-    )  # those that are missing pull with 0
+    normalisers = F.pad(log_normaliser[:, 0], (0, missing)).reshape(-1, each).contiguous().numpy()
     in_panels = queries.reshape(-1, each // width, width, queries.shape[1]).transpose(2, 3).contiguous().numpy()
     of_pulls = pulls.reshape(-1, each, pulls.shape[1] // width, width).transpose(1, 2).contiguous().numpy()
     gradient = torch.empty_like(weight)

@@ -19,4 +19,5 @@ def aligned(count, like):
     """Return so many numbers that begin with a line of the cache, so that no vector lies in two."""
     line = CACHE_LINE // like.itemsize
     numbers = np.empty(count + line, like.dtype)
-    return numbers[-(numbers.ctypes.data // like.itemsize) % line :]
+    start = -(numbers.ctypes.data // like.itemsize) % line
+    return numbers[start : start + count]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import no_type_check
 
+import numpy as np
 from numba import njit
 
 from caco.cpu_kernels.memory import aligned, inlined
@@ -163,8 +164,8 @@ def highest_of(products, panel, slots, highest, lanes):
     width = panel_width(products.itemsize)
     for lane in range(0, width, lanes):
         at = panel * ROOM * width + lane
-        most = load(products, at)
-        for place in range(at + width, at + slots * width, width):
+        most = repeated(products, -np.inf)
+        for place in range(at, at + slots * width, width):
             most = greatest(most, load(products, place))
         store(highest, lane, most)
 

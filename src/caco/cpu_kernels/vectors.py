@@ -15,15 +15,25 @@ from dataclasses import dataclass
 from typing import Any, no_type_check
 
 from llvmlite import binding, ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-from caco.compiled_code import find_place
+from caco.compiled_code import find_place, remove_stale_code
 
-find_place()  # every module of the package comes by here before it compiles anything
+find_place()  # every module comes by here before it compiles anything
+remove_stale_code()
 
-BYTES = 64 if binding.get_host_cpu_features().get("avx512f") else 32
+
+def _has_long_vectors() -> bool:
+    """Return whether the processor that numba compiles for has AVX-512: this one, unless it has been told another."""
+    name, features = getattr(config, "CPU_NAME", None), getattr(config, "CPU_FEATURES", None)
+    if name or features:
+        return "+avx512f" in (features or "")
+    return bool(binding.get_host_cpu_features().get("avx512f"))
+
+
+BYTES = 64 if _has_long_vectors() else 32
 """Of a vector: 16 or 8 numbers of float32."""
 FLAGS = ("contract", "reassoc", "nsz")
 """Multiply-adds may be fused and sums reordered; numbers that are not finite may come."""
@@ -154,7 +164,7 @@ def compiled(formulas: Mapping[int, tuple[int, Formula]], add: bool = False):
 
 @no_type_check
 def _putting(adds):
-    """Return what puts the vectors of a tuple where `load_all` finds them, or adds them to what is there."""
+    """Return what puts the vectors of a tuple one after the other, or adds them to what is there."""
 
     @intrinsic
     def put_all(typing, array, index, step, vectors):
@@ -275,7 +285,7 @@ POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2
 @intrinsic
 @no_type_check
 def exponential(typing, vector):
-    """Return exp of numbers of float32 that are at most 0, to 1e-7 of it; 1e-38 at least. What is no number stays so."""
+    """Return exp of numbers of float32 below 88, to 1e-7 of it; 1e-38 at least. What is no number stays so."""
 
     def generate(context, builder, signature, arguments):
         kind = _llvm_type(vector.dtype)

@@ -51,16 +51,28 @@ def part(
     sums_now = aligned(3 * channels, maps)
     for number in range(first, last):
         clear(sums_now, 0, 3 * channels)
+        shift, other_shift = (
+            number * image,
+            number * image if len(flat_others) else 0,
+        )  # an image's first pixel, as in `put_back`
         for pixel in range(number * image, (number + 1) * image, channels):
             for channel in range(0, channels, lanes):
                 at, more, most = pixel + channel, channels + channel, 2 * channels + channel
                 value = where_positive(load(result, at), load(pull, at))
-                store(sums_now, channel, load(sums_now, channel) + value * load(source, at))
+                distance = load(source, at) - load(source, shift + channel)
+                store(sums_now, channel, load(sums_now, channel) + value * distance)
                 store(sums_now, more, load(sums_now, more) + value)
                 store(to_maps, at, value * load(flat_factors, channel))
                 if len(flat_others):
-                    store(sums_now, most, load(sums_now, most) + value * load(other, at))
+                    distance = load(other, at) - load(other, other_shift + channel)
+                    store(sums_now, most, load(sums_now, most) + value * distance)
                     value = value * load(flat_others, channel)
                 store(to_shortcut, at, value)
-        for channel in range(3 * channels):
-            flat_sums[channel] += sums_now[channel]
+        for channel in range(channels):
+            total = float(sums_now[channels + channel])
+            flat_sums[channel] += sums_now[channel] + source[shift + channel] * total
+            flat_sums[channels + channel] += total
+            if len(flat_others):
+                flat_sums[2 * channels + channel] += (
+                    sums_now[2 * channels + channel] + other[other_shift + channel] * total
+                )

@@ -13,6 +13,10 @@ from caco.winograd.residual import residual_block
 
 BLOCKS = {("timm.models.resnet", "BasicBlock"), ("torchvision.models.resnet", "BasicBlock")}
 """Residual blocks of two 3 × 3 convolutions, each with a batch norm: module and name of their classes."""
+NOTHING = (nn.Identity, type(None))
+"""Types of what a block may have where it could have another layer."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps those who want to know when it is called."""
 LEAST_CHANNELS = 64
 """Channels in and out below which the transforms take longer than the products they save."""
 WHOLE_VECTORS = 32
@@ -65,6 +69,10 @@ class Block(nn.Module):
         beside: tuple[Any, ...] = tuple(block.downsample.children())
         return residual_block(x, layers, beside if _rides_along(block, beside) else block.downsample(x))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be pickled and copied without a class that no module has."""
+        return _blank, (type(self).__mro__[2],), vars(self)
+
 
 def _is_plain(block: Any) -> bool:
     """Return whether a block is two convolutions with batch norms and ReLUs and nothing else, which nobody listens to."""
@@ -75,7 +83,11 @@ def _is_plain(block: Any) -> bool:
         and all(type(getattr(block, name, None)) in (nn.ReLU, type(None)) for name in ("act1", "act2", "relu"))
         and block.conv1.bias is None
         and block.conv2.bias is None
-        and not any(map(_is_listened_to, block.children()))
+        and (block.bn1.num_features, block.bn2.num_features) == (block.conv1.out_channels, block.conv2.out_channels)
+        and block.conv1.out_channels == block.conv2.in_channels
+        and block.conv1.weight.dtype == block.conv2.weight.dtype
+        and not any(map(_is_watched, block.children()))
+        and not any(getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS)
     )
 
 
@@ -84,7 +96,7 @@ def _rides_along(block: Any, beside: tuple[Any, ...]) -> bool:
     return (
         type(block.downsample) is nn.Sequential
         and [type(layer) for layer in beside] == [nn.Conv2d, nn.BatchNorm2d]
-        and not any(map(_is_listened_to, beside))
+        and not any(map(_is_watched, beside))
         and _geometry(beside[0]) == ((1, 1), (2, 2), 1)
         and beside[0].padding in ((0, 0), "valid")
         and beside[0].bias is None
@@ -97,8 +109,9 @@ def _geometry(convolution: Any) -> tuple[Any, ...]:
     return convolution.kernel_size, convolution.stride, convolution.groups
 
 
-def _is_listened_to(layer: nn.Module) -> bool:
-    return any(vars(layer)[hooks] for hooks in HOOKS)
+def _is_watched(layer: nn.Module) -> bool:
+    """Return whether somebody wants to know when a layer is called, or has changed what it does."""
+    return "forward" in vars(layer) or any(vars(layer)[hooks] for hooks in HOOKS)
 
 
 def _suits_block(block: Any, maps: Tensor) -> bool:
@@ -111,8 +124,8 @@ def _suits_block(block: Any, maps: Tensor) -> bool:
     )
 
 
-NOTHING = (nn.Identity, type(None))
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def _blank(kind: type) -> Any:
+    return nn.Module.__new__(_with_block(kind))
 
 
 _MIXED: dict[type, type] = {}
@@ -124,7 +137,7 @@ def _with_block(kind: type) -> type:
 
 
 def use_winograd(network: nn.Module) -> None:
-    """Let the network's convolutions that can be computed by Winograd's filtering be so, in place.
+    """Let the network's convolutions that can be computed by Winograd's filtering be so, and its residual blocks as one, in place.
 
     Only classes change, so parameters, names, hooks and what an optimizer holds of them stay.
     """

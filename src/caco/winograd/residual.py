@@ -33,10 +33,12 @@ def residual_block(maps: Tensor, layers: tuple[Layer, Layer], shortcut: Tensor |
     )
     factors, shortcut_factors = factors_of(first_norm, sums, maps), None
     if beside_norm is not None:
-        shortcut, shortcut_factors = samples, factors_of(beside_norm, samples_sums, samples)
+        shortcut_factors = factors_of(beside_norm, samples_sums, samples)
     own = uses_own_statistics(second_norm)
     maps, sums, *_ = WinogradConvolution.apply(maps, second.weight, second.stride[0], factors, own)
-    result: Tensor = Joined.apply(maps, factors_of(second_norm, sums, maps), shortcut, shortcut_factors)
+    if isinstance(shortcut, Tensor):
+        samples = shortcut.to(maps.dtype).expand_as(maps)  # the compiled code relies on it
+    result: Tensor = Joined.apply(maps, factors_of(second_norm, sums, maps), samples, shortcut_factors)
     return result
 
 
@@ -57,7 +59,7 @@ def factors_of(norm: nn.BatchNorm2d, sums: Tensor | None, maps: Tensor) -> Tenso
     else:
         mean = sums[0] / count
         variance = (sums[1] / count - mean.square()).clamp(min=0)
-        if norm.training and norm.running_mean is not None:
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
             _keep_statistics(norm, mean.detach(), variance.detach() * (count / max(count - 1, 1)))
     factor = torch.rsqrt(variance + norm.eps)
     constant = -mean * factor
@@ -68,9 +70,11 @@ def factors_of(norm: nn.BatchNorm2d, sums: Tensor | None, maps: Tensor) -> Tenso
 
 @torch.no_grad()
 def _keep_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-    norm.num_batches_tracked += 1
-    share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    assert norm.running_mean is not None and norm.running_var is not None
+    share = norm.momentum or 0.0
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked += 1
+        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
     norm.running_var.lerp_(variance.to(norm.running_var.dtype), share)
 

@@ -56,16 +56,20 @@ def cut_out(kind, maps, factors, others, row, strip):
 def put_back(kind, strip, maps, factors, others, sums, row):
     """Put the rows of a strip that are done, as the next one does not overlap them, into the maps.
 
-    sums: none, or flat [2, C]. Without others, they grow by what is put, and by its squares. With others, what is put is the
-    gradient of `cut_out`'s rectified factors[0] · others + factors[1] for them, and the sums grow by that for the factors.
+    sums: none, or flat [3, C], of which the third is a shift: a number near what is summed, whose squares would else be large
+    beside their variance. Without others, the sums grow by what is put, less the shift, and by the squares of that. With
+    others, what is put is the gradient of `cut_out`'s rectified factors[0] · others + factors[1] for them, and the sums grow
+    by that for the factors, with others less the shift. Returns how many pixels are put.
     """
     channels, lanes, rows = maps.shape[3], BYTES // maps.itemsize, grid(kind, maps)[0]
     row_size, left, right = inside(kind, maps)
     target, flat_factors, flat_others = maps.reshape(-1), factors.reshape(-1), others.reshape(-1)
+    count = 0
     for i in range(STEP[kind] if (row + 1) % rows else PIXELS[kind]):
         start, at = first_of_pixels(kind, maps, row, i), i * row_size + left
         if start < 0:
             continue
+        count += (right - left) // channels
         if len(sums) == 0:
             for number in range(0, right - left, lanes):
                 store(target, start + number, load(strip, at + number))
@@ -73,17 +77,44 @@ def put_back(kind, strip, maps, factors, others, sums, row):
         for pixel in range(0, right - left, channels):
             for channel in range(0, channels, lanes):
                 to, more = start + pixel + channel, channels + channel
-                value = load(strip, at + pixel + channel)
+                value, shift = load(strip, at + pixel + channel), load(sums, channels + more)
                 if len(others):
                     factor, other = load(flat_factors, channel), load(flat_others, to)
                     value = where_positive(factor * other + load(flat_factors, more), value)
-                    store(sums, channel, load(sums, channel) + value * other)
+                    store(sums, channel, load(sums, channel) + value * (other - shift))
                     store(sums, more, load(sums, more) + value)
                     store(target, to, factor * value)
                 else:
+                    store(target, to, value)
+                    value = value - shift
                     store(sums, channel, load(sums, channel) + value)
                     store(sums, more, load(sums, more) + value * value)
-                    store(target, to, value)
+    return count
+
+
+@inlined
+@no_type_check
+def begin_sums(kind, strip, maps, others, row, sums):
+    """Let sums be 0, and the shift what is in the first of the pixels: of those to be put, or of the others."""
+    channels, lanes = maps.shape[3], BYTES // maps.itemsize
+    row_size, left, _ = inside(kind, maps)
+    image, at = row // grid(kind, maps)[0], MARGIN[kind] * row_size + left
+    clear(sums, 0, min(2 * channels, len(sums)))
+    for channel in range(0, min(channels, len(sums)), lanes):
+        from_others = len(others) > 0
+        first = load(others.reshape(-1), image * maps[0].size + channel) if from_others else load(strip, at + channel)
+        store(sums, 2 * channels + channel, first)
+
+
+@inlined
+@no_type_check
+def end_sums(sums, count, of_others, totals):
+    """Add sums over so many pixels to totals [2, C], float64, as if there had been no shift."""
+    channels = totals.shape[1]
+    for channel in range(channels):
+        one, two, shift = float(sums[channel]), float(sums[channels + channel]), float(sums[2 * channels + channel])
+        totals[0, channel] += one + shift * (two if of_others else count)
+        totals[1, channel] += two if of_others else two + shift * (2 * one + shift * count)
 
 
 @inlined

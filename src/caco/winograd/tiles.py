@@ -16,7 +16,7 @@ from numba import njit
 from caco.cpu_kernels.memory import CACHE_LINE, aligned, inlined
 from caco.cpu_kernels.products import ROWS, panel_width, position
 from caco.cpu_kernels.vectors import BYTES
-from caco.winograd.strips import PIXELS, STEP, begin, cut_out, grid, inside, put_back
+from caco.winograd.strips import PIXELS, STEP, begin, begin_sums, cut_out, end_sums, grid, inside, put_back
 from caco.winograd.transforms import SIDE, back, back_added, there
 
 
@@ -51,8 +51,7 @@ def tiles_to_maps(kind, tiles, room, maps, factors, others, sums, first, last, s
     channels, pixels, side = maps.shape[3], PIXELS[kind], SIDE[kind]
     lanes, panel, distance = BYTES // maps.itemsize, panel_width(maps.itemsize), from_place_to_place(maps, room)
     row_size, half, tile = inside(kind, maps)[0], aligned(81 * lanes, maps), 0
-    sums_now = aligned(sums.size, maps)[: sums.size]
-    sums_now[:] = 0
+    sums_now, count = aligned(3 * channels if len(sums) else 0, maps), 0
     for row in range(first, last):
         if pixels > STEP[kind]:
             begin(kind, maps, row, strip)
@@ -65,10 +64,11 @@ def tiles_to_maps(kind, tiles, room, maps, factors, others, sums, first, last, s
                 else:
                     back(kind, pixels, half, 0, side * lanes, lanes, strip, pixel, row_size, channels)
             tile += 1
-        put_back(kind, strip, maps, factors, others, sums_now, row)
-    flat_sums = sums.reshape(-1)
-    for number in range(sums.size):
-        flat_sums[number] += sums_now[number]
+        if row == first:
+            begin_sums(kind, strip, maps, others, row, sums_now)
+        count += put_back(kind, strip, maps, factors, others, sums_now, row)
+    if len(sums):
+        end_sums(sums_now, count, len(others) > 0, sums)
 
 
 @inlined
