@@ -30,7 +30,7 @@ def bank() -> dict[str, float]:
 
     for name in ("softmax", "of_queries", "pulls_on_slots"):
         setattr(bank_kernels, name, partial(getattr(bank_kernels, name), factors=torch.float32))
-    fused.of_loss = lambda weight, products: bank_kernels
+    fused.of_loss = fused.of_parts = lambda weight, products: bank_kernels
     deviation = {"their own check": float(fused._problem(torch.device("cpu"), 48, 60, 700) != "")}
     by_kernel = of_losses("loss by a kernel")
     Unsharded.size = 2  # as if there were another process: its kernels are those of the products alone

@@ -39,7 +39,7 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
     place, product = from_place_to_place(maps, room), from_place_to_place(results, room)
     inputs, products = aligned(len(filters) * place, maps), aligned(len(filters) * product, maps)
     maps_strip, results_strip = strip_of(inputs_kind, maps), strip_of(outputs_kind, results)
-    size, flat, flat_few, plain = filters.shape[1], filters.reshape(-1), few.reshape(-1), (factors[:0], results[:0])
+    size, flat, flat_few, none = filters.shape[1], filters.reshape(-1), few.reshape(-1), factors[:0]
     for begin in range(first * rows, last * rows, at_a_time):
         end = min(begin + at_a_time, last * rows)
         tiles = (end - begin) * columns
@@ -51,7 +51,7 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
                 products, k * product, room * width,
                 tiles, outputs, channels, False,
             )  # fmt: skip
-        tiles_to_maps(outputs_kind, products, room, results, *plain, sums, begin, end, results_strip)
+        tiles_to_maps(outputs_kind, products, room, results, none, results[:0], sums, begin, end, results_strip)
         if len(few):
             for k in range(SIDE[SAMPLES] ** 2):
                 multiply(
@@ -60,7 +60,7 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
                     products, k * product, room * width,
                     tiles, outputs, channels, False,
                 )  # fmt: skip
-            tiles_to_maps(SAMPLES, products, room, samples, *plain, samples_sums, begin, end, results_strip)
+            tiles_to_maps(SAMPLES, products, room, samples, none, results[:0], samples_sums, begin, end, results_strip)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
