@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from caco.cpu_kernels.products import multiply, panel_width
 from caco.train.heap import keep_heap
-from caco.winograd.convolution import WinogradConvolution
+from caco.winograd.convolution import convolve
 
 SHAPES = (
     *((64, 64, 32, 1), (128, 128, 16, 1), (256, 256, 8, 1), (512, 512, 4, 1)),
@@ -34,7 +34,7 @@ SHAPES = (
 Convolution = Callable[[Tensor, Tensor, int], Tensor]
 CONVOLUTIONS: dict[str, Convolution] = {
     "direct": lambda maps, weight, stride: F.conv2d(maps, weight, padding=1, stride=stride),
-    "winograd": WinogradConvolution.apply,
+    "winograd": convolve,
 }
 
 
