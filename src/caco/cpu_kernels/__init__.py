@@ -1,1 +1,1 @@
-"""What the compiled code (numba) for CPUs is made of: vectors of neighbouring numbers, products of matrices, memory, threads."""
+"""What compiled code (numba) for CPUs is made of: vectors and formulas of them, products of matrices, memory, threads; the bank."""

@@ -32,7 +32,7 @@ def nearest(
     parts = _parts_of_slots(weight)
     largest = np.full((len(parts), panels.shape[0] * panels.shape[2]), -np.inf, np.float32)
     indices = np.zeros(largest.shape, np.int64)
-    _on_parts(slots.nearest, (panels,), weight, inverse_length, parts, largest, indices)
+    _on_parts(slots.nearest, panels, weight, inverse_length, parts, largest, indices)
     best, part = torch.from_numpy(largest)[:, : len(queries)].max(dim=0)  # of equal parts the first
     return best, torch.from_numpy(indices)[:, : len(queries)].gather(0, part[None])[0]
 
@@ -49,7 +49,7 @@ def softmax(
     (panel_count, wide, width), given = panels.shape, weight.shape[1]
     largest = np.full((len(parts), panel_count * width), -np.inf, np.float32)
     totals, sums = np.zeros_like(largest), np.zeros((len(parts), wide // width, panel_count * width, width), np.float32)
-    _on_parts(slots.softmax, (panels,), weight, inverse_length, parts, largest, totals, sums, options=(with_mean,))
+    _on_parts(slots.softmax, panels, weight, inverse_length, parts, largest, totals, sums, options=(with_mean,))
     each, total = (torch.from_numpy(values)[:, : len(queries), None] for values in (largest, totals))
     most = each.amax(dim=0)
     shrink = (each - most).exp_()
@@ -109,7 +109,7 @@ def _parts_of_slots(weight: Tensor) -> list[tuple[int, int]]:
 
 def _on_parts(
     work: Callable[..., None],
-    queries: tuple[np.ndarray, ...],
+    panels: np.ndarray,
     weight: Tensor,
     inverse_length: Tensor,
     parts: list[tuple[int, int]],
@@ -117,7 +117,7 @@ def _on_parts(
     options: tuple[bool, ...] = (),
 ) -> None:
     """Do the work for each part of the slots, with its own part of the results."""
-    arrays = *queries, weight.detach().numpy(), inverse_length[:, 0].contiguous().numpy()
+    arrays = panels, weight.detach().numpy(), inverse_length[:, 0].contiguous().numpy()
 
     def of_part(first: int, last: int) -> None:
         number = parts.index((first, last))

@@ -3,20 +3,16 @@
 A compiler makes vector code of a plain loop only where it can show that nothing it writes is read again; in Winograd's
 transforms, which read and write dozens of rows at once, it can't, and is three times slower. Here a vector is a value:
 `load` and `zeros` make one, `+`, `-` and `*` compute with it, `store` puts it back; what has `_all` in its name does so with
-a tuple of them. `compiled` makes vector code of a formula that is a plain function of numbers.
+a tuple of them.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, no_type_check
 
 from llvmlite import binding, ir
 from numba import config, types
-from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 from caco.compiled_code import find_place, remove_stale_code
@@ -52,24 +48,28 @@ class VectorModel(models.PrimitiveModel):
     """In LLVM, what a processor's register holds."""
 
     def __init__(self, manager: Any, kind: Vector) -> None:
-        super().__init__(manager, kind, _llvm_type(kind.dtype))
+        super().__init__(manager, kind, llvm_type(kind.dtype))
 
 
-def _llvm_type(dtype: types.Float) -> ir.VectorType:
+def llvm_type(dtype: types.Float) -> ir.VectorType:
+    """Return what a vector of such numbers is in LLVM."""
     return ir.VectorType({32: ir.FloatType(), 64: ir.DoubleType()}[dtype.bitwidth], BYTES * 8 // dtype.bitwidth)
 
 
-def _data(context: Any, builder: Any, array: Any, value: Any) -> Any:
+def data_of(context: Any, builder: Any, array: Any, value: Any) -> Any:
+    """Return the code for where an array's numbers are."""
     return context.make_array(array)(context, builder, value).data
 
 
-def _load(builder: Any, array: Any, data: Any, index: Any) -> Any:
-    address = builder.bitcast(builder.gep(data, [index]), _llvm_type(array.dtype).as_pointer())
+def load_at(builder: Any, array: Any, data: Any, index: Any) -> Any:
+    """Return the code for a vector of the numbers from an index on."""
+    address = builder.bitcast(builder.gep(data, [index]), llvm_type(array.dtype).as_pointer())
     return builder.load(address, align=array.dtype.bitwidth // 8)
 
 
-def _store(builder: Any, array: Any, data: Any, index: Any, vector: Any) -> None:
-    address = builder.bitcast(builder.gep(data, [index]), _llvm_type(array.dtype).as_pointer())
+def store_at(builder: Any, array: Any, data: Any, index: Any, vector: Any) -> None:
+    """Write the code that puts a vector there."""
+    address = builder.bitcast(builder.gep(data, [index]), llvm_type(array.dtype).as_pointer())
     builder.store(vector, address, align=array.dtype.bitwidth // 8)
 
 
@@ -85,7 +85,7 @@ def load(typing, array, index):
     """Return the vector that starts at an index of a contiguous array of one dimension; nothing checks its bounds."""
 
     def generate(context, builder, signature, arguments):
-        return _load(builder, array, _data(context, builder, array, arguments[0]), arguments[1])
+        return load_at(builder, array, data_of(context, builder, array, arguments[0]), arguments[1])
 
     return Vector(array.dtype)(array, types.intp), generate
 
@@ -96,70 +96,10 @@ def store(typing, array, index, vector):
     """Put a vector where `load` finds it."""
 
     def generate(context, builder, signature, arguments):
-        _store(builder, array, _data(context, builder, array, arguments[0]), *arguments[1:])
+        store_at(builder, array, data_of(context, builder, array, arguments[0]), *arguments[1:])
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
-
-
-@dataclass
-class _Written:
-    """A vector while code is being written: what a formula does with it is written down."""
-
-    builder: Any
-    value: Any
-
-    def __add__(self, other: _Written) -> _Written:
-        return _Written(self.builder, self.builder.fadd(self.value, other.value, flags=FLAGS))
-
-    def __sub__(self, other: _Written) -> _Written:
-        return _Written(self.builder, self.builder.fsub(self.value, other.value, flags=FLAGS))
-
-    def __rmul__(self, number: float) -> _Written:
-        factor = ir.Constant(self.value.type, [number] * self.value.type.count)
-        return _Written(self.builder, self.builder.fmul(factor, self.value, flags=FLAGS))
-
-
-Formula = Callable[[tuple[Any, ...]], tuple[Any, ...]]
-
-
-@no_type_check
-def compiled(formulas: Mapping[int, tuple[int, Formula]], add: bool = False):
-    """Return what compiled code calls to compute a formula of vectors, of so many lines, and to store, or add, what comes out.
-
-    formulas: for each kind, of how many vectors, and what. Of a line there is one vector every `step` numbers of the source,
-    from the index `at` on, and one every `by` of the target, from `to` on; the next line is `along` numbers further in the
-    source, `on` in the target.
-    """
-
-    @intrinsic
-    def compute(typing, kind, lines, source, at, along, step, target, to, on, by):
-        def generate(context, builder, signature, arguments):
-            kind, lines, from_array, at, along, step, to_array, to, on, by = arguments
-            from_data = _data(context, builder, source, from_array)
-            to_data = _data(context, builder, target, to_array)
-            for number, (count, formula) in formulas.items():
-                with (
-                    builder.if_then(builder.icmp_signed("==", kind, kind.type(number))),
-                    cgutils.for_range(builder, lines) as loop,
-                ):
-                    index = builder.add(at, builder.mul(loop.index, along))
-                    vectors = []
-                    for _ in range(count):
-                        vectors.append(_Written(builder, _load(builder, source, from_data, index)))
-                        index = builder.add(index, step)
-                    index = builder.add(to, builder.mul(loop.index, on))
-                    for vector in formula(tuple(vectors)):
-                        if add:
-                            vector = vector + _Written(builder, _load(builder, target, to_data, index))
-                        _store(builder, target, to_data, index, vector.value)
-                        index = builder.add(index, by)
-            return context.get_dummy_value()
-
-        of_line = (types.intp, types.intp, types.intp)
-        return types.void(types.intp, types.intp, source, *of_line, target, *of_line), generate
-
-    return compute
 
 
 @no_type_check
@@ -169,12 +109,12 @@ def _putting(adds):
     @intrinsic
     def put_all(typing, array, index, step, vectors):
         def generate(context, builder, signature, arguments):
-            data, at = _data(context, builder, array, arguments[0]), arguments[1]
+            data, at = data_of(context, builder, array, arguments[0]), arguments[1]
             for number in range(vectors.count):
                 vector = builder.extract_value(arguments[3], number)
                 if adds:
-                    vector = builder.fadd(_load(builder, array, data, at), vector, flags=FLAGS)
-                _store(builder, array, data, at, vector)
+                    vector = builder.fadd(load_at(builder, array, data, at), vector, flags=FLAGS)
+                store_at(builder, array, data, at, vector)
                 at = builder.add(at, arguments[2])
             return context.get_dummy_value()
 
@@ -195,11 +135,11 @@ def add_products(typing, sums, left, left_at, left_row, right, right_at):
     """
 
     def generate(context, builder, signature, arguments):
-        kind, lanes = _llvm_type(left.dtype), _llvm_type(left.dtype).count
-        of_left = _data(context, builder, left, arguments[1])
-        of_right = _data(context, builder, right, arguments[4])
+        kind, lanes = llvm_type(left.dtype), llvm_type(left.dtype).count
+        of_left = data_of(context, builder, left, arguments[1])
+        of_right = data_of(context, builder, right, arguments[4])
         rights = [
-            _load(builder, right, of_right, builder.add(arguments[5], ir.Constant(arguments[5].type, lanes * number)))
+            load_at(builder, right, of_right, builder.add(arguments[5], ir.Constant(arguments[5].type, lanes * number)))
             for number in range(2)
         ]
         at, found = arguments[2], []
@@ -220,7 +160,7 @@ def zeros(typing, array):
     """Return a vector of zeros of an array's type."""
 
     def generate(context, builder, signature, arguments):
-        return ir.Constant(_llvm_type(array.dtype), None)
+        return ir.Constant(llvm_type(array.dtype), None)
 
     return Vector(array.dtype)(array), generate
 
@@ -248,7 +188,7 @@ def where_positive(typing, test, vector):
     """Return a vector with zeros where the test's numbers are not positive; one that is no number counts as positive."""
 
     def generate(context, builder, signature, arguments):
-        kind = _llvm_type(vector.dtype)
+        kind = llvm_type(vector.dtype)
         zero = ir.Constant(kind, None)
         return builder.select(builder.fcmp_ordered("<=", arguments[0], zero), zero, arguments[1])
 
@@ -272,48 +212,9 @@ def repeated(typing, array, number):
     """Return a vector of a number, of an array's type."""
 
     def generate(context, builder, signature, arguments):
-        return _repeat(builder, context.cast(builder, arguments[1], number, array.dtype), _llvm_type(array.dtype))
+        return _repeat(builder, context.cast(builder, arguments[1], number, array.dtype), llvm_type(array.dtype))
 
     return Vector(array.dtype)(array, number), generate
-
-
-LEAST_EXPONENT, LN_2_HIGH, LN_2_LOW = -87.0, 0.693359375, -2.12194440e-4
-POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-"""(exp(x) - 1 - x) / x² for |x| < ln 2 / 2, the first factor that of x⁵ (Cephes, `expf`)."""
-
-
-@intrinsic
-@no_type_check
-def exponential(typing, vector):
-    """Return exp of numbers of float32 below 88, to 1e-7 of it; 1e-38 at least. What is no number stays so."""
-
-    def generate(context, builder, signature, arguments):
-        kind = _llvm_type(vector.dtype)
-        whole = ir.VectorType(ir.IntType(32), kind.count)
-
-        def all_(number, of=kind):
-            return ir.Constant(of, [number] * kind.count)
-
-        def plus(left, right):
-            return builder.fadd(left, right, flags=FLAGS)
-
-        def times(left, right):
-            return builder.fmul(left, right, flags=FLAGS)
-
-        least = all_(LEAST_EXPONENT)
-        x = builder.select(builder.fcmp_ordered("<", arguments[0], least), least, arguments[0])
-        name = f"llvm.rint.v{kind.count}f32"
-        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), name)
-        power = builder.call(rint, [times(x, all_(1 / math.log(2)))])
-        x = plus(plus(x, times(power, all_(-LN_2_HIGH))), times(power, all_(-LN_2_LOW)))
-        result = all_(POLYNOMIAL[0])
-        for factor in POLYNOMIAL[1:]:
-            result = plus(times(result, x), all_(factor))
-        result = plus(plus(times(times(result, x), x), x), all_(1.0))
-        bits = builder.shl(builder.add(builder.fptosi(power, whole), all_(127, whole)), all_(23, whole))
-        return times(result, builder.bitcast(bits, kind))
-
-    return vector(vector), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -322,7 +223,7 @@ def zeros_all(typing, array, count):
     """Return `count` vectors of zeros as a tuple; the count is written as a number."""
 
     def generate(context, builder, signature, arguments):
-        zero = ir.Constant(_llvm_type(array.dtype), None)
+        zero = ir.Constant(llvm_type(array.dtype), None)
         return context.make_tuple(builder, signature.return_type, [zero] * count.literal_value)
 
     return types.UniTuple(Vector(array.dtype), count.literal_value)(array, count), generate

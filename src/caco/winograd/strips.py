@@ -99,8 +99,8 @@ def begin_sums(kind, strip, maps, others, row, sums):
     channels, lanes = maps.shape[3], BYTES // maps.itemsize
     row_size, left, _ = inside(kind, maps)
     image, at = row // grid(kind, maps)[0], MARGIN[kind] * row_size + left
-    clear(sums, 0, min(2 * channels, len(sums)))
-    for channel in range(0, min(channels, len(sums)), lanes):
+    clear(sums, 0, 2 * channels)
+    for channel in range(0, channels, lanes):
         from_others = len(others) > 0
         first = load(others.reshape(-1), image * maps[0].size + channel) if from_others else load(strip, at + channel)
         store(sums, 2 * channels + channel, first)
@@ -132,6 +132,7 @@ def begin(kind, maps, row, strip):
 @inlined
 @no_type_check
 def clear(strip, start, end):
+    """Let a strip's numbers be 0, whole vectors of them."""
     for number in range(start, end, BYTES // strip.itemsize):
         store(strip, number, zeros(strip))
 
@@ -166,4 +167,5 @@ def grid(kind, maps):
 @inlined
 @no_type_check
 def strip_of(kind, maps):
+    """Return room for a strip of such maps."""
     return aligned(PIXELS[kind] * inside(kind, maps)[0], maps)

@@ -64,7 +64,7 @@ def tiles_to_maps(kind, tiles, room, maps, factors, others, sums, first, last, s
                 else:
                     back(kind, pixels, half, 0, side * lanes, lanes, strip, pixel, row_size, channels)
             tile += 1
-        if row == first:
+        if row == first and len(sums):
             begin_sums(kind, strip, maps, others, row, sums_now)
         count += put_back(kind, strip, maps, factors, others, sums_now, row)
     if len(sums):

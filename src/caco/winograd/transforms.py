@@ -4,7 +4,7 @@ Four outputs in a row. F(4, 3): six inputs, six products. With stride 2, the fil
 places, F(4, 2) with five products, and its middle tap those at odd places, four products: nine inputs, nine products.
 In each case what is transposed makes the gradients.
 
-Each formula takes and returns a tuple of vectors, or of numbers; `there` and `back` are for compiled code (`vectors.py:
+Each formula takes and returns a tuple of vectors, or of numbers; `there` and `back` are for compiled code (`formulas.py:
 compiled`), choose it by what is transformed, and read and write.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from caco.cpu_kernels.vectors import compiled
+from caco.cpu_kernels.formulas import compiled
 
 Vectors = tuple[Any, ...]
 
