@@ -1,6 +1,6 @@
 """Large batches on one GPU: batch, parts and checkpointing against memory and images/s.
 
-    python benchmarks/large_batches.py [--quick] [--out FILE.json]
+    python benchmarks/large_batches.py [--quick] [--batch 1024] [--out FILE.json]
 
 ResNet-50, 224 px, bf16 (--quick: ResNet-18, 32 px; on a CPU fp32). A whole step as in `step.py`, on views that a loader makes
 meanwhile. All in one process, one after the other: what a GPU's libraries have chosen for a shape is then known to those that
@@ -43,12 +43,18 @@ def measure(options: Any, batch: int, parts: int, checkpointing: bool) -> dict[s
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument(
+        "--batch", type=int, nargs="+", choices=sorted({row[0] for row in ROWS}), help="only rows of these"
+    )
     options = parser.parse_args()
+    wanted = options.batch
     given = {"backbone": "resnet50", "size": 224, "embedding": 256, "projector": 2048, "bank": 65_536}
     if options.quick:
         given |= {"backbone": "resnet18", "size": 32, "embedding": 128, "projector": 128, "bank": 4096}
     plain = {
         "small": 0,
+        "data": "",
+        "decoder": "cpu",
         "small_size": 96,
         "convolution": "direct",
         "compile": False,
@@ -59,6 +65,8 @@ def main() -> None:
     print(describe(options.device))
     results, rows = [], []
     for batch, parts, checkpointing in ROWS:
+        if wanted and batch not in wanted:
+            continue
         batch = batch // 64 if options.quick else batch
         try:
             row = measure(options, batch, parts, checkpointing)

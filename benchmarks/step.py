@@ -49,7 +49,7 @@ from caco.winograd.network import use_winograd
 def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
     """Return the published settings at the size asked for."""
     return Pretrain(
-        data=f"textures:{options.batch * 8}" if options.size <= 64 else f"textures:{options.batch * 2}",
+        data=options.data or f"textures:{options.batch * (8 if options.size <= 64 else 2)}",
         backbone=options.backbone,
         epochs=100,
         batch_size=options.batch,
@@ -65,6 +65,7 @@ def configuration(options: argparse.Namespace, precision: str) -> Pretrain:
             compile="on" if options.compile else "off",
             cuda_graph=not options.no_cuda_graph,
             checkpointing=options.checkpointing,
+            decoder=options.decoder,
             keep_heap=not options.give_back,
         ),
     )
@@ -104,6 +105,9 @@ class Step:
             device=device,
             broken=BrokenImages(len(source), 0.0),
         )
+        on_gpu = self.loader.gpu_maker() if config.engine.decoder == "gpu" else None
+        if on_gpu is not None:
+            self.loader.use(on_gpu)
         self.views = len(config.views.augmentations())
         self.batches: Iterator[list[Tensor]] = (batch.views for batch in self.loader.batches(0, 0, 10**6))
 
@@ -196,6 +200,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--size", type=int, default=32, help="side of the two large views, pixels")
+    parser.add_argument("--data", default="", help="pictures to train on (default: drawn textures, held in memory)")
+    parser.add_argument("--decoder", choices=("cpu", "gpu"), default="cpu", help="of JPEG files")
     parser.add_argument("--small", type=int, default=0, help="number of small crops")
     parser.add_argument("--small-size", type=int, default=96)
     parser.add_argument("--batch", type=int)

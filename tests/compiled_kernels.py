@@ -7,7 +7,7 @@ from triton.compiler import ASTSource, compile
 
 from caco import lars_kernels
 from caco.bank_kernels import pulls, queries, search, softmaxes
-from caco.data import view_kernel
+from caco.data import crop_kernel, view_kernel
 
 POINTERS = {"queries": "*bf16", "pulls": "*bf16", "places": "*i32", "images": "*u8"}
 """All others point to float32."""
@@ -52,6 +52,9 @@ def main() -> None:
     found["others"]["cooperate"] = shared_memory(pulls._cooperate, 86, {"WIDTH": 256}, {}, types)
     sides = {"ROWS": 32, "ROW": 32, "SIZE": 32}
     found["others"]["views"] = shared_memory(view_kernel._view, 86, sides, {"num_warps": 8})
+    types = {"table": "*i64", "size": "i32"}
+    constants = {"BLOCK": crop_kernel.BLOCK}
+    found["others"]["crops"] = shared_memory(crop_kernel._crop, 86, constants, {"num_warps": 4}, types)
     types = {"rows": "*i64", "tensor_of_chunk": "*i64"} | dict.fromkeys(
         ("lr", "momentum", "weight_decay", "trust_coefficient"), "fp32"
     )

@@ -2,23 +2,36 @@
 
 import json
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from dense_bank import dense_loss
+from file_sets import jpeg, smooth, write_set
 from torch import nn
 from torch.nn import functional as F
 
 from caco import bank_kernels, fused
 from caco.config import Views
+from caco.data import file_maker
+from caco.data.broken import BrokenImages
+from caco.data.crop_kernel import crop_images
+from caco.data.decode import decode_rgb
+from caco.data.file_maker import FromFiles
+from caco.data.makers import FromSource, RandomViews
 from caco.data.parameters import draw_parameters
-from caco.data.render import Stages, make_views, to_device
+from caco.data.render import Stages, make_views, render_with_torch, to_device
+from caco.data.source import open_source
 from caco.data.view_kernel import small_views
 from caco.lars_kernels import Table
 from caco.loss import cooperative_adversarial_loss
 from caco.optim import LARS
 from caco.slots import Unsharded
+from caco.views import Augmentation
 
 
 def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -104,4 +117,60 @@ def views() -> dict[str, float]:
     return errors
 
 
-print(json.dumps({"bank": bank, "lars": lars, "views": views}[sys.argv[1]]()))
+def crops() -> dict[str, float]:
+    """Largest differences of a pixel; images of many sizes together, enlarged and made smaller, whole and cropped."""
+    errors, random = {}, np.random.default_rng(0)
+    sides = (20, 30), (64, 9), (33, 65), (8, 8), (128, 40)
+    images = [random.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
+    tensors = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images]
+    heights, widths = np.array(sides).T
+    for size in (8, 17, 32):
+        for area in ((0.08, 1.0), (1.0, 1.0), (0.02, 0.05)):
+            only_crop = replace(Augmentation.crop_and_flip(size), area=area)
+            drawn = draw_parameters(only_crop, heights, widths, seed=0, epoch=0, indices=np.arange(5), view=0)
+            if area[0] == 0.08:  # in fractions of a pixel
+                drawn = drawn.shrunk(np.array([2, 1, 2, 1, 4]))
+            plain, ours = (torch.empty(5, 3, size, size, memory_format=torch.channels_last) for _ in range(2))
+            render_with_torch(images, drawn, (0.0,) * 3, (1.0,) * 3, plain)
+            crop_images(tensors, to_device(ours.device, drawn, (0.0,) * 3, (1.0,) * 3)[0], ours)
+            errors[f"{size}, {area}"] = float((ours - plain).abs().max())
+    return errors
+
+
+def files() -> dict[str, float]:
+    """Largest differences of views between `FromFiles` and `FromSource`, of files of many kinds; Pillow in nvJPEG's place.
+
+    Of the files that are plain it refuses one, which the CPU then has to decode.
+    """
+    asked, refused = [], jpeg(smooth(3, 61, 75))
+
+    def decode(files: list[bytes], device: torch.device) -> list[torch.Tensor | None]:
+        asked.extend(files)
+        pixels = [None if data == refused else decode_rgb(data, "").pixels for data in files]
+        return [None if one is None else torch.from_numpy(one).permute(2, 0, 1).contiguous() for one in pixels]
+
+    file_maker.decode_jpegs, file_maker.FILES_AT_ONCE = decode, 4
+    errors = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        written = write_set(Path(folder, "set"))
+        assert refused in written.values()
+        source = open_source(Path(folder, "set"))
+        views = RandomViews(Views(size=16, small=1, small_size=8).augmentations(), (0.4,) * 3, (0.2,) * 3, seed=1)
+        met = [BrokenImages(len(source), 0.5) for _ in range(2)]
+        ours = FromFiles(source, views, met[0], torch.device("cpu"), compiled=False)
+        plain = FromSource(source, views, met[1], torch.device("cpu"))
+        for epoch in range(2):
+            indices = np.random.default_rng(epoch).permutation(len(source))
+            for view, (one, other) in enumerate(
+                zip(ours(indices, epoch, pool), plain(indices, epoch, pool), strict=True)
+            ):
+                assert one.is_contiguous(memory_format=torch.channels_last)
+                errors[f"view {view}, epoch {epoch}"] = float((one - other).abs().max()) / 10
+        assert len(met[0]) == len(met[1]) == 2, "the broken ones are told"
+    by_gpu = {name for name, data in written.items() if data in asked}
+    assert by_gpu == {name for name in written if name[0].isdigit()} | {"grey.jpg", "progressive.jpg"}, by_gpu
+    assert asked.count(refused) == 1
+    return errors
+
+
+print(json.dumps({"files": files, "bank": bank, "lars": lars, "views": views, "crops": crops}[sys.argv[1]]()))

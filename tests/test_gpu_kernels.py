@@ -1,4 +1,4 @@
-"""The kernels of the bank, of LARS and of small views against plain torch, by Triton's interpreter, which needs no GPU.
+"""The kernels of the bank, of LARS, of small views and of crops against plain torch, by Triton's interpreter, which needs no GPU.
 
 It has no bfloat16, so factors are float32 here: the mathematics is compared. On a GPU: tests/train/test_gpu_results.py.
 """
@@ -21,7 +21,7 @@ from caco.slots import Unsharded
 INTERPRETED, COMPILED = (Path(__file__).parent / f"{kind}_kernels.py" for kind in ("interpreted", "compiled"))
 
 
-@pytest.mark.parametrize("part", ["bank", "lars", "views"])
+@pytest.mark.parametrize("part", ["bank", "lars", "views", "crops", "files"])
 def test_kernels_interpreted(part):
     pytest.importorskip("triton", reason="torch brings Triton on Linux only")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # is read when Triton is imported
@@ -32,7 +32,7 @@ def test_kernels_interpreted(part):
         pytest.skip("the interpreter of this Triton (up to 3.6) cannot do with this numpy (from 2.4 on)")
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout)
-    assert len(errors) >= 9
+    assert len(errors) >= 6
     assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
 
 
@@ -43,7 +43,7 @@ def test_kernels_compile_and_fit_into_gpus_that_are_not_here(tmp_path):
     done = subprocess.run([sys.executable, str(COMPILED)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     needed = json.loads(done.stdout)
-    assert len(needed["roomy"]) == 5 and len(needed["others"]) == 9
+    assert len(needed["roomy"]) == 5 and len(needed["others"]) == 10
     assert max(needed["roomy"].values()) <= 227 * 1024
     assert max(needed["others"].values()) <= 99 * 1024
 

@@ -161,6 +161,8 @@ class EngineOptions:
     """torch.compile; auto: tried (not with winograd) in a run of over two hours (GPU: five minutes), kept if it pays."""
     cuda_graph: bool = True
     """One GPU: launch a step's kernels all at once, as a CUDA graph, unless a step takes over half of the GPU's memory."""
+    decoder: Literal["auto", "cpu", "gpu"] = "auto"
+    """gpu: it decodes JPEG files and makes the views; auto: tried in a run of over five minutes for which threads are too slow."""
     checkpointing: bool = False
     """Compute each block's activations again in backward: far less memory, about a third more time."""
     keep_heap: bool = True

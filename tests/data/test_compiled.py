@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from renderers import render_by
 from caco.config import Views
 from caco.data.augment import draw_parameters, render_with_torch
 from caco.data.compiled import DeviceViews
-from caco.data.render import make_views
 
 STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -79,11 +79,11 @@ def test_what_has_been_compiled_is_used_again_after_torch_refused_it_once(caplog
     drawn = draw_parameters(augmentation, 20, 20, seed=0, epoch=0, indices=[0, 1], view=0)
     render, calls = DeviceViews(augmentation, *STATISTICS, compiled=True), []
 
-    def compiled(*work: object) -> torch.Tensor:
-        calls.append(work)
+    def compiled(function: Callable[..., torch.Tensor], *work: object) -> torch.Tensor:
+        calls.append(function)
         if len(calls) == 2:
             raise RuntimeError("another thread compiles")
-        return make_views(*work)
+        return function(*work)
 
     render._compiled = compiled
     plain = render_by(render_with_torch, images, drawn, augmentation, *STATISTICS)

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from caco.data.parameters import ViewParameters, draw_parameters
-from caco.data.render import Stages, make_views, to_device
+from caco.data.render import Stages, finish_views, make_views, to_device
 from caco.own_kernels import suits_kernels, works
 from caco.views import Augmentation
 
@@ -43,8 +43,9 @@ class DeviceViews:
         self._has_worked = False
         if compiled:
 
-            def compiled_views(images: Tensor, rows: Tensor, statistics: Tensor, size: int, stages: Stages) -> Tensor:
-                return _graph(images.shape, size, stages, backend)(images, rows, statistics, size, stages)
+            def compiled_views(function: Callable[..., Tensor], first: Tensor, *work: object) -> Tensor:
+                constants = tuple(one for one in work if not isinstance(one, Tensor))
+                return _graph(function, first.shape, constants, backend)(first, *work)
 
             self._compiled = compiled_views
 
@@ -54,14 +55,23 @@ class DeviceViews:
         parameters: of this augmentation. The first call compiles, which takes some seconds (a graph: half a minute).
         """
         rows, statistics = to_device(images.device, parameters, self.mean, self.std)
-        work = images, rows, statistics, self.augmentation.size, self.stages
         if self._compiled is not None and _has_kernel(images.device, *images.shape[1:3], self.augmentation):
             from caco.data.view_kernel import small_views
 
             return small_views(images, rows, statistics, self.augmentation.size)
+        return self._as_graph(make_views, images, rows, statistics, self.augmentation.size, self.stages)
+
+    def of_crops(
+        self, crops: Float[Tensor, "B 3 S S"], rows: Float[Tensor, "B columns"], statistics: Float[Tensor, "2 3 1 1"]
+    ) -> Float[Tensor, "B 3 S S"]:
+        """Return the views of what is cropped, as `__call__` does of images; rows, statistics: as `to_device` gives them."""
+        return self._as_graph(finish_views, crops, rows, statistics, self.stages)
+
+    def _as_graph(self, function: Callable[..., Tensor], *work: object) -> Tensor:
+        """Return function(*work), compiled where it may be."""
         if self._compiled is not None:
             try:
-                views = self._compiled(*work)
+                views = self._compiled(function, *work)
                 self._has_worked = True
                 return views
             except torch.cuda.OutOfMemoryError:
@@ -72,7 +82,7 @@ class DeviceViews:
                     reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
                     logging.getLogger(__name__).warning("the views are not compiled, which is slower: %s", reason)
                 # Else: torch (up to 2.11) refuses every compiled call while another thread compiles, as the first step does.
-        return make_views(*work)
+        return function(*work)
 
 
 SMALL = 64
@@ -105,8 +115,9 @@ def _has_kernel(device: torch.device, height: int, width: int, augmentation: Aug
 
 
 @lru_cache(maxsize=64)
-def _graph(shape: torch.Size, size: int, stages: Stages, backend: str) -> Callable[..., Tensor]:
-    """Return `make_views` compiled for images of one shape: a function of its own, as torch keeps only so many graphs of one."""
-    code, closure = make_views.__code__.replace(), make_views.__closure__
-    own = FunctionType(code, make_views.__globals__, closure=closure)
+def _graph(
+    function: FunctionType, shape: torch.Size, constants: tuple[object, ...], backend: str
+) -> Callable[..., Tensor]:
+    """Return a function compiled for images of one shape: a copy of its own, as torch keeps only so many graphs of one."""
+    own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
     return torch.compile(own, backend=backend, dynamic=False, fullgraph=True)

@@ -90,6 +90,28 @@ def decode_rgb(data: bytes, key: str, shrink: Shrink | None = None) -> Decoded:
         image.close()
 
 
+class PlainJpeg(NamedTuple):
+    """A JPEG file that can be decoded by others than Pillow, too: whole, upright, grey or in usual colours."""
+
+    data: bytes
+    height: int
+    width: int
+
+
+def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
+    """Return an encoded image that is a plain JPEG by its header and its end; None for all others. Raises BrokenImage."""
+    with _open(data, key) as image:
+        is_plain = (
+            image.format == "JPEG"
+            and image.mode in ("RGB", "L")
+            and image.info.get("adobe_transform") != 0  # RGB as it is
+            and data.rfind(b"\xff\xd9", len(data) - 16) >= 0
+            and min(image.size) >= LEAST_SIDE
+            and _orientation(image) == 1
+        )
+        return PlainJpeg(data, image.height, image.width) if is_plain else None
+
+
 def upright_pixels(image: Image.Image) -> Pixels:
     """Return the pixels of an opened image as `decode_rgb` does, writable. Raises what Pillow does."""
     pixels = _stored_pixels(image)

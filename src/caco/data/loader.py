@@ -5,12 +5,14 @@ nothing of it has to be saved for a resume, and it is the same for any number of
 
     maker         the images are                                  decoded               rendered by
     FromSource    where the source has them, of any size          in every step         threads of the CPU
+    FromFiles     there, encoded                                   in every step         the GPU (`file_maker.py`)
     FromMemory    in main memory: a small set of one size         before the first      threads of the CPU
     FromDevice    on the GPU: such a set, where there is a GPU    before the first      the GPU, on a stream of its own
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +20,10 @@ import numpy as np
 import torch
 
 from caco.data.broken import BrokenImages
+from caco.data.encoded import EncodedSource
+from caco.data.file_maker import FromFiles
 from caco.data.makers import FromDevice, FromMemory, FromSource, RandomViews, ViewMaker
+from caco.data.nvjpeg import can_decode
 from caco.data.order import StepOrder
 from caco.data.prefetch import Batch, prefetch, side_stream
 from caco.data.resident import decode_whole_set
@@ -93,6 +98,37 @@ class TrainingViews:
             # Here and not in the thread that makes batches, because torch compiles in one thread at a time.
             maker.make(np.arange(order.share), epoch=0)
         return cls(source, order, maker, workers, device, layout)
+
+    def gpu_maker(self) -> FromFiles | None:
+        """Return what makes the views of encoded images that are not held decoded by the GPU alone; None where it cannot."""
+        if (
+            isinstance(self.maker, FromSource)
+            and isinstance(self.source, EncodedSource)
+            and self.device.type == "cuda"
+            and can_decode(self.device)
+        ):
+            return FromFiles(self.source, self.maker.views, self.maker.broken, self.device, compiled=True)
+        return None
+
+    def use(self, maker: ViewMaker) -> None:
+        """Let another maker make the views from now on: first some here, as torch compiles in one thread at a time."""
+        self.seconds(maker, batches=1)
+        self.maker = maker
+
+    def seconds(self, maker: ViewMaker, batches: int = 2) -> float:
+        """Return the seconds in which a maker makes the views of a batch, after one to begin with."""
+        steps = self.order.epochs_and_indices(0, range(batches + 1))
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="views") as pool:
+
+            def make() -> float:
+                epoch, indices = next(steps)
+                maker(indices, epoch, pool)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                return time.perf_counter()
+
+            began = make()
+            return ([make() for _ in range(batches)][-1] - began) / batches
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,4 +1,4 @@
-"""From the images of a step to their views: three makers, which differ in where the images are and who renders.
+"""From the images of a step to their views: makers, which differ in where the images are and who renders.
 
 A view is the same whoever makes it: how it looks follows from (seed, epoch, image) alone (`RandomViews`).
 """
@@ -26,7 +26,7 @@ from caco.data.source import ImageSource
 from caco.views import Augmentation
 
 DECODED_CHUNK, HELD_CHUNK = 16, 64
-"""Images of which one thread makes all views at a time: of those that it decodes, and of those that are held decoded."""
+"""Images of which one thread makes all views (or reads) at a time: of those that it decodes, and of those held decoded."""
 
 
 ViewMaker = Callable[[np.ndarray, int, ThreadPoolExecutor], list[Tensor]]

@@ -95,8 +95,18 @@ def make_views(
 ) -> Float[Tensor, "B 3 S S"]:
     """Return one view of each image, channels_last. All is on the device, and of a shape known beforehand: one graph."""
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        views = _finish(_crop_tensor(images, rows, size), rows, statistics, stages)
-        return views.contiguous(memory_format=torch.channels_last)
+        return finish_views(_crop_tensor(images, rows, size), rows, statistics, stages)
+
+
+def finish_views(
+    crops: Float[Tensor, "B 3 S S"],
+    rows: Float[Tensor, "B columns"],
+    statistics: Float[Tensor, "2 3 1 1"],
+    stages: Stages,
+) -> Float[Tensor, "B 3 S S"]:
+    """Do to crops, pixels in 0-1, what comes after cropping; return channels_last. One graph, as `make_views`."""
+    with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
+        return _finish(crops, rows, statistics, stages).contiguous(memory_format=torch.channels_last)
 
 
 def _finish(

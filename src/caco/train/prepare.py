@@ -30,6 +30,7 @@ from caco.objects import Objects
 from caco.optim import encoder_optimizer
 from caco.precision import choose_precision
 from caco.train.captured import is_captured
+from caco.train.decoders import choose_decoder
 from caco.train.engine import choose_engine, layout_of
 from caco.train.meters import Meters
 from caco.train.monitor import KnnMonitor, check_readable, create_monitor
@@ -87,6 +88,8 @@ def prepare(world: World, config: Pretrain, objects: Objects, index: Path) -> Pr
     monitor = _create_monitor(config, source, val, world, precision)
     broken = BrokenImages(len(source), config.monitor.broken_share)
     loader = _create_loader(config, source, world, broken)
+    config, words = _choose_decoder(config, loader, backbone, world, steps)
+    why = "; ".join(filter(None, [why, words]))
     state = create_state(config, backbone, world)
     if not config.resume:
         start_from(state, config, loader.steps_per_epoch, warm_start_steps(config, loader.steps_per_epoch), world)
@@ -182,6 +185,21 @@ def _choose_engine(config: Pretrain, backbone: nn.Module, world: World, steps: i
             config, backbone, world.device, passes, batch, _say, not lacking, is_captured(config, world)
         )
     )
+
+
+def _choose_decoder(
+    config: Pretrain, loader: TrainingViews, backbone: nn.Module, world: World, steps: int
+) -> tuple[Pretrain, str]:
+    """Let the loader's images be decoded as configured; return the configuration without "auto", and why, in words."""
+    decoder, why = world.decide_in_main(lambda: choose_decoder(config, loader, backbone, steps, _say))
+    if decoder == "gpu":
+        on_gpu = loader.gpu_maker()
+        (lacking,) = world.vote(on_gpu is None)
+        if on_gpu is None or lacking:
+            decoder, why = "cpu", "decoded by threads, for another process's GPU cannot"
+        else:
+            loader.use(on_gpu)
+    return replace(config, engine=replace(config.engine, decoder=decoder)), why
 
 
 def _say(text: str) -> None:

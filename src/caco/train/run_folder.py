@@ -33,7 +33,7 @@ FREE_GROUPS = ("engine.", "monitor.", "distributed.")
 CONDEMNED = ".overwrite"
 """In the folder of a run that is to be deleted, until it is: preparing the new one may take minutes, and be interrupted."""
 
-RESOLVED = ("epochs", "precision", "engine.layout", "engine.convolution", "engine.compile")
+RESOLVED = ("epochs", "precision", "engine.layout", "engine.convolution", "engine.compile", "engine.decoder")
 """Options that a run writes into its config.json with a value in place of "auto"."""
 
 WRITTEN = (
@@ -137,7 +137,9 @@ def read_config(folder: Path) -> Pretrain:
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content.setdefault("engine", {}).setdefault("convolution", "direct")  # so older runs began, and so they go on
+        engine = content.setdefault("engine", {})  # so older runs began, and so they go on:
+        engine.setdefault("convolution", "direct")
+        engine.setdefault("decoder", "cpu")
         return from_dictionary(Pretrain, content)
     except FileNotFoundError:
         raise UsageError(f"there is no run in {folder} (no config.json)") from None
