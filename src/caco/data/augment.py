@@ -70,13 +70,12 @@ def render_with_numba(
     """Fill `out` with one view of each image, all on the CPU: on the calling thread, without the GIL."""
     from caco.data.kernel.views import fill_views
 
-    table, views = parameters.table(), out.permute(0, 2, 3, 1).numpy()
-    if isinstance(images, Tensor):
-        fill_views(np.ascontiguousarray(images.numpy()), table, mean, std, views)
-        return
-    for row, image in enumerate(images):
-        one = slice(row, row + 1)
-        fill_views(np.ascontiguousarray(image)[None], table[one], mean, std, views[one])
+    pixels = (
+        np.ascontiguousarray(images.numpy())
+        if isinstance(images, Tensor)
+        else [np.ascontiguousarray(image) for image in images]
+    )
+    fill_views(pixels, parameters.table(), mean, std, out.permute(0, 2, 3, 1).numpy())
 
 
 def centre_view(

@@ -7,6 +7,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -70,15 +72,19 @@ def decode_rgb(data: bytes, key: str, shrink: Shrink | None = None) -> Decoded:
     the top left of the picture as it is stored. Other formats are decoded whole. Thread-safe.
     Raises BrokenImage: empty, truncated, not an image, more than MOST_PIXELS, a side below LEAST_SIDE pixels.
     """
+    if simplejpeg is not None and _header_reader() is not None and (plain := plain_jpeg(data, key)):
+        factor = 1 if shrink is None else _checked(shrink(plain.height, plain.width))
+        pixels = _by_simplejpeg(data, plain.height, plain.width, factor)
+        if pixels is not None:  # else Pillow says what is wrong
+            return Decoded(pixels, plain.height, plain.width, factor)
     image = _open(data, key)
     try:
         height, width = _upright_size(image)
         if min(height, width) < LEAST_SIDE:
             raise BrokenImage(key, f"too small: {height} x {width} pixels, a side is below {LEAST_SIDE}")
-        factor = 1 if shrink is None else shrink(height, width)
-        if factor not in (1, 2, 4, 8):
-            raise ValueError(f"shrink must be 1, 2, 4 or 8, not {factor}")
-        pixels = _plain_jpeg(data, image, factor)
+        factor = 1 if shrink is None else _checked(shrink(height, width))
+        is_usual = simplejpeg is not None and image.format == "JPEG" and image.mode in ("RGB", "L")
+        pixels = _by_simplejpeg(data, image.height, image.width, factor) if is_usual else None
         if pixels is None:
             with explained(key):
                 if factor > 1 and image.draft(None, (image.width // factor, image.height // factor)) is None:
@@ -99,7 +105,14 @@ class PlainJpeg(NamedTuple):
 
 
 def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
-    """Return an encoded image that is a plain JPEG by its header and its end; None for all others. Raises BrokenImage."""
+    """Return an encoded image that is a plain JPEG by its header and its end; None for all others. Raises BrokenImage.
+
+    By compiled code where there is numba, which also finds fewer plain, but none that is not.
+    """
+    if (plain_size := _header_reader()) is not None:
+        height, width = plain_size(np.frombuffer(data, np.uint8))
+        is_plain = min(height, width) >= LEAST_SIDE and height * width <= MOST_PIXELS
+        return PlainJpeg(data, height, width) if is_plain else None
     with _open(data, key) as image:
         is_plain = (
             image.format == "JPEG"
@@ -110,6 +123,16 @@ def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
             and _orientation(image) == 1
         )
         return PlainJpeg(data, image.height, image.width) if is_plain else None
+
+
+@lru_cache
+def _header_reader() -> Callable[[NDArray[np.uint8]], tuple[int, int]] | None:
+    """Return what reads a header without Python's lock, None where there is no numba."""
+    if not find_spec("numba"):
+        return None
+    from caco.data.kernel.headers import plain_size
+
+    return plain_size  # type: ignore[no-any-return]
 
 
 def upright_pixels(image: Image.Image) -> Pixels:
@@ -123,15 +146,19 @@ def _stored_pixels(image: Image.Image) -> Pixels:
     return np.array(_rgb(image))
 
 
-def _plain_jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
-    """Return the pixels of a grey or coloured JPEG as stored, by simplejpeg, or None for what Pillow should judge.
+def _checked(factor: int) -> int:
+    if factor not in (1, 2, 4, 8):
+        raise ValueError(f"shrink must be 1, 2, 4 or 8, not {factor}")
+    return factor
+
+
+def _by_simplejpeg(data: bytes, height: int, width: int, factor: int) -> Pixels | None:
+    """Return the pixels of a grey or coloured JPEG as stored, or None for what Pillow should judge.
 
     Both use libjpeg-turbo with the same settings, so the pixels are the same (`tests/data/test_decode.py`). simplejpeg is
     strict: at anything odd in the data, if only a missing end, it gives up, and Pillow decides whether it is a picture.
     """
-    if simplejpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        return None
-    height, width = -(-image.height // factor), -(-image.width // factor)
+    height, width = -(-height // factor), -(-width // factor)
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
     except ValueError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
@@ -171,24 +172,29 @@ def largest_shrink(
 def _draw_crops(
     augmentation: Augmentation, heights: NDArray[np.int64], widths: NDArray[np.int64], streams: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """Draw top, left, height, width: up to ten tries of area and shape that fit, else the largest centred crop."""
+    """Draw top, left, height, width: up to ten tries of area and shape that fit, else the largest centred crop.
+
+    The first try for all, the others at once for those that it does not fit: few calls, which is what small batches cost.
+    """
     top, left, height, width = _central_crops(augmentation.ratio, heights, widths)
     waiting = np.arange(len(streams))
     low, high = math.log(augmentation.ratio[0]), math.log(augmentation.ratio[1])
-    for attempt in range(CROP_TRIES):
-        first = FIRST_CROP_DRAW + 4 * attempt
-        area, shape, down, right = _uniform(streams[waiting], np.arange(first, first + 4))
+    for tries in (range(1), range(1, CROP_TRIES)):
+        numbers = np.arange(FIRST_CROP_DRAW + 4 * tries.start, FIRST_CROP_DRAW + 4 * tries.stop)
+        draws = _uniform(streams[waiting], numbers).reshape(len(tries), 4, len(waiting))
+        area, shape, down, right = draws.transpose(1, 0, 2)
         target = _between(*augmentation.area, area) * heights[waiting] * widths[waiting]
         ratio = np.exp(_between(low, high, shape))
         tried_width = np.rint(np.sqrt(target * ratio)).astype(np.int64)
         tried_height = np.rint(np.sqrt(target / ratio)).astype(np.int64)
         free_height, free_width = heights[waiting] - tried_height, widths[waiting] - tried_width
         fits = (tried_width > 0) & (tried_height > 0) & (free_width >= 0) & (free_height >= 0)
-        chosen = waiting[fits]
-        height[chosen], width[chosen] = tried_height[fits], tried_width[fits]
-        top[chosen] = np.floor(down[fits] * (free_height[fits] + 1))
-        left[chosen] = np.floor(right[fits] * (free_width[fits] + 1))
-        waiting = waiting[~fits]
+        placed = fits.any(axis=0)
+        first, chosen = (fits.argmax(axis=0)[placed], np.flatnonzero(placed)), waiting[placed]
+        height[chosen], width[chosen] = tried_height[first], tried_width[first]
+        top[chosen] = np.floor(down[first] * (free_height[first] + 1))
+        left[chosen] = np.floor(right[first] * (free_width[first] + 1))
+        waiting = waiting[~placed]
         if not len(waiting):
             break
     return top, left, height, width
@@ -214,10 +220,15 @@ def _factor(strength: float, draw: NDArray[np.float64], jitter: NDArray[np.bool_
 
 def _streams(seed: int, epoch: int, view: int, indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Return one 64-bit state for each sample, from which all its draws follow."""
-    state = 0
+    return _mix(_state(seed, epoch, view) + indices * np.uint64(_GOLDEN))
+
+
+@lru_cache
+def _state(seed: int, epoch: int, view: int) -> np.uint64:
+    state = np.zeros(1, np.uint64)  # an array, for numpy warns about overflow of scalars
     for number in (seed, epoch, view):
-        state = _mix_integer((state + number * _GOLDEN + _GOLDEN) & _MASK)
-    return _mix(np.uint64(state) + indices * np.uint64(_GOLDEN))
+        state = _mix(state + np.uint64(number * _GOLDEN + _GOLDEN & _MASK))
+    return state[0]
 
 
 def _uniform(streams: NDArray[np.uint64], numbers: NDArray[np.integer]) -> NDArray[np.float64]:
@@ -234,8 +245,3 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     state ^= state >> np.uint64(31)
     return state
-
-
-def _mix_integer(state: int) -> int:
-    """The same for one Python integer (numpy warns about overflow of scalars, not of arrays)."""
-    return int(_mix(np.array([state], dtype=np.uint64))[0])

@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any, no_type_check
 
 import numpy as np
-from numba import njit, types
+from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from caco.compiled_code import find_place
@@ -23,14 +24,25 @@ STAGES = (p, compilation, resize, colours, blur)
 
 
 SIGNATURE = types.void(
-    types.Array(types.uint8, 3, "C", readonly=True),
+    types.int64[:, ::1],
     types.float32[:, ::1],
     types.float32[::1],
     types.float32[::1],
     types.float32[::1],
     types.float32[:, :, ::1],
 )
-"""The arguments of `render_rows`: images, table, scale, offset, scratch, views; all contiguous."""
+"""The arguments of `render_rows`: places, table, scale, offset, scratch, views; all contiguous."""
+
+
+@intrinsic
+@no_type_check
+def pixels_at(context, address):
+    """Return a pointer to the bytes at an address: images of different sizes are no array that numba knows."""
+
+    def generate(target, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint8)(types.int64), generate
 
 
 def hash_sources(modules: Sequence[ModuleType]) -> str:
@@ -47,13 +59,14 @@ def compile_renderer(sources: str) -> Any:
 
     @njit(SIGNATURE, cache=True, **OPTIONS)
     @no_type_check
-    def render_rows(images, table, scale, offset, scratch, views):
-        """Render one view of each image: bytes [B, H, 3 W] and parameters [B, COLUMNS] to float32 [B, S, 3 S]."""
+    def render_rows(places, table, scale, offset, scratch, views):
+        """Render one view of each image, of which `places`, [B, 3], has address, height and width, to float32 [B, S, 3 S]."""
         _ = sources  # what is not used is not in the closure
         size = views.shape[1]
         pixels = size * size
-        for sample in range(len(images)):
+        for sample in range(len(places)):
             parameters, view = table[sample], views[sample]
+            image = carray(pixels_at(places[sample, 0]), (places[sample, 1], 3 * places[sample, 2]))
             sigma = parameters[p.SIGMA]
             margin = blur.blur_margin(sigma)
             plane_size = (size + 2 * margin) * size
@@ -62,7 +75,7 @@ def compile_renderer(sources: str) -> Any:
             # One slice a plane: a slice of all three would not be contiguous, and no loop over it a vector loop.
             start, stop = margin * size, margin * size + pixels
             red, green, blue = planes[0, start:stop], planes[1, start:stop], planes[2, start:stop]
-            resize.resize_crop(images[sample], parameters, size, rest, red, green, blue)
+            resize.resize_crop(image, parameters, size, rest, red, green, blue)
             colours.change_colours(red, green, blue, parameters)
             solarize = parameters[p.SOLARIZE] > ZERO
             if sigma > ZERO:
@@ -83,7 +96,7 @@ _scratch = threading.local()
 
 
 def fill_views(
-    images: NDArray[np.uint8],
+    images: NDArray[np.uint8] | list[NDArray[np.uint8]],
     table: NDArray[np.float32],
     mean: Sequence[float],
     std: Sequence[float],
@@ -91,19 +104,23 @@ def fill_views(
 ) -> None:
     """Render one view of each image into `views`, on the calling thread, without the GIL.
 
-    images: uint8 [B, H, W, 3], contiguous. table: ViewParameters.table(). views: float32 [B, S, S, 3], contiguous.
+    images: uint8 [B, H, W, 3], or [H, W, 3] each, contiguous. table: ViewParameters.table(). views: float32 [B, S, S, 3], contiguous.
     """
-    batch, height, width, _ = images.shape
-    size = views.shape[1]
+    places = np.empty((len(images), 3), dtype=np.int64)
+    if isinstance(images, list):
+        for row, image in enumerate(images):
+            places[row] = image.__array_interface__["data"][0], *image.shape[:2]
+    else:
+        places[:, 0] = images.__array_interface__["data"][0] + images.strides[0] * np.arange(len(images))
+        places[:, 1:] = images.shape[1:3]
+    batch, size = views.shape[:2]
     margin = blur.blur_margin.py_func(table[:, p.SIGMA].max())
     wide = size + 2 * margin
     # The planes, and behind them what only one stage at a time needs: one row of the source; the blur's lines.
-    needed = 3 * wide * size + max(3 * width + 3, 5 * max(1, CHUNK // size) * wide)
+    needed = 3 * wide * size + max(3 * int(places[:, 2].max()) + 3, 5 * max(1, CHUNK // size) * wide)
     scratch = getattr(_scratch, "buffer", None)
     if scratch is None or len(scratch) < needed:
         scratch = _scratch.buffer = np.empty(needed, dtype=np.float32)
     deviation = np.asarray(std, dtype=np.float32)
     scale, offset = 1 / deviation, -np.asarray(mean, dtype=np.float32) / deviation
-    render_rows(
-        images.reshape(batch, height, 3 * width), table, scale, offset, scratch, views.reshape(batch, size, 3 * size)
-    )
+    render_rows(places, table, scale, offset, scratch, views.reshape(batch, size, 3 * size))
