@@ -21,7 +21,8 @@ def jpeg(picture: Image.Image, **options: object) -> bytes:
 
 def write_set(folder: Path, plain: int = 9) -> dict[str, bytes]:
     """Write plain JPEG files of many sizes, and one of each other kind; return them by name."""
-    files = {f"{number:02d}.jpg": jpeg(smooth(number, 40 + 7 * number, 90 - 5 * number)) for number in range(plain)}
+    sizes = [(40 + 7 * (number % 9), 90 - 5 * (number % 9)) for number in range(plain)]
+    files = {f"{number:02d}.jpg": jpeg(smooth(number, *size)) for number, size in enumerate(sizes)}
     turned = Image.Exif()
     turned[0x0112] = 6
     png = io.BytesIO()

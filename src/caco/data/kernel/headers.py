@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import no_type_check
 
+import numpy as np
 from numba import njit, types
 
 from caco.compiled_code import find_place
@@ -30,7 +31,7 @@ def number(data, at, size, is_little=False):
     result = 0
     for place in range(size):
         byte = data[at + size - 1 - place] if is_little else data[at + place]
-        result = result << 8 | byte
+        result = result << 8 | np.int64(byte)
     return result
 
 
@@ -97,7 +98,7 @@ def plain_size(data):
         if 0xC0 <= kind <= 0xC2:
             if height != ODD or stop - start < 9 or data[start] != 8:
                 return odd
-            height, width, channels = number(data, start + 1, 2), number(data, start + 3, 2), data[start + 5]
+            height, width, channels = number(data, start + 1, 2), number(data, start + 3, 2), np.int64(data[start + 5])
             if stop - start < 6 + 3 * channels or (channels != 1 and channels != 3):
                 return odd
             if channels == 3 and data[start + 6] == 82:  # called R, G, B: as it is

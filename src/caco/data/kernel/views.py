@@ -104,7 +104,7 @@ def fill_views(
 ) -> None:
     """Render one view of each image into `views`, on the calling thread, without the GIL.
 
-    images: uint8 [B, H, W, 3], or [H, W, 3] each, contiguous. table: ViewParameters.table(). views: float32 [B, S, S, 3], contiguous.
+    images: uint8 [B, H, W, 3], or [H, W, 3] each. table: ViewParameters.table(). views: float32 [B, S, S, 3]. All contiguous.
     """
     places = np.empty((len(images), 3), dtype=np.int64)
     if isinstance(images, list):
