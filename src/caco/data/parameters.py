@@ -228,7 +228,7 @@ def _state(seed: int, epoch: int, view: int) -> np.uint64:
     state = np.zeros(1, np.uint64)  # an array, for numpy warns about overflow of scalars
     for number in (seed, epoch, view):
         state = _mix(state + np.uint64(number * _GOLDEN + _GOLDEN & _MASK))
-    return state[0]
+    return np.uint64(state[0])
 
 
 def _uniform(streams: NDArray[np.uint64], numbers: NDArray[np.integer]) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from caco.after_training import LEAST_TEMPERATURE
 from caco.errors import CacoError, UsageError
 
 QUERY_CHUNK = 4096  # large, because the reference is made unit rows anew for each chunk of queries
-REFERENCE_CHUNK = 8192
+REFERENCE_CHUNK, LONGER_ON_GPU = 8192, 4  # a GPU waits for the host once a chunk
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,10 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
     first_row: the reference row that is query 0 itself (then query 1 is the next, …) and must not be found; None: none.
     """
     best: tuple[Tensor, Tensor] | None = None
-    memory = queries.new_empty(len(queries) * min(REFERENCE_CHUNK, len(reference)))
-    for start in range(0, len(reference), REFERENCE_CHUNK):
-        part = _unit_rows(reference[start : start + REFERENCE_CHUNK])
+    length = REFERENCE_CHUNK * (LONGER_ON_GPU if reference.device.type == "cuda" else 1)
+    memory = queries.new_empty(len(queries) * min(length, len(reference)))
+    for start in range(0, len(reference), length):
+        part = _unit_rows(reference[start : start + length])
         cosines = memory[: len(queries) * len(part)].view(len(queries), len(part))
         torch.mm(queries, part.T, out=cosines)
         if first_row is not None:
