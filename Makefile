@@ -24,7 +24,7 @@ check: install  ## linter, formatter, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCHMARKS := step convolution memory peers bank bank_traffic data evaluate start growth
+BENCHMARKS := step convolution memory peers bank bank_traffic data loader evaluate start growth
 
 bench: install  ## benchmarks at small sizes (GPU: benchmarks/gpu.py; two machines: benchmarks/two_machines.py)
 	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done

@@ -32,14 +32,9 @@ from view_makers import Pictures, Run, caco_on_gpu, caco_views, kornia_views, on
 from caco.config import Views
 from caco.data import decode
 from caco.data.augment import draw_parameters, render_views, render_with_numba, render_with_torch
-from caco.data.broken import BrokenImages
 from caco.data.decode import decode_rgb
 from caco.data.folder import folder_source
-from caco.data.loader import TrainingViews
 from caco.data.parameters import largest_shrink
-from caco.data.source import open_source
-from caco.device import choose_device
-from caco.distributed.world import World
 from caco.views import IMAGENET_MEAN, IMAGENET_STD
 
 torch.set_num_threads(1)
@@ -226,55 +221,6 @@ def measure_files(size: int, shape: tuple[int, int], count: int, rounds: int) ->
     return contest(f"decode {shape[1]}x{shape[0]} and make two {size} px views", "images", contestants, rounds, PILLOW)
 
 
-def write_jpegs(folder: Path, count: int) -> Path:
-    """Write `count` JPEG files of 500 x 375 into a folder that is made for them; some are the same picture."""
-    folder.mkdir()
-    different = jpegs(photos(64, 375, 500) + photos(1, 374, 500))  # of one size they would be held decoded
-    for number in range(count):
-        (folder / f"{number:06d}.jpg").write_bytes(different[number % len(different)])
-    return folder
-
-
-def measure_loader(count: int, rounds: int, device: str) -> dict[str, object]:
-    """Batches of two 224 px views from files, as a run loads them: by all threads, and on a GPU by itself."""
-    batch, batches, place = count // 8, 6, choose_device(device)
-    with tempfile.TemporaryDirectory() as temporary:
-        source = open_source(write_jpegs(Path(temporary, "jpegs"), count))
-        loader = TrainingViews.create(
-            source,
-            Views().augmentations(),
-            IMAGENET_MEAN,
-            IMAGENET_STD,
-            batch_size=batch,
-            seed=0,
-            workers=World(place).worker_count("auto"),
-            device=place,
-            broken=BrokenImages(len(source), 0.0),
-        )
-        makers = {f"{loader._workers} threads": loader.maker}
-        if (on_gpu := loader.gpu_maker()) is not None:
-            makers["the GPU"] = on_gpu
-        rates: dict[str, list[float]] = {name: [] for name in makers}
-        for _ in range(rounds):
-            for name, loader.maker in makers.items():
-                loader.seconds(loader.maker, 1)  # compiles, in this thread
-                made = loader.batches(0, 0, batches + 3)
-                for _ in range(3):
-                    next(made)
-                start = time.perf_counter()
-                for _ in made:
-                    pass
-                if place.type == "cuda":
-                    torch.cuda.synchronize()
-                rates[name].append(batches * batch / (time.perf_counter() - start))
-    print(
-        f"\nfrom JPEG files of 500x375 to two 224 px views, batch {batch}, images/s by the clock, median (least - most)"
-    )
-    for name, rate in rates.items():
-        print(f"  {name:20s}{np.median(rate):10,.0f}  ({min(rate):,.0f} - {max(rate):,.0f})")
-    return dict(rates)
-
-
 def measure_listing(files: int) -> dict[str, object]:
     """List a folder of empty files in folders of 1,000, then again from the index that the first listing wrote."""
     seconds = []
@@ -292,7 +238,7 @@ def measure_listing(files: int) -> dict[str, object]:
     return {"files": files, "first": seconds[0], "again": seconds[1]}
 
 
-PARTS = ("decode", "augment", "files", "listing", "loader", "nvjpeg")
+PARTS = ("decode", "augment", "files", "listing", "nvjpeg")
 
 
 def main() -> None:
@@ -300,7 +246,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 15; 3 with --quick)")
     parser.add_argument("--files", type=int, help="files of the folder to list, in thousands of one folder each")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=list(PARTS[:5]), help="default: all but nvjpeg, for GPUs"
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS[:4]), help="default: all but nvjpeg, for GPUs"
     )
     options = parser.parse_args()
     quick, parts = options.quick, options.parts
@@ -329,9 +275,6 @@ def main() -> None:
         }
     if "listing" in parts:
         result["listing"] = measure_listing(options.files or (10_000 if quick else 100_000))
-    if "loader" in parts:
-        of_gpu = 8 if options.device == "cuda" else 1
-        result["loader"] = measure_loader(64 if quick else 256 * of_gpu, min(rounds, 3), options.device)
     if "nvjpeg" in parts:
         if options.device == "cpu":
             parser.error("--parts nvjpeg is for a GPU")

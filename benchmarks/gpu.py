@@ -51,7 +51,8 @@ def parts(quick: bool, batch: int = 1024) -> dict[str, tuple[int, str]]:
         ),
         "bank-kernels": (90, "bank_kernels.py"),
         "large-batches": (300, "large_batches.py"),
-        "data": (240, "data.py --parts augment nvjpeg"),
+        "loader": (90, "loader.py"),
+        "data": (200, "data.py --parts nvjpeg augment --rounds 5"),
         "evaluate": (180, "evaluate.py"),
     }
     if quick:  # tiny sizes: what is tried is that each part runs

@@ -140,13 +140,14 @@ def crops() -> dict[str, float]:
 def files() -> dict[str, float]:
     """Largest differences of views between `FromFiles` and `FromSource`, of files of many kinds; Pillow in nvJPEG's place.
 
-    Of the files that are plain it refuses one, which the CPU then has to decode.
+    Of the files that are plain it refuses one, which the CPU then has to decode, and one that is broken behind its header.
     """
-    asked, refused = [], jpeg(smooth(3, 61, 75))
+    asked, refused, told = [], jpeg(smooth(3, 61, 75)), []
+    file_maker.logging.getLogger("caco.data.file_maker").addFilter(lambda record: told.append(record) is not None)
 
     def decode(files: list[bytes], device: torch.device) -> list[torch.Tensor | None]:
         asked.extend(files)
-        pixels = [None if data == refused else decode_rgb(data, "").pixels for data in files]
+        pixels = [None if data in (refused, wrong) else decode_rgb(data, "").pixels for data in files]
         return [None if one is None else torch.from_numpy(one).permute(2, 0, 1).contiguous() for one in pixels]
 
     file_maker.decode_jpegs, file_maker.FILES_AT_ONCE = decode, 4
@@ -154,6 +155,9 @@ def files() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         written = write_set(Path(folder, "set"))
         assert refused in written.values()
+        codes = written["05.jpg"].index(b"\xff\xc4") + 5
+        wrong = written["05.jpg"][:codes] + b"\xff" * 8 + written["05.jpg"][codes + 8 :]
+        Path(folder, "set", "05.jpg").write_bytes(wrong)
         source = open_source(Path(folder, "set"))
         views = RandomViews(Views(size=16, small=1, small_size=8).augmentations(), (0.4,) * 3, (0.2,) * 3, seed=1)
         met = [BrokenImages(len(source), 0.5) for _ in range(2)]
@@ -166,10 +170,14 @@ def files() -> dict[str, float]:
             ):
                 assert one.is_contiguous(memory_format=torch.channels_last)
                 errors[f"view {view}, epoch {epoch}"] = float((one - other).abs().max()) / 10
-        assert len(met[0]) == len(met[1]) == 2, "the broken ones are told"
+        assert sorted(met[0]._reasons) == sorted(met[1]._reasons), "the broken ones are told"
+        assert len(met[0]) == 3
     by_gpu = {name for name, data in written.items() if data in asked}
-    assert by_gpu == {name for name in written if name[0].isdigit()} | {"grey.jpg", "progressive.jpg"}, by_gpu
-    assert asked.count(refused) == 1
+    assert by_gpu == {name for name in written if name[0].isdigit()} - {"05.jpg"} | {"grey.jpg", "progressive.jpg"}, (
+        by_gpu
+    )
+    assert asked.count(refused) == asked.count(wrong) == 1
+    assert len(told) == 1 and told[0].args[0] in ("03.jpg", "05.jpg")
     return errors
 
 

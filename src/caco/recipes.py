@@ -199,7 +199,8 @@ def _settings_of(folder: Path) -> Pretrain:
         settings = read_config(folder)
     except UsageError as error:
         raise UsageError(f"--recipe: {error}") from error
-    engine = replace(settings.engine, convolution=usual.engine.convolution)  # what was faster on that machine
+    faster_there = {name: getattr(usual.engine, name) for name in ("convolution", "decoder")}
+    engine = replace(settings.engine, **faster_there)
     return replace(settings, engine=engine, **{name: getattr(usual, name) for name in apart})
 
 

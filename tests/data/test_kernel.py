@@ -210,3 +210,34 @@ def test_the_kernel_knows_all_sources_that_it_is_compiled_from():
     # No stage takes anything from these: the entry itself, packages, and what `parameters` uses in Python.
     others = {"caco", "caco.compiled_code", "caco.data", "caco.data.kernel", "caco.data.kernel.views", "caco.views"}
     assert {module.__name__ for module in kernel.STAGES} == set(loaded) - others
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((40, 50, 3), np.float32),
+        np.zeros((40, 50), np.uint8),
+        np.zeros((40, 50, 4), np.uint8),
+    ],
+)
+def test_what_is_no_image_is_refused_and_not_read(image: NDArray[np.generic]) -> None:
+    """Compiled code takes addresses, and would read whatever is there."""
+    views = np.empty((2, 8, 8, 3), np.float32)
+    for images in ([np.zeros((40, 50, 3), np.uint8), image], np.stack([image, image])):
+        with pytest.raises(TypeError, match=r"an image must be uint8 \[H, W, 3\]"):
+            kernel.fill_views(images, np.zeros((2, 16), np.float32), *STATISTICS, views)
+    with pytest.raises(TypeError, match="in one piece"):
+        kernel.fill_views(
+            [np.zeros((40, 60, 3), np.uint8)[:, ::2]], np.zeros((1, 16), np.float32), *STATISTICS, views[:1]
+        )
+
+
+def test_images_of_many_sizes_in_one_call_are_those_of_a_call_each() -> None:
+    augmentation = Views(size=24).augmentations()[1]
+    images = [noise(20 + 7 * number, 60 - 3 * number, number) for number in range(9)]
+    heights, widths = (np.array([image.shape[side] for image in images]) for side in (0, 1))
+    drawn = draw_parameters(augmentation, heights, widths, seed=0, epoch=0, indices=np.arange(9), view=1)
+    together = render_by(render_with_numba, images, drawn, augmentation, *STATISTICS)
+    for row, image in enumerate(images):
+        alone = render_by(render_with_numba, [image], drawn.rows([row]), augmentation, *STATISTICS)
+        assert torch.equal(together[row], alone[0])

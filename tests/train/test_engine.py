@@ -306,19 +306,15 @@ def test_a_command_that_trains_begins_with_a_heap_of_few_gaps(command, begins_an
 FAULTS = """
 import resource, sys, torch
 from caco.train.heap import keep_heap
-from concurrent.futures import ThreadPoolExecutor
 if sys.argv[1] == "keep":
     assert keep_heap()
-other = ThreadPoolExecutor(1)  # as batches are made by one thread and freed by another
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(2**24)
-    other.submit(torch.ones, 2**24).result()
 before = faults()
 for _ in range(20):
     torch.ones(2**24)
-    other.submit(torch.ones, 2**24).result()
 print(faults() - before)
 """
 

@@ -104,10 +104,17 @@ class PlainJpeg(NamedTuple):
     width: int
 
 
-def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
-    """Return an encoded image that is a plain JPEG by its header and its end; None for all others. Raises BrokenImage.
+def upright_size(data: bytes, key: str) -> tuple[int, int]:
+    """Return an encoded image's height and width as it will be when upright, nothing decoded. Raises BrokenImage."""
+    with _open(data, key) as image:
+        return _upright_size(image)
 
-    By compiled code where there is numba, which also finds fewer plain, but none that is not.
+
+def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
+    """Return an encoded image that is a plain JPEG by its header and its end; None for all others.
+
+    By compiled code where there is numba, which also finds fewer plain, but none that is not; by Pillow else, which may raise
+    BrokenImage.
     """
     if (plain_size := _header_reader()) is not None:
         height, width = plain_size(np.frombuffer(data, np.uint8))

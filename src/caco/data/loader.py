@@ -21,7 +21,7 @@ import torch
 
 from caco.data.broken import BrokenImages
 from caco.data.encoded import EncodedSource
-from caco.data.file_maker import FromFiles
+from caco.data.file_maker import FromFiles, suits_files
 from caco.data.makers import FromDevice, FromMemory, FromSource, RandomViews, ViewMaker
 from caco.data.nvjpeg import can_decode
 from caco.data.order import StepOrder
@@ -78,16 +78,19 @@ class TrainingViews:
         world_size: int = 1,
         local_size: int = 1,
         layout: torch.memory_format = torch.channels_last,
+        hold: bool = True,
     ) -> TrainingViews:
         """Choose the maker, which may decode the whole set.
 
         batch_size: over all processes; this one makes the rank-th of world_size equal parts. local_size: processes that
-        share this machine's main memory. layout: of the views. Raises UsageError.
+        share this machine's main memory. layout: of the views. hold: decode a set that fits into memory before the first step;
+        without, it is not looked at whether it fits, if a GPU can decode it in every step. Raises UsageError.
         """
         check_batch_size(source, batch_size, world_size)
         order = StepOrder(len(source), batch_size, seed, rank, world_size)
         views = RandomViews(tuple(augmentations), mean, std, seed)
-        held = decode_whole_set(source, broken, workers, device, local_size)
+        may_hold = hold or not _is_for_gpu(source, device)
+        held = decode_whole_set(source, broken, workers, device, local_size) if may_hold else None
         maker: ViewMaker
         if held is None:
             maker = FromSource(source, views, broken, device)
@@ -99,25 +102,31 @@ class TrainingViews:
             maker.make(np.arange(order.share), epoch=0)
         return cls(source, order, maker, workers, device, layout)
 
+    @property
+    def has_files_for_gpu(self) -> bool:
+        """Whether a GPU trains on encoded images that are decoded in every step, so that it might do that itself."""
+        return isinstance(self.maker, FromSource) and _is_for_gpu(self.source, self.device)
+
     def gpu_maker(self) -> FromFiles | None:
-        """Return what makes the views of encoded images that are not held decoded by the GPU alone; None where it cannot."""
-        if (
-            isinstance(self.maker, FromSource)
-            and isinstance(self.source, EncodedSource)
-            and self.device.type == "cuda"
-            and can_decode(self.device)
-        ):
-            return FromFiles(self.source, self.maker.views, self.maker.broken, self.device, compiled=True)
-        return None
+        """Return what makes the views by the GPU alone; None where it cannot, or where too many images are no JPEG files."""
+        source, maker = self.source, self.maker
+        if not isinstance(maker, FromSource) or not isinstance(source, EncodedSource) or self.device.type != "cuda":
+            return None
+        if not suits_files(source) or not can_decode(self.device):
+            return None
+        return FromFiles(source, maker.views, maker.broken, self.device, compiled=True)
 
     def use(self, maker: ViewMaker) -> None:
         """Let another maker make the views from now on: first some here, as torch compiles in one thread at a time."""
         self.seconds(maker, batches=1)
         self.maker = maker
 
-    def seconds(self, maker: ViewMaker, batches: int = 2) -> float:
-        """Return the seconds in which a maker makes the views of a batch, after one to begin with."""
-        steps = self.order.epochs_and_indices(0, range(batches + 1))
+    def seconds(self, maker: ViewMaker, first_step: int = 0, batches: int = 2) -> float:
+        """Return the seconds in which a maker makes the views of a batch, after one to begin with.
+
+        first_step: of the first epoch; where two makers are compared, neither may have images that the other has read before.
+        """
+        steps = self.order.epochs_and_indices(0, range(first_step, first_step + batches + 1))
         with ThreadPoolExecutor(self._workers, thread_name_prefix="views") as pool:
 
             def make() -> float:
@@ -151,3 +160,7 @@ class TrainingViews:
     def _batch(self, indices: np.ndarray, epoch: int, pool: ThreadPoolExecutor) -> Batch:
         views = self.maker(indices, epoch, pool)
         return Batch(indices, [view.contiguous(memory_format=self.layout) for view in views])
+
+
+def _is_for_gpu(source: ImageSource, device: torch.device) -> bool:
+    return isinstance(source, EncodedSource) and device.type == "cuda"

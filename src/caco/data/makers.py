@@ -1,6 +1,7 @@
-"""From the images of a step to their views: makers, which differ in where the images are and who renders.
+"""From the images of a step to their views: three makers, which differ in where the images are and who renders.
 
-A view is the same whoever makes it: how it looks follows from (seed, epoch, image) alone (`RandomViews`).
+How a view looks follows from (seed, epoch, image) alone (`RandomViews`), whoever makes it. Only a GPU that decodes JPEG files
+itself (`file_maker.py`) has slightly other pixels to make it of.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ stored at half the size in another way.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -22,9 +23,33 @@ from caco.own_kernels import suits_kernels, works
 LARGEST_DIFFERENCE = 4.0
 """Of smooth pictures' pixels between both decoders, on average, in levels of 255."""
 
+# torchvision (from 0.29 on) says at each call that TorchCodec will do it one day.
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", append=True)
+
 
 def decode_jpegs(files: Sequence[bytes], device: torch.device) -> list[UInt8[Tensor, "3 H W"] | None]:
     """Return the pictures, RGB, on the device; None for a file that nvJPEG refuses. Waits for the device.
+
+    Raises torch.OutOfMemoryError where it fails for another reason than a file: nvJPEG takes memory that torch has not taken.
+    """
+    try:
+        return list(_decode(files, device))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of all files, for a single one
+        if len(files) > 1:
+            middle = len(files) // 2
+            return decode_jpegs(files[:middle], device) + decode_jpegs(files[middle:], device)
+        torch.cuda.empty_cache()
+        try:
+            _decode([_smooth_jpeg(0, 60, 90)], device)
+        except RuntimeError:
+            raise torch.OutOfMemoryError(f"nvJPEG fails: {error}") from error
+        return [None]
+
+
+def _decode(files: Sequence[bytes], device: torch.device) -> Sequence[Tensor]:
+    """Return the pictures. Raises RuntimeError where nvJPEG refuses one of them, or fails.
 
     Nothing may be left to do on the current stream when nvJPEG begins: its engine does not wait for kernels that still read
     from memory which was given back since (pytorch/vision#9606).
@@ -33,15 +58,8 @@ def decode_jpegs(files: Sequence[bytes], device: torch.device) -> list[UInt8[Ten
 
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
     torch.cuda.current_stream(device).synchronize()
-    try:
-        return list(decode_jpeg(encoded, ImageReadMode.RGB, device))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # of all files, for a single one
-        if len(files) == 1:
-            return [None]
-    middle = len(files) // 2
-    return decode_jpegs(files[:middle], device) + decode_jpegs(files[middle:], device)
+    pictures: list[Tensor] = decode_jpeg(encoded, ImageReadMode.RGB, device)
+    return pictures
 
 
 @lru_cache
@@ -56,9 +74,9 @@ def can_decode(device: torch.device) -> bool:
 
         files = [_smooth_jpeg(number, 60 + 20 * number, 90) for number in range(3)]
         pictures = [decode_rgb(data, "a picture").pixels for data in files]
-        decoded = [picture for picture in decode_jpegs(files, device) if picture is not None]
+        decoded = _decode(files, device)
         if [tuple(picture.shape[1:]) for picture in decoded] != [picture.shape[:2] for picture in pictures]:
-            return "it refuses a picture, or changes its size"
+            return "it changes the size of a picture"
         heights, only_crop = np.array([len(picture) for picture in pictures]), Augmentation.crop_and_flip(32)
         drawn = draw_parameters(only_crop, heights, 90, seed=0, epoch=0, indices=np.arange(3), view=0)
         plain = torch.empty(3, 3, 32, 32, memory_format=torch.channels_last)

@@ -83,6 +83,11 @@ class ViewParameters:
         """Return the chosen rows (a slice or an array of row numbers)."""
         return ViewParameters(**{field.name: getattr(self, field.name)[selection] for field in fields(self)})
 
+    def put(self, row: int, other: ViewParameters) -> None:
+        """Put the only row of others in the place of one."""
+        for field in fields(self):
+            getattr(self, field.name)[row] = getattr(other, field.name)[0]
+
     def shrunk(self, factors: NDArray[np.integer]) -> ViewParameters:
         """Return the same views of images that are smaller by `factors`, integers [N]: crops in fractions of a pixel.
 
@@ -228,7 +233,8 @@ def _state(seed: int, epoch: int, view: int) -> np.uint64:
     state = np.zeros(1, np.uint64)  # an array, for numpy warns about overflow of scalars
     for number in (seed, epoch, view):
         state = _mix(state + np.uint64(number * _GOLDEN + _GOLDEN & _MASK))
-    return np.uint64(state[0])
+    result: np.uint64 = state[0]
+    return result
 
 
 def _uniform(streams: NDArray[np.uint64], numbers: NDArray[np.integer]) -> NDArray[np.float64]:

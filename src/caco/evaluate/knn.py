@@ -16,9 +16,12 @@ from torch.nn import functional as F
 
 from caco.after_training import LEAST_TEMPERATURE
 from caco.errors import CacoError, UsageError
+from caco.memory import free_on
 
 QUERY_CHUNK = 4096  # large, because the reference is made unit rows anew for each chunk of queries
-REFERENCE_CHUNK, LONGER_ON_GPU = 8192, 4  # a GPU waits for the host once a chunk
+REFERENCE_CHUNK = 8192
+LONGER_ON_GPU, SHARE_OF_GPU = 4, 1 / 64
+"""A GPU waits for the host once a chunk: so many times as long ones, if their cosines take no more of its free memory."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,11 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
     first_row: the reference row that is query 0 itself (then query 1 is the next, …) and must not be found; None: none.
     """
     best: tuple[Tensor, Tensor] | None = None
-    length = REFERENCE_CHUNK * (LONGER_ON_GPU if reference.device.type == "cuda" else 1)
+    length = REFERENCE_CHUNK
+    if reference.device.type == "cuda" and 4 * length * LONGER_ON_GPU * len(queries) < SHARE_OF_GPU * free_on(
+        reference.device
+    ):
+        length *= LONGER_ON_GPU
     memory = queries.new_empty(len(queries) * min(length, len(reference)))
     for start in range(0, len(reference), length):
         part = _unit_rows(reference[start : start + length])

@@ -5,63 +5,91 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import nn
 
 from caco.config import Pretrain
 from caco.data.loader import TrainingViews
-from caco.train.engine import LONG_RUN
+from caco.train.engine import LONG_RUN, TRIAL_BATCH
 from caco.train.state import random_state, set_random_state
 from caco.train.trials import Trial, seconds
 
+FEW_STEPS = 300
+"""Steps of a run that is too short for any trial."""
 KEEPS_UP = 0.8
 """Share of a step's time in which threads have to make its views, to be ready in time."""
 WORTH = 1.2
 """How many times faster than threads the GPU must be: its own time is taken from the training."""
 COMPILED = 1.4
 """How many times as fast a compiled step is, about."""
-MOST_IMAGES = 64
-"""Of the passes that are timed."""
+
+Decoder = Literal["cpu", "gpu"]
 
 
 def choose_decoder(
-    config: Pretrain, loader: TrainingViews, backbone: nn.Module, steps: int, say: Callable[[str], object]
-) -> tuple[Literal["cpu", "gpu"], str]:
+    config: Pretrain,
+    loader: TrainingViews,
+    backbone: nn.Module,
+    steps: int,
+    say: Callable[[str], object],
+    captured: bool = False,
+) -> tuple[Decoder, str]:
     """Return who decodes the images of a resolved configuration, and why, in words.
 
-    steps: of the run. say: told before what takes a while, and where something else is taken than asked for.
+    steps: of the run. say: told before what takes a while, and where something else is taken than asked for. captured: the
+    run's steps will be CUDA graphs.
     """
-    asked = config.engine.decoder
-    if asked == "cpu":
+    if config.engine.decoder == "gpu":
+        if loader.gpu_maker() is not None:
+            return "gpu", ""
+        say(
+            "--engine.decoder gpu cannot be had: it needs a GPU that decodes, and JPEG files, too many or of too many sizes "
+            "to be held decoded; threads decode"
+        )
         return "cpu", ""
-    if (on_gpu := loader.gpu_maker()) is None:
-        if asked == "gpu":
-            say(
-                "--engine.decoder gpu cannot be had: it needs encoded images, of many sizes or many, and a GPU that decodes them"
-            )
+    if config.engine.decoder == "cpu" or steps < FEW_STEPS or not loader.has_files_for_gpu:
         return "cpu", ""
-    if asked == "gpu":
-        return "gpu", ""
-    threads, step = loader.seconds(loader.maker), step_seconds(config, loader, backbone)
+    try:
+        return _faster(config, loader, backbone, steps, say, captured)
+    except torch.OutOfMemoryError:
+        return "cpu", ""
+    finally:
+        if loader.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the trials leave would count as taken
+
+
+def _faster(
+    config: Pretrain,
+    loader: TrainingViews,
+    backbone: nn.Module,
+    steps: int,
+    say: Callable[[str], object],
+    captured: bool,
+) -> tuple[Decoder, str]:
+    step, threads = step_seconds(config, loader, backbone, captured), loader.seconds(loader.maker)
     if threads < KEEPS_UP * step or steps * max(threads, step) < LONG_RUN["cuda"]:
         return "cpu", ""
+    if (on_gpu := loader.gpu_maker()) is None:
+        return "cpu", ""
     say("threads cannot make views as fast as they are trained on: it is tried on the GPU, which may take a minute")
-    itself = loader.seconds(on_gpu)
+    itself = loader.seconds(on_gpu, first_step=3)
     batch = loader.order.share
     words = ", ".join(
         f"{who} {batch / taken:,.0f}" for who, taken in (("threads", threads), ("the GPU", itself), ("needed", step))
     )
-    chosen: Literal["cpu", "gpu"] = "gpu" if WORTH * itself < threads else "cpu"
-    return chosen, f"decoded by {'the GPU' if chosen == 'gpu' else 'threads'} (images/s: {words})"
+    chosen: Decoder = "gpu" if WORTH * itself < threads else "cpu"
+    return chosen, f"images decoded by {'the GPU' if chosen == 'gpu' else 'threads'} (images/s: {words})"
 
 
-def step_seconds(config: Pretrain, loader: TrainingViews, backbone: nn.Module) -> float:
+def step_seconds(config: Pretrain, loader: TrainingViews, backbone: nn.Module, captured: bool) -> float:
     """Return about how long a step takes: forward and backward passes of the queries, forward passes of two keys."""
     device, views = loader.device, config.views
     trial = Trial(config.precision, config.engine.layout)  # type: ignore[arg-type]  # resolved
-    images, random = min(loader.order.share, MOST_IMAGES), random_state(device)
+    images, random = min(loader.order.share, TRIAL_BATCH["cuda"]), random_state(device)
     try:
-        one = seconds(backbone, trial, device, views.size, images, rounds=3) * loader.order.share / images
+        one = seconds(backbone, trial, device, views.size, images, rounds=3, captured=captured)
     finally:
         set_random_state(random, device)
     passes = views.large + views.small * (views.small_size / views.size) ** 2 + 2 / 3
-    return one * passes / (COMPILED if config.engine.compile == "on" else 1.0)
+    of_batch = one * loader.order.share / images
+    return of_batch * passes / (COMPILED if config.engine.compile == "on" else 1.0)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 # Names of malloc.h. A threshold of -1 is the largest there is.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 NO_SMALL_BLOCKS_APART = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 """Environment of a program whose heap has few gaps."""
 
@@ -32,15 +32,11 @@ def begin_anew_with_few_gaps(arguments: Sequence[str]) -> None:
 
 
 def keep_heap() -> bool:
-    """Tell the allocator of this process to keep what is freed; return whether it has understood (glibc does).
-
-    For all threads in one place: of a place of its own a thread gives large blocks back in any case, and a batch of views is
-    made by one thread and freed by another.
-    """
+    """Tell the allocator of this process to keep what is freed; return whether it has understood (glibc does)."""
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
-    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)])
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))

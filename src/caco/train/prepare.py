@@ -59,7 +59,7 @@ class Prepared:
     card: BackboneCard
     precision: torch.dtype
     engine: str
-    """How the encoder is computed and why, in words."""
+    """How the encoder is computed, and images are decoded, and why, in words."""
     objects: Objects
     """What the run was given in place of names."""
 
@@ -191,12 +191,13 @@ def _choose_decoder(
     config: Pretrain, loader: TrainingViews, backbone: nn.Module, world: World, steps: int
 ) -> tuple[Pretrain, str]:
     """Let the loader's images be decoded as configured; return the configuration without "auto", and why, in words."""
-    decoder, why = world.decide_in_main(lambda: choose_decoder(config, loader, backbone, steps, _say))
+    is_graph = is_captured(config, world)
+    decoder, why = world.decide_in_main(lambda: choose_decoder(config, loader, backbone, steps, _say, is_graph))
     if decoder == "gpu":
         on_gpu = loader.gpu_maker()
         (lacking,) = world.vote(on_gpu is None)
         if on_gpu is None or lacking:
-            decoder, why = "cpu", "decoded by threads, for another process's GPU cannot"
+            decoder, why = "cpu", "images decoded by threads, for the GPU of some process cannot"
         else:
             loader.use(on_gpu)
     return replace(config, engine=replace(config.engine, decoder=decoder)), why
@@ -267,6 +268,7 @@ def _create_loader(config: Pretrain, source: ImageSource, world: World, broken: 
         world_size=world.size,
         local_size=world.local_size,
         layout=layout_of(config),
+        hold=config.engine.decoder != "gpu",
     )
 
 

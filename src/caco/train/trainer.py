@@ -97,7 +97,7 @@ class Trainer:
             f"on {self.world.device} ({str(self.run.precision).removeprefix('torch.')}{processes}), into {self.folder}"
         )
         if self.run.engine:
-            self.journal.say(f"encoder: {self.run.engine}")
+            self.journal.say(f"engine: {self.run.engine}")
         for remark in remarks_on_rates(self.config):
             self.journal.say(remark)
 

@@ -106,14 +106,7 @@ def fill_views(
 
     images: uint8 [B, H, W, 3], or [H, W, 3] each. table: ViewParameters.table(). views: float32 [B, S, S, 3]. All contiguous.
     """
-    places = np.empty((len(images), 3), dtype=np.int64)
-    if isinstance(images, list):
-        for row, image in enumerate(images):
-            places[row] = image.__array_interface__["data"][0], *image.shape[:2]
-    else:
-        places[:, 0] = images.__array_interface__["data"][0] + images.strides[0] * np.arange(len(images))
-        places[:, 1:] = images.shape[1:3]
-    batch, size = views.shape[:2]
+    places, (batch, size) = _places(images), views.shape[:2]
     margin = blur.blur_margin.py_func(table[:, p.SIGMA].max())
     wide = size + 2 * margin
     # The planes, and behind them what only one stage at a time needs: one row of the source; the blur's lines.
@@ -124,3 +117,18 @@ def fill_views(
     deviation = np.asarray(std, dtype=np.float32)
     scale, offset = 1 / deviation, -np.asarray(mean, dtype=np.float32) / deviation
     render_rows(places, table, scale, offset, scratch, views.reshape(batch, size, 3 * size))
+
+
+def _places(images: NDArray[np.uint8] | list[NDArray[np.uint8]]) -> NDArray[np.int64]:
+    """Return address, height and width of each image, int64 [B, 3]. Raises TypeError: compiled code would read anything."""
+    for image in images if isinstance(images, list) else images[:1]:
+        if not (image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.flags.c_contiguous):
+            raise TypeError(f"an image must be uint8 [H, W, 3], in one piece, not {image.dtype} {list(image.shape)}")
+    places = np.empty((len(images), 3), dtype=np.int64)
+    if isinstance(images, list):
+        for row, image in enumerate(images):
+            places[row] = image.__array_interface__["data"][0], *image.shape[:2]
+    else:
+        places[:, 0] = images.__array_interface__["data"][0] + images.strides[0] * np.arange(len(images))
+        places[:, 1:] = images.shape[1:3]
+    return places
