@@ -151,7 +151,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How the encoder is computed. Same mathematics; only rounding, speed and memory differ."""
+    """How images are decoded and the encoder is computed. Same mathematics; only rounding, speed and memory differ."""
 
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Order of pixels and channels in memory; auto: channels_last, unless a trial at the start of a long run says otherwise."""
