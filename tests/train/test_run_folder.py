@@ -240,6 +240,7 @@ OTHER_WORDS = {
     "engine.layout": "contiguous",
     "engine.convolution": "winograd",
     "engine.compile": "on",
+    "engine.decoder": "gpu",
 }
 
 
