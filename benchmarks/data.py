@@ -6,7 +6,7 @@
 Every contestant makes the two published views, from the same pictures, drawing its own parameters. Rates are of the
 processor time of one thread (GPU and nvjpeg: of the clock, with nothing left to do), the median over rounds in which the
 contestants take turns, so that a busy machine disturbs all alike. The first, compiling call is not counted. Contestants
-that are not installed are left out (simplejpeg and numba: `pip install 'caco[fast]'`; kornia).
+that are not installed are left out (simplejpeg, numba, kornia).
 """
 
 from __future__ import annotations

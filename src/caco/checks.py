@@ -101,7 +101,7 @@ def check(config: Pretrain) -> None:
         raise UsageError("--resume and --overwrite exclude each other")
     check_numbers(config)
     if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--monitor.tensorboard needs TensorBoard: pip install 'caco[tensorboard]'")
+        raise UsageError("--monitor.tensorboard needs TensorBoard: pip install tensorboard")
     if config.batch_size == 1:
         raise UsageError("--batch-size 1: batch norm needs at least 2 images")
     if config.epochs != "auto" and config.start_epoch >= config.epochs:

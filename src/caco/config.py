@@ -192,7 +192,7 @@ class MonitorOptions:
     broken_share: float = 0.1
     """Share of broken images at which the run stops instead of skipping them."""
     tensorboard: bool = False
-    """Also write TensorBoard events (pip install caco[tensorboard])."""
+    """Also write TensorBoard events (pip install tensorboard)."""
 
 
 @dataclass(frozen=True)

@@ -602,7 +602,7 @@ class TestParquet:
     def test_without_pyarrow(self, tmp_path: Path, monkeypatch) -> None:
         path = write_parquet(tmp_path / "a.parquet", {"image": image_column(0)})
         monkeypatch.setitem(sys.modules, "pyarrow", None)
-        with pytest.raises(UsageError, match=r"pip install 'caco\[parquet\]'"):
+        with pytest.raises(UsageError, match=r"pip install pyarrow"):
             open_source(path)
 
 

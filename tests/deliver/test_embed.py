@@ -120,5 +120,5 @@ def test_parquet_without_pyarrow(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert check_features_path("f.npz").name == "f.npz"
-    with pytest.raises(UsageError, match=r"pip install 'caco\[parquet\]'"):
+    with pytest.raises(UsageError, match=r"pip install pyarrow"):
         check_features_path("f.parquet")

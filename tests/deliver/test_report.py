@@ -20,7 +20,7 @@ from caco.data.source import open_source
 from caco.deliver import charts, insight, records
 from caco.deliver.charts import Axis, Level, Series, line_chart, point_map, round_range, thinned, ticks
 from caco.deliver.examples import example_views
-from caco.deliver.insight import choose_queries, nearest_others, plane, purity, slots_by_use
+from caco.deliver.insight import choose_queries, nearest_others, plane, purity, sample, slots_by_use
 from caco.deliver.pictures import Row, data_uri, gallery_picture
 from caco.deliver.trained import load_trained
 from caco.errors import UsageError
@@ -368,9 +368,21 @@ def test_nearest_others_equals_a_plain_loop():
 
 def test_choose_queries():
     assert choose_queries(torch.tensor([2, 0, 2, 0, 1]), 5, 12) == [1, 4, 0]
-    assert choose_queries(torch.arange(100).flip(0), 100, 3) == [99, 50, 0]
-    assert choose_queries(None, 100, 3) == [0, 49, 99]
+    queries = choose_queries(torch.arange(100).flip(0), 100, 3)
+    assert queries == [99 - number for number in sample(100, 3)], "of three classes one image each"
+    assert choose_queries(None, 100, 3) == sample(100, 3).tolist()
     assert choose_queries(None, 2, 12) == [0, 1]
+
+
+def test_what_is_looked_at_leaves_out_no_class_that_comes_in_turns():
+    chosen = sample(5000, 2000)
+    assert len(set(chosen.tolist())) == 2000 and np.array_equal(chosen, sample(5000, 2000))
+    assert (np.diff(chosen) > 0).all() and 0 <= chosen[0] < chosen[-1] < 5000
+    in_turns = np.bincount(chosen % 10, minlength=10)  # every so-manyth would be of some only
+    assert in_turns.min() > 150 and in_turns.max() < 250
+    again = np.bincount(chosen[sample(2000, 1500)] % 10, minlength=10)
+    assert again.min() > 100
+    assert sample(3, 5).tolist() == [0, 1, 2]
 
 
 def test_slots_by_use_and_purity():
@@ -400,10 +412,10 @@ def test_plane_is_the_first_two_principal_components():
 
 def test_example_views_are_those_of_training(finished, photos):
     config, source = read_config(finished), open_source(str(photos))
-    example = example_views(source, config, 3)[0]
+    example, index = example_views(source, config, 3)[0], int(sample(len(source), 3)[0])
     recipe = config.views.augmentations()[1]
     height, width = example.image.shape[:2]
-    drawn = draw_parameters(recipe, [height], [width], seed=config.seed, epoch=0, indices=[0], view=1)
+    drawn = draw_parameters(recipe, [height], [width], seed=config.seed, epoch=0, indices=[index], view=1)
     view = render_views([example.image], drawn, recipe, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))[0]
     pixels = (255 * view).round().permute(1, 2, 0).numpy()
     assert np.abs(pixels - example.views[1]).max() <= 1

@@ -68,6 +68,7 @@ def test_a_long_run_takes_what_was_fastest_here(monkeypatch):
     assert Trial(chosen.precision, chosen.engine.layout, chosen.engine.convolution) == fastest(choices, measured)
     for trial, taken in zip(choices, measured, strict=True):
         assert f"{trial} {8 / taken:,.0f}" in why
+    assert f"; taken: {fastest(choices, measured)}" in why
     again, why = choose_engine(chosen, nn.Identity(), CPU, passes=10**9, batch=8)
     assert again == chosen and why == ""  # a resumed run measures nothing
 
@@ -156,7 +157,7 @@ def test_winograd_is_tried_only_where_it_can_be_had(monkeypatch):
         ({"layout": "contiguous"}, "cpu", True, "it is for --engine.layout channels_last"),
         ({"compile": "on"}, "cpu", True, "it cannot be compiled (--engine.compile on)"),
         ({}, "cuda", True, "it is for CPUs"),
-        ({}, "cpu", False, "it needs numba (pip install 'caco[fast]')"),
+        ({}, "cpu", False, "it needs numba (pip install numba)"),
     ],
 )
 def test_what_cannot_be_had_is_told_and_computed_directly(options, device, numba, told):

@@ -99,7 +99,7 @@ def parquet_source(paths: Sequence[Path], name: str, cache_folder: Path) -> Parq
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError as problem:
-        raise UsageError(f"{name}: Parquet files need pyarrow: pip install 'caco[parquet]'") from problem
+        raise UsageError(f"{name}: Parquet files need pyarrow: pip install pyarrow") from problem
     files = [os.path.realpath(path) for path in paths]  # of links, what they lead to changes: its stamps count
     file = files[0]
     try:

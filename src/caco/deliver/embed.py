@@ -63,5 +63,5 @@ def _pyarrow() -> tuple:  # type: ignore[type-arg]
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UsageError("Parquet files need pyarrow: pip install 'caco[parquet]'") from None
+        raise UsageError("Parquet files need pyarrow: pip install pyarrow") from None
     return pyarrow, pyarrow.parquet

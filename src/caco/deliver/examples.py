@@ -12,7 +12,7 @@ from caco.config import Pretrain
 from caco.data.augment import ViewParameters, draw_parameters, render_views
 from caco.data.decode import BrokenImage, Pixels
 from caco.data.source import ImageSource
-from caco.deliver.insight import evenly_spaced
+from caco.deliver.insight import sample
 from caco.views import Augmentation
 
 
@@ -30,9 +30,9 @@ class ExampleViews:
 
 
 def example_views(source: ImageSource, config: Pretrain, count: int) -> list[ExampleViews]:
-    """Return `count` images, evenly spaced, with the views that the first epoch draws. Broken: left out."""
+    """Return `count` images, a sample, with the views that the first epoch draws. Broken: left out."""
     examples = []
-    for index in evenly_spaced(len(source), count):
+    for index in sample(len(source), count):
         try:
             image = source.load(int(index))
         except BrokenImage:

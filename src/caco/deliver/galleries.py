@@ -15,11 +15,11 @@ from caco.deliver.insight import (
     EncodedImages,
     Slot,
     choose_queries,
-    evenly_spaced,
     nearest_others,
     neighbour_agreement,
     plane,
     purity,
+    sample,
     shuffled,
     slots_by_use,
 )
@@ -163,7 +163,7 @@ def feature_map(encoded: EncodedImages | Missing) -> str:
     if isinstance(encoded, Missing):
         return page.section(name, title, f"No map to show: {encoded}")
     points, share = plane(encoded.features)
-    shown = evenly_spaced(len(points), MAP_POINTS)
+    shown = sample(len(points), MAP_POINTS)
     places = [(float(x), float(y)) for x, y in points[shown].tolist()]
     groups = None if encoded.labels is None else encoded.labels[shown].tolist()
     lead = (

@@ -52,18 +52,17 @@ class EncodedImages:
     """float32 [N, D], unit rows: of the key encoder, which chooses the positives."""
 
 
-def evenly_spaced(count: int, most: int) -> NDArray[np.int64]:
-    """Return at most `most` of the numbers 0 … count − 1, the first and last included, as evenly spaced as can be."""
-    if count <= most:
-        return np.arange(count)
-    return np.linspace(0, count - 1, most).astype(np.int64)
+def sample(count: int, most: int) -> NDArray[np.int64]:
+    """Return at most `most` of the numbers 0 … count − 1, in order: at random, for where labels come in turns, every so-manyth
+    would leave out some; the same ones every time."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:most]).astype(np.int64)
 
 
 @torch.no_grad()
 def encode_images(
     source: ImageSource, trained: Trained, preparation: Preparation, *, images: int, device: torch.device, workers: int
 ) -> EncodedImages:
-    """Show at most `images` images, evenly spaced through the source, to the networks.
+    """Show at most `images` images of the source, to the networks.
 
     Each through the validation transform, as for every evaluation. Broken images are left out. Raises CacoError when
     none is good, and when features are not finite.
@@ -79,7 +78,7 @@ def encode_images(
     backbone, key_encoder = trained.backbone.to(device), trained.key_encoder
     untrained = trained.untrained.to(device)
     key_network = nn.Identity() if key_encoder is None else key_encoder.to(device)
-    chosen = [int(index) for index in evenly_spaced(len(source), images)]
+    chosen = [int(index) for index in sample(len(source), images)]
     with evaluation_mode(backbone), evaluation_mode(key_network), evaluation_mode(untrained):
         for indices, batch in batched(map_in_order(pictures, chosen, broken, 2 * BATCH, workers), BATCH):
             taken += indices
@@ -140,11 +139,11 @@ def nearest_others(
 
 
 def choose_queries(labels: Int[Tensor, " N"] | None, images: int, most: int) -> list[int]:
-    """Return which images ask for neighbours: the first of each class (at most `most`), else evenly spaced."""
+    """Return which images ask for neighbours: the first of each class (at most `most`), else any."""
     if labels is None:
-        return [int(index) for index in evenly_spaced(images, most)]
+        return [int(index) for index in sample(images, most)]
     present = torch.unique(labels)
-    classes = present[torch.from_numpy(evenly_spaced(len(present), most))]
+    classes = present[torch.from_numpy(sample(len(present), most))]
     return [int((labels == number).nonzero()[0, 0]) for number in classes]
 
 

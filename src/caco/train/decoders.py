@@ -42,10 +42,9 @@ def choose_decoder(
     if config.engine.decoder == "gpu":
         if loader.gpu_maker() is not None:
             return "gpu", ""
-        say(
-            "--engine.decoder gpu cannot be had: it needs a GPU that decodes, and JPEG files, too many or of too many sizes "
-            "to be held decoded; threads decode"
-        )
+        reason = "most images are no JPEG files, or are held decoded, or this GPU cannot decode"
+        reason = reason if loader.device.type == "cuda" else "the run is not on an NVIDIA GPU"
+        say(f"--engine.decoder gpu cannot be had ({reason}): threads decode")
         return "cpu", ""
     if config.engine.decoder == "cpu" or steps < FEW_STEPS or not loader.has_files_for_gpu:
         return "cpu", ""

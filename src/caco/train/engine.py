@@ -75,7 +75,8 @@ def choose_engine(
             )
             times = measure(backbone, choices, device, config.views.size, tried, captured)
             chosen = fastest(choices, times)
-            work, why = times[choices.index(chosen)] * trials, _speeds(choices, times, tried)
+            work = times[choices.index(chosen)] * trials
+            why = f"{_speeds(choices, times, tried)}; taken: {chosen}"
         compiled = config.engine.compile == "on"
         may_compile = config.engine.compile == "auto" and chosen.convolution == "direct"
         if may_compile and work > _long_run(device) and can_compile(device):
@@ -96,7 +97,7 @@ def no_winograd(config: Pretrain, backbone: nn.Module, device: torch.device, num
     """Return why Winograd's convolutions cannot be had here, in words; "" if they can."""
     reasons = {
         "it is for CPUs": device.type != "cpu",
-        "it needs numba (pip install 'caco[fast]')": not numba,
+        "it needs numba (pip install numba)": not numba,
         "it is for --precision fp32": config.precision == "bf16",
         "it is for --engine.layout channels_last": config.engine.layout == "contiguous",
         "it cannot be compiled (--engine.compile on)": config.engine.compile == "on",
