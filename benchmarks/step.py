@@ -107,7 +107,8 @@ class Step:
         )
         if config.engine.decoder == "gpu":
             on_gpu = self.loader.gpu_maker()
-            assert on_gpu is not None, "--decoder gpu is for a GPU and --data with JPEG files of many sizes"
+            if on_gpu is None:
+                raise SystemExit("--decoder gpu is for a GPU and --data with JPEG files of many sizes")
             self.loader.use(on_gpu)
         self.views = len(config.views.augmentations())
         self.batches: Iterator[list[Tensor]] = (batch.views for batch in self.loader.batches(0, 0, 10**6))

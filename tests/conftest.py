@@ -20,6 +20,7 @@ COMPILED = (
     "caco.bank_kernels",
     "caco.lars_kernels",
     "caco.data.crop_kernel",
+    "caco.data.jpeg_header",
     "caco.data.view_kernel",
     "caco.data.kernel",
     *(f"caco.cpu_kernels.{name}" for name in ("formulas", "memory", "products", "slots", "vectors")),

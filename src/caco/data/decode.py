@@ -137,7 +137,7 @@ def _header_reader() -> Callable[[NDArray[np.uint8]], tuple[int, int]] | None:
     """Return what reads a header without Python's lock, None where there is no numba."""
     if not find_spec("numba"):
         return None
-    from caco.data.kernel.headers import plain_size
+    from caco.data.jpeg_header import plain_size
 
     return plain_size  # type: ignore[no-any-return]
 

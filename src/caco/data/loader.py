@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -110,9 +111,9 @@ class TrainingViews:
     def gpu_maker(self) -> FromFiles | None:
         """Return what makes the views by the GPU alone; None where it cannot, or where too many images are no JPEG files."""
         source, maker = self.source, self.maker
-        if not isinstance(maker, FromSource) or not isinstance(source, EncodedSource) or self.device.type != "cuda":
+        if not (isinstance(maker, FromSource) and _is_for_gpu(source, self.device)):
             return None
-        if not suits_files(source) or not can_decode(self.device):
+        if not (suits_files(source) and can_decode(self.device)):
             return None
         return FromFiles(source, maker.views, maker.broken, self.device, compiled=True)
 
@@ -162,5 +163,6 @@ class TrainingViews:
         return Batch(indices, [view.contiguous(memory_format=self.layout) for view in views])
 
 
-def _is_for_gpu(source: ImageSource, device: torch.device) -> bool:
+def _is_for_gpu(source: ImageSource, device: torch.device) -> TypeGuard[EncodedSource]:
+    """Return whether these are encoded images for a GPU, which might decode them."""
     return isinstance(source, EncodedSource) and device.type == "cuda"

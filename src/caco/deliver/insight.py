@@ -53,8 +53,10 @@ class EncodedImages:
 
 
 def sample(count: int, most: int) -> NDArray[np.int64]:
-    """Return at most `most` of the numbers 0 … count − 1, in order: at random, for where labels come in turns, every so-manyth
-    would leave out some; the same ones every time."""
+    """Return at most `most` of the numbers 0 … count − 1, in order, at random; the same ones every time.
+
+    Not every so-manyth: where labels come in turns, that would leave out some.
+    """
     return np.sort(np.random.default_rng(0).permutation(count)[:most]).astype(np.int64)
 
 

@@ -166,11 +166,7 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
     first_row: the reference row that is query 0 itself (then query 1 is the next, …) and must not be found; None: none.
     """
     best: tuple[Tensor, Tensor] | None = None
-    length = REFERENCE_CHUNK
-    if reference.device.type == "cuda" and 4 * length * LONGER_ON_GPU * len(queries) < SHARE_OF_GPU * free_on(
-        reference.device
-    ):
-        length *= LONGER_ON_GPU
+    length = _reference_chunk(reference.device, len(queries))
     memory = queries.new_empty(len(queries) * min(length, len(reference)))
     for start in range(0, len(reference), length):
         part = _unit_rows(reference[start : start + length])
@@ -188,6 +184,15 @@ def _nearest(reference: Tensor, queries: Tensor, count: int, first_row: int | No
         best = found
     assert best is not None  # _usable refused an empty reference
     return best
+
+
+def _reference_chunk(device: torch.device, queries: int) -> int:
+    """Return how many reference images are compared with the queries at a time."""
+    if device.type != "cuda":
+        return REFERENCE_CHUNK
+    longer = REFERENCE_CHUNK * LONGER_ON_GPU
+    needed = 4 * longer * queries  # bytes of their cosines
+    return longer if needed < SHARE_OF_GPU * free_on(device) else REFERENCE_CHUNK
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

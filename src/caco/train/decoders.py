@@ -51,7 +51,7 @@ def choose_decoder(
     try:
         return _faster(config, loader, backbone, steps, say, captured)
     except torch.OutOfMemoryError:
-        return "cpu", ""
+        return "cpu", "images decoded by threads (a trial of the other way does not fit into memory)"
     finally:
         if loader.device.type == "cuda":
             torch.cuda.empty_cache()  # what the trials leave would count as taken

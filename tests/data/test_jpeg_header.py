@@ -14,7 +14,7 @@ from caco.data import decode
 from caco.data.decode import BrokenImage, decode_rgb, plain_jpeg
 
 pytest.importorskip("numba", reason="in the extra fast")
-from caco.data.kernel.headers import plain_size
+from caco.data.jpeg_header import plain_size
 
 ODD = (0, 0)
 
@@ -135,7 +135,7 @@ def damaged(count: int) -> list[bytes]:
 WITHOUT_COMPILER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_headers import damaged, size_of
+from test_jpeg_header import damaged, size_of
 print([tuple(map(int, size_of(data))) for data in damaged(1500)])
 """
 
