@@ -22,26 +22,26 @@ from caco.slots import compare, pulls_on_slots
 
 BLOCKS: dict[int, dict[str, list[tuple[int, int, int, int]]]] = {
     128: {
-        "search": [(128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
-        "search, bf16x6": [
-            (128, 64, 8, 2),
-            (128, 64, 4, 2),
+        "search, rough": [(128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3)],
+        "search, exact": [
             (64, 64, 4, 2),
-            (128, 32, 8, 3),
-            (128, 32, 4, 2),
-            (64, 128, 4, 2),
+            (64, 32, 4, 2),
+            (32, 64, 4, 2),
+            (16, 64, 4, 2),
+            (128, 64, 8, 2),
+            (64, 128, 8, 1),
         ],
         "softmax": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
         "pulls": [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 4, 3)],
     },
     256: {
-        "search": [(64, 32, 4, 2)],
-        "search, bf16x6": [(64, 32, 4, 2), (128, 32, 8, 2), (128, 32, 4, 2), (64, 64, 4, 2)],
+        "search, rough": [(128, 64, 8, 2), (128, 128, 8, 1), (128, 64, 8, 3), (64, 64, 4, 2)],
+        "search, exact": [(64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 2), (16, 32, 4, 2)],
         "softmax": [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 3)],
         "pulls": [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 3)],
     },
 }
-"""Queries and slots in a block, warps, loads ahead. bf16x6: six products of bfloat16 for an exact one, not three of TF32."""
+"""Queries and slots in a block, warps, loads ahead."""
 
 
 def graph(work: Callable[[], object]) -> Callable[[], None]:
@@ -73,15 +73,18 @@ def contestants(width: int, device: torch.device, slots: int, only: str) -> dict
         exponentials = (logits - logits.amax(dim=1, keepdim=True)).exp_()
         torch.mm(exponentials.to(bf16), weight.to(bf16), out_dtype=torch.float32)
 
-    works: dict[str, tuple[ModuleType, Callable[[], object], Callable[[], object]]] = {
-        "search": (
-            search,
-            lambda: (keys @ (weight * inverse_length).T).max(dim=1),
-            lambda: search.nearest(keys, weight, inverse_length),
-        ),
-        "softmax": (softmaxes, plain_softmax, lambda: softmaxes.softmax(few, weight, inverse_length)),
+    def plain_search() -> object:
+        return (keys @ (weight * inverse_length).T).max(dim=1)
+
+    def own_search() -> object:
+        return search.nearest(keys, weight, inverse_length)
+
+    works: dict[str, tuple[tuple[ModuleType, str], Callable[[], object], Callable[[], object]]] = {
+        "search, rough": ((search, "ROUGH"), plain_search, own_search),
+        "search, exact": ((search, "EXACT"), plain_search, own_search),
+        "softmax": ((softmaxes, "BLOCKS"), plain_softmax, lambda: softmaxes.softmax(few, weight, inverse_length)),
         "pulls": (
-            pulls,
+            (pulls, "BLOCKS"),
             lambda: pulls_on_slots(queries, weight * inverse_length, log_normaliser, drawn, bf16),
             lambda: pulls.pulls_on_slots(queries, weight, inverse_length, log_normaliser, drawn),
         ),
@@ -90,16 +93,16 @@ def contestants(width: int, device: torch.device, slots: int, only: str) -> dict
     for name, choices in BLOCKS[width].items():
         if not name.startswith(only):
             continue
-        kernel, *precision = name.split(", ")
-        module, plain, ours = works[kernel]
-        search.PRECISION = precision[0] if precision else "tf32x3"
+        (module, blocks_of_kernel), plain, ours = works[name]
         found[name] = {"plain torch": graph(plain)}
+        usual = getattr(module, blocks_of_kernel)
         for blocks in choices:
-            module.BLOCKS = {width: (blocks,)}
+            setattr(module, blocks_of_kernel, {width: (blocks,)})
             try:
                 found[name][str(blocks)] = graph(ours)
             except Exception as error:  # too large for this GPU
                 print(f"{name} {blocks}: {type(error).__name__}")
+        setattr(module, blocks_of_kernel, usual)
     return found
 
 

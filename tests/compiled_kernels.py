@@ -11,7 +11,7 @@ from caco.data import crop_kernel, view_kernel
 
 POINTERS = {"queries": "*bf16", "pulls": "*bf16", "places": "*i32", "images": "*u8"}
 """All others point to float32."""
-ALIGNED = {"key_count", "query_count", "slot_count", "of_part", "width", "height", "size"}
+ALIGNED = {"key_count", "query_count", "slot_count", "of_part", "of_group", "width", "height", "size"}
 
 
 def shared_memory(kernel, architecture, constants, options, other_types=None):
@@ -31,7 +31,8 @@ def shared_memory(kernel, architecture, constants, options, other_types=None):
 def main() -> None:
     found = {"roomy": {}, "others": {}}
     tables = (
-        (search.BLOCKS, search._nearest, "KEYS", {"PRECISION": search.PRECISION}),
+        (search.ROUGH, search._rough, "KEYS", {}),
+        (search.EXACT, search._exact, "KEYS", {"PRECISION": search.PRECISION}),
         (softmaxes.BLOCKS, softmaxes._softmax, "QUERIES", {"WITH_MEAN": True}),
         (pulls.BLOCKS, pulls._pulls, "QUERIES", {}),
     )
@@ -42,7 +43,9 @@ def main() -> None:
             for kind, architecture, choices in (("roomy", 90, [large]), ("others", 86, small)):
                 for count, slots, warps, ahead in choices:
                     constants = {"WIDTH": width, compared: count, "SLOTS": slots, **more}
-                    needed = shared_memory(kernel, architecture, constants, {"num_warps": warps, "num_stages": ahead})
+                    options = {"num_warps": warps, "num_stages": ahead}
+                    types = {"keys": "*fp16"} if kernel is search._rough else {}
+                    needed = shared_memory(kernel, architecture, constants, options, types)
                     found[kind][f"{kernel.__name__} {width}"] = needed
     sizes = {"WIDTH": 256, "PARTS": 512, "POSITIVES": 2, "OTHER_TEMPERATURE": False, "CHUNK": queries.CHUNK}
     floats = dict.fromkeys(("inverse_temperature", "to_slot_temperature", "hit_margin"), "fp32")

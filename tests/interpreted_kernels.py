@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from caco import bank_kernels, fused
+from caco.bank_kernels import search
 from caco.config import Views
 from caco.data import file_maker
 from caco.data.broken import BrokenImages
@@ -72,10 +73,34 @@ def of_losses(how: str) -> dict[str, float]:
             errors[f"gradient of slots, {name}"] = relative(ours[1].grad * Unsharded.size, exact[1].grad)
             hit = cosines.gather(1, positives) == cosines.amax(dim=1, keepdim=True)
             errors[f"hits, {name}"] = float((result.hit != hit).sum())
-        if width <= 128:
-            found, place = bank_kernels.nearest(query, weight, weight.norm(dim=1, keepdim=True).reciprocal())
-            errors[f"cosine, {name}"] = relative(found, cosines.amax(dim=1))
-            errors[f"nearest, {name}"] = float((place != cosines.argmax(dim=1)).sum())
+        found, place = bank_kernels.nearest(query, weight, weight.norm(dim=1, keepdim=True).reciprocal())
+        errors[f"cosine, {name}"] = relative(found, cosines.amax(dim=1))
+        errors[f"nearest, {name}"] = float((place != cosines.argmax(dim=1)).sum())
+    return errors
+
+
+def searches() -> dict[str, float]:
+    """Errors of the search where half precision cannot tell slots apart, of which some are equal."""
+    errors = {}
+    for keys, size, width, directions, most_groups in (
+        *((70, 700, 48, 5, 2048), (64, 2000, 64, 700, 4), (33, 1100, 130, 20, 3), (3, 100, 20, 1, 1)),
+        (129, 128, 128, 128, 2048),
+    ):
+        torch.manual_seed(size)
+        search.MOST_GROUPS = most_groups
+        rows = 30 * F.normalize(torch.randn(directions, width), dim=1).repeat(-(-size // directions), 1)[:size]
+        weight = rows + 30e-4 * torch.randn(size, width)
+        weight[size // 2 :: 7] = weight[: len(weight[size // 2 :: 7])]
+        key = F.normalize(weight[torch.randint(size, (keys,))] / 30 + 0.05 * torch.randn(keys, width), dim=1)
+        unit = F.normalize(weight.double(), dim=1)
+        found, place = bank_kernels.nearest(key, weight, weight.norm(dim=1, keepdim=True).reciprocal())
+        cosines = key.double() @ unit.T
+        name = f"{keys} keys, {size} x {width}, {directions} directions, {most_groups} groups"
+        gaps = cosines.amax(dim=1) - cosines.gather(1, place[:, None])[:, 0]
+        errors[f"not the largest, {name}"] = float(gaps.max())
+        errors[f"cosine, {name}"] = relative(found, cosines.amax(dim=1))
+        first = [int((weight == row).all(dim=1).nonzero()[0]) for row in weight[place]]
+        errors[f"not the first of equals, {name}"] = float((place != torch.tensor(first)).sum())
     return errors
 
 
@@ -181,4 +206,5 @@ def files() -> dict[str, float]:
     return errors
 
 
-print(json.dumps({"files": files, "bank": bank, "lars": lars, "views": views, "crops": crops}[sys.argv[1]]()))
+PARTS = {part.__name__: part for part in (files, bank, searches, lars, views, crops)}
+print(json.dumps(PARTS[sys.argv[1]]()))

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from caco.own_kernels import has_room, suits_kernels, works
+from caco.own_kernels import suits_kernels, works
 from caco.slots import Slots, along_sphere, inverse_lengths
 
 WIDEST = 256
 """Width of the widest embedding that the kernels have room for."""
-WIDEST_SEARCHED = 128
-"""Of the widest whose nearest slot they search faster than cuBLAS."""
 LEAST_SLOTS_ON_CPU = 2**14
 """Below, nothing is won on a CPU for what it takes to compile the kernels."""
 LARGEST_GAP = 5e-6
@@ -41,13 +39,8 @@ def of_parts(weight: Tensor, products: torch.dtype) -> ModuleType | None:
 
 
 def of_search(weight: Tensor) -> ModuleType | None:
-    """Return the kernels that find the nearest of slots like these, else None.
-
-    A product exact to float32 is three on tensor cores: worth it on a data centre's GPU, whose other units are few.
-    """
-    if _is_on_cpu(weight):
-        return _of_cpu(weight)
-    return _of_bank(weight) if _searches(weight.device, weight.shape[1]) else None
+    """Return the kernels that find the nearest of slots like these, else None."""
+    return _of_cpu(weight) if _is_on_cpu(weight) else _of_bank(weight)
 
 
 def _is_on_cpu(weight: Tensor) -> bool:
@@ -97,10 +90,6 @@ def _problem_on_cpu(queries: int = 300, size: int = 1_010, width: int = 70) -> s
     return "" if furthest < LARGEST_IN_FLOAT32 else f"they deviate by {furthest:.2g} from plain products"
 
 
-def _searches(device: torch.device, width: int) -> bool:
-    return width <= WIDEST_SEARCHED and has_room(device)
-
-
 def _of_bank(weight: Tensor) -> ModuleType | None:
     suits = weight.dtype == torch.float32 and weight.shape[1] <= WIDEST and suits_kernels(weight.device)
     return _checked(weight.device, weight.shape[1]) if suits else None
@@ -139,7 +128,7 @@ def _problem(device: torch.device, width: int, queries: int = 500, size: int = 3
             for ours, plain in _ours_and_plain(query, slots, positives, weights, pull)
         ]
     ).amax()
-    gap = _gap_of_search(query, slots).item() if _searches(device, width) else 0.0
+    gap = _gap_of_search(query, slots).item()
     furthest = deviation.item()
     if gap < LARGEST_GAP and furthest < LARGEST_DEVIATION:  # not so for NaN
         return ""
