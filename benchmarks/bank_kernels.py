@@ -31,17 +31,19 @@ BLOCKS: dict[int, dict[str, list[tuple[int, int, int, int]]]] = {
             (128, 64, 8, 2),
             (64, 128, 8, 1),
         ],
+        "search, all slots alike": [(64, 64, 4, 2), (128, 64, 8, 2)],
         "softmax": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
         "pulls": [(64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (32, 64, 4, 3)],
     },
     256: {
         "search, rough": [(128, 64, 8, 2), (128, 128, 8, 1), (128, 64, 8, 3), (64, 64, 4, 2)],
         "search, exact": [(64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 2), (16, 32, 4, 2)],
+        "search, all slots alike": [(64, 32, 4, 2)],
         "softmax": [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 3)],
         "pulls": [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 3)],
     },
 }
-"""Queries and slots in a block, warps, loads ahead."""
+"""Queries and slots in a block, warps, loads ahead. All slots alike: then rough cosines leave none out."""
 
 
 def graph(work: Callable[[], object]) -> Callable[[], None]:
@@ -73,15 +75,22 @@ def contestants(width: int, device: torch.device, slots: int, only: str) -> dict
         exponentials = (logits - logits.amax(dim=1, keepdim=True)).exp_()
         torch.mm(exponentials.to(bf16), weight.to(bf16), out_dtype=torch.float32)
 
+    narrow = keys[:1] + 1e-4 * weight
+    narrow_inverse_length = narrow.norm(dim=1, keepdim=True).reciprocal()
+
     def plain_search() -> object:
         return (keys @ (weight * inverse_length).T).max(dim=1)
 
     def own_search() -> object:
         return search.nearest(keys, weight, inverse_length)
 
+    def search_alike() -> object:
+        return search.nearest(keys, narrow, narrow_inverse_length)
+
     works: dict[str, tuple[tuple[ModuleType, str], Callable[[], object], Callable[[], object]]] = {
         "search, rough": ((search, "ROUGH"), plain_search, own_search),
         "search, exact": ((search, "EXACT"), plain_search, own_search),
+        "search, all slots alike": ((search, "EXACT"), plain_search, search_alike),
         "softmax": ((softmaxes, "BLOCKS"), plain_softmax, lambda: softmaxes.softmax(few, weight, inverse_length)),
         "pulls": (
             (pulls, "BLOCKS"),

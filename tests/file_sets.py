@@ -28,7 +28,7 @@ def write_set(folder: Path, plain: int = 9) -> dict[str, bytes]:
     png = io.BytesIO()
     smooth(20, 50, 40).save(png, "PNG")
     files |= {
-        "grey.jpg": jpeg(smooth(21, 48, 56).convert("L")),
+        "grey.jpg": jpeg(smooth(21, 200, 120).convert("L")),
         "inks.jpg": jpeg(smooth(22, 48, 56).convert("CMYK")),
         "progressive.jpg": jpeg(smooth(23, 61, 47), progressive=True),
         "turned.jpg": jpeg(smooth(24, 48, 70), exif=turned),

@@ -12,13 +12,13 @@ from caco.bank_kernels.blocks import blocks_of, divide, load_rows
 
 ROUGH = {
     64: ((128, 128, 8, 3), (64, 64, 4, 2)),
-    128: ((128, 128, 8, 3), (64, 32, 4, 2)),
-    256: ((128, 64, 8, 2), (32, 32, 4, 2)),
+    128: ((128, 64, 8, 3), (64, 32, 4, 2)),
+    256: ((128, 64, 8, 3), (32, 32, 4, 2)),
 }
 EXACT = {
     64: ((64, 64, 4, 2), (32, 32, 4, 2)),
-    128: ((64, 64, 4, 2), (32, 32, 4, 2)),
-    256: ((64, 32, 4, 2), (32, 32, 4, 1)),
+    128: ((32, 64, 4, 2), (32, 32, 4, 2)),
+    256: ((64, 32, 4, 1), (32, 32, 4, 1)),
 }
 """Each by the width of a row, at most: `Blocks` but for that (`benchmarks/bank_kernels.py`). The first are for GPUs that have
 room, the second for others."""

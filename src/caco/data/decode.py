@@ -102,6 +102,8 @@ class PlainJpeg(NamedTuple):
     data: bytes
     height: int
     width: int
+    has_engine: bool
+    """Whether it is of the kind for which GPUs have an engine: in colours, and coded from top to bottom (baseline)."""
 
 
 def upright_size(data: bytes, key: str) -> tuple[int, int]:
@@ -117,9 +119,9 @@ def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
     BrokenImage.
     """
     if (plain_size := _header_reader()) is not None:
-        height, width = plain_size(np.frombuffer(data, np.uint8))
+        height, width, has_engine = plain_size(np.frombuffer(data, np.uint8))
         is_plain = min(height, width) >= LEAST_SIDE and height * width <= MOST_PIXELS
-        return PlainJpeg(data, height, width) if is_plain else None
+        return PlainJpeg(data, height, width, bool(has_engine)) if is_plain else None
     with _open(data, key) as image:
         is_plain = (
             image.format == "JPEG"
@@ -129,11 +131,12 @@ def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
             and min(image.size) >= LEAST_SIDE
             and _orientation(image) == 1
         )
-        return PlainJpeg(data, image.height, image.width) if is_plain else None
+        has_engine = image.mode == "RGB" and not image.info.get("progressive")
+        return PlainJpeg(data, image.height, image.width, has_engine) if is_plain else None
 
 
 @lru_cache
-def _header_reader() -> Callable[[NDArray[np.uint8]], tuple[int, int]] | None:
+def _header_reader() -> Callable[[NDArray[np.uint8]], tuple[int, int, int]] | None:
     """Return what reads a header without Python's lock, None where there is no numba."""
     if not find_spec("numba"):
         return None

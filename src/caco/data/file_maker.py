@@ -1,4 +1,8 @@
-"""Views of encoded images by the GPU alone: threads of the CPU only read the files (`makers.py` has the other makers)."""
+"""Views of encoded images by the GPU: threads of the CPU only read usual JPEG files (`makers.py` has the other makers).
+
+Others they decode: also grey JPEG files, the lower part of which nvJPEG can leave black, and progressive ones, for which it
+has no engine.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from caco.data.render import copy_to, to_device
 FILES_AT_ONCE, PIXELS_AT_ONCE = 256, 2**26
 """What is decoded at a time, at most: the GPU's memory holds so many pixels of three bytes beside the views."""
 PROBES, MOST_OTHERS = 32, 0.2
-"""Images that are looked at first, and which share of them may be other than plain JPEG files."""
+"""Images that are looked at first, and which share of them may be other than JPEG files for a GPU."""
 
 
 class File(NamedTuple):
@@ -36,12 +40,12 @@ class File(NamedTuple):
     height: int
     """Upright, in pixels."""
     width: int
-    is_plain: bool
+    suits_gpu: bool
     """A JPEG file that the GPU decodes (`decode.PlainJpeg`)."""
 
 
 class FromFiles:
-    """Reads the files of the images in every step; the GPU decodes plain JPEG files, threads the others, and it renders all.
+    """Reads the files of the images in every step; the GPU decodes usual JPEG files, threads the others, and it renders all.
 
     Nothing is decoded smaller than it is, as `FromSource` does with pictures of more than NEVER_SHRUNK pixels.
     """
@@ -90,15 +94,15 @@ class FromFiles:
         def load(candidate: int) -> File:
             data, key = self.source.read(candidate), self.source.key(candidate)
             plain = None if candidate in self._refused else plain_jpeg(data, key)
-            height, width = upright_size(data, key) if plain is None else plain[1:]
-            return File(candidate, data, height, width, plain is not None)
+            height, width = upright_size(data, key) if plain is None else plain[1:3]
+            return File(candidate, data, height, width, plain is not None and plain.has_engine)
 
         return load_or_next(self.source, index, self.broken, load)
 
     def _decode(self, files: Sequence[File], pool: ThreadPoolExecutor) -> list[Tensor]:
         """Return each image, uint8 [3, H, W], on the device; of one that is broken the next good one."""
         images: dict[int, Tensor] = {}
-        plain = [place for place, file in enumerate(files) if file.is_plain]
+        plain = [place for place, file in enumerate(files) if file.suits_gpu]
         decoded = decode_jpegs([files[place].data for place in plain], self.device) if plain else []
         for place, pixels in zip(plain, decoded, strict=True):
             if pixels is not None and pixels.shape[1:] == (files[place].height, files[place].width):
@@ -125,15 +129,16 @@ class FromFiles:
 
 
 def suits_files(source: EncodedSource) -> bool:
-    """Return whether most images of a source are plain JPEG files, by some of them."""
-    plain = 0
+    """Return whether most images of a source are JPEG files for a GPU, by some of them."""
+    suits = 0
     probes = np.unique(np.linspace(0, len(source) - 1, PROBES).astype(int)).tolist()
     for index in probes:
         try:
-            plain += plain_jpeg(source.read(index), source.key(index)) is not None
+            found = plain_jpeg(source.read(index), source.key(index))
+            suits += found is not None and found.has_engine
         except BrokenImage:
             continue
-    return plain >= (1 - MOST_OTHERS) * len(probes)
+    return suits >= (1 - MOST_OTHERS) * len(probes)
 
 
 def _parts(files: Sequence[File]) -> Iterator[slice]:
