@@ -11,20 +11,20 @@ from torch import Tensor
 from caco.bank_kernels.blocks import blocks_of, divide, load_rows
 
 ROUGH = {
-    64: ((128, 128, 8, 3), (64, 64, 4, 2)),
+    64: ((128, 64, 8, 3), (64, 64, 4, 2)),
     128: ((128, 64, 8, 3), (64, 32, 4, 2)),
     256: ((128, 64, 8, 3), (32, 32, 4, 2)),
 }
 EXACT = {
     64: ((64, 64, 4, 2), (32, 32, 4, 2)),
-    128: ((32, 64, 4, 2), (32, 32, 4, 2)),
+    128: ((64, 32, 4, 2), (32, 32, 4, 2)),
     256: ((64, 32, 4, 1), (32, 32, 4, 1)),
 }
 """Each by the width of a row, at most: `Blocks` but for that (`benchmarks/bank_kernels.py`). The first are for GPUs that have
 room, the second for others."""
 MOST_GROUPS = 2048
 """Of slots: of each group the largest rough cosine of every key is kept, so that memory does not grow with the bank."""
-LEAST_GROUP = 128
+LEAST_GROUP = 64
 """Slots in a group: a multiple of those in all blocks."""
 ROUNDING = 1.1 * 2**-10
 """Most by which a cosine of unit rows in half precision differs from the exact one: both factors are rounded by up to 2⁻¹¹ of
