@@ -30,6 +30,7 @@ from caco.data.arrays import ArraySource
 from caco.data.source import ImageSource, open_source
 from caco.device import choose_device
 from caco.distributed.world import World
+from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.features import extract
 from caco.evaluate.knn import Voting, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, train_heads
@@ -163,15 +164,9 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
     rounds = 2 if options.quick else options.rounds
 
     def ours() -> object:
-        return extract(
-            backbone,
-            source,
-            Preparation(size, resize=256),
-            device=device,
-            workers=World(device).worker_count("auto"),
-            indices=range(count),
-            precision=PRECISIONS[precision],
-        )
+        workers = World(device).worker_count("auto")
+        views = CentreViews(source, Preparation(size, resize=256), np.arange(count), workers=workers)
+        return extract(backbone, views, device=device, precision=PRECISIONS[precision])
 
     def forward(batch: int) -> Callable[[], None]:
         @torch.no_grad()

@@ -44,6 +44,18 @@ def test_pictures_are_nearly_the_same_and_what_is_no_jpeg_is_refused():
             assert float((ours.cpu().float() - plain.float()).abs().mean()) < levels
 
 
+def test_pictures_in_fresh_memory():
+    """Of grey and progressive ones, too, which are left to threads: once, the lower part of a grey one was black."""
+    device = choose_device(PLACE)
+    pictures = [smooth(0, 375, 500), smooth(1, 200, 120).convert("L"), smooth(2, 61, 47), smooth(3, 1201, 1603)]
+    files = [jpeg(picture, progressive=number == 2) for number, picture in enumerate(pictures)]
+    plain = [torch.from_numpy(decode_rgb(data, "a picture").pixels).permute(2, 0, 1).float() for data in files]
+    for _ in range(50):
+        torch.cuda.empty_cache()
+        for ours, theirs in zip(decode_jpegs(files, device), plain, strict=True):
+            assert float((ours.cpu().float() - theirs).abs().mean()) < 8.0
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_views_are_nearly_those_of_threads(compiled, tmp_path):
     device = choose_device(PLACE)

@@ -437,10 +437,11 @@ def test_encode_images_shows_every_good_image_once(finished, photos):
 
 
 def caco_features(run, source):
+    from caco.evaluate.centre_views import CentreViews
     from caco.evaluate.features import extract
 
-    backbone = caco.load_backbone(run)
-    return extract(backbone, source, Preparation(size=16, resize=18), device="cpu", workers=1).vectors
+    views = CentreViews(source, Preparation(size=16, resize=18), workers=1)
+    return extract(caco.load_backbone(run), views, device="cpu").vectors
 
 
 # Records

@@ -11,11 +11,11 @@ from caco.backbone import evaluation_mode
 from caco.data.decode import BrokenImage
 from caco.errors import CacoError
 from caco.evaluate import features
+from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.features import backbone_features, extract, joined, pixel_features
 from caco.views import IMAGENET_MEAN, IMAGENET_STD, Preparation
 
 PREPARATION = Preparation(size=32, resize=36)
-OPTIONS = {"preparation": PREPARATION, "device": "cpu", "workers": 2}
 
 
 class Pictures:
@@ -45,6 +45,10 @@ class Pictures:
         return self.images[index]
 
 
+def views(source, indices=None, workers=2, **options):
+    return CentreViews(source, PREPARATION, indices, workers=workers, **options)
+
+
 @pytest.fixture(scope="module")
 def backbone():
     torch.manual_seed(0)
@@ -67,7 +71,7 @@ def one_by_one(backbone, source, index):
 @pytest.mark.parametrize("batch_size", [1, 4, 256])
 def test_every_good_image_once_and_in_order(backbone, batch_size):
     source = Pictures()
-    features = extract(backbone, source, batch_size=batch_size, **OPTIONS)
+    features = extract(backbone, views(source, batch_size=batch_size), device="cpu")
     good = [index for index in range(23) if index != 5]
     assert features.keys == [f"picture {index}" for index in good]
     assert features.broken == [("picture 5", "made so")]
@@ -81,19 +85,40 @@ def test_every_good_image_once_and_in_order(backbone, batch_size):
 
 
 def test_batch_size_and_workers_do_not_matter(backbone):
-    first = extract(backbone, Pictures(), batch_size=3, **{**OPTIONS, "workers": 1})
-    second = extract(backbone, Pictures(), batch_size=22, **{**OPTIONS, "workers": 4})
+    first = extract(backbone, views(Pictures(), batch_size=3, workers=1), device="cpu")
+    second = extract(backbone, views(Pictures(), batch_size=22, workers=4), device="cpu")
     torch.testing.assert_close(first.vectors, second.vectors, rtol=1e-5, atol=1e-6)
 
 
 def test_chosen_images_and_no_labels(backbone):
     source = Pictures(labelled=False)
-    whole = extract(backbone, source, **OPTIONS)
-    part = extract(backbone, source, indices=np.array([8, 2, 5]), **OPTIONS)
+    whole = extract(backbone, views(source), device="cpu")
+    part = extract(backbone, views(source, np.array([8, 2, 5])), device="cpu")
     assert part.labels is None
     assert part.keys == ["picture 8", "picture 2"]
     assert part.broken == [("picture 5", "made so")]
     torch.testing.assert_close(part.vectors, whole.vectors[[7, 2]])
+
+
+def test_small_views_are_decoded_once_where_they_are_kept(backbone):
+    source = Pictures()
+    kept = views(source, batch_size=4, most_kept=23 * 3 * 32 * 32)
+    first, again = (extract(backbone, kept, device="cpu") for _ in range(2))
+    assert sorted(source.loads) == list(range(23))
+    assert torch.equal(first.vectors, again.vectors) and first.labels.tolist() == again.labels.tolist()
+    assert first.keys == again.keys and first.broken == again.broken == [("picture 5", "made so")]
+    for too_few in (0, 23 * 3 * 32 * 32 - 1):
+        source = Pictures()
+        not_kept = views(source, batch_size=4, most_kept=too_few)
+        first, again = (extract(backbone, not_kept, device="cpu") for _ in range(2))
+        assert len(source.loads) == 46 and torch.equal(first.vectors, again.vectors)
+
+
+def test_a_pass_that_was_broken_off_is_not_kept(backbone):
+    source = Pictures()
+    kept = views(source, batch_size=4, most_kept=10**9)
+    next(iter(kept))
+    assert len(extract(backbone, kept, device="cpu").vectors) == 22
 
 
 def test_the_network_is_left_as_it_was(backbone):
@@ -103,7 +128,7 @@ def test_the_network_is_left_as_it_was(backbone):
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     modes = [module.training for module in backbone.modules()]
     strides = [parameter.stride() for parameter in backbone.parameters()]
-    extract(backbone, Pictures(), **OPTIONS)
+    extract(backbone, views(Pictures()), device="cpu")
     assert [module.training for module in backbone.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert [parameter.stride() for parameter in backbone.parameters()] == strides
@@ -113,17 +138,17 @@ def test_the_network_is_left_as_it_was(backbone):
 
 
 def test_bf16_is_close_to_fp32(backbone):
-    exact = extract(backbone, Pictures(), **OPTIONS).vectors
-    narrow = extract(backbone, Pictures(), precision=torch.bfloat16, **OPTIONS).vectors
+    exact = extract(backbone, views(Pictures()), device="cpu").vectors
+    narrow = extract(backbone, views(Pictures()), device="cpu", precision=torch.bfloat16).vectors
     assert narrow.dtype == torch.float32
     assert not torch.equal(narrow, exact)
     assert torch.nn.functional.cosine_similarity(narrow, exact).min() > 0.99
 
 
 def test_more_batches_than_are_kept_on_the_device(backbone, monkeypatch):
-    whole = extract(backbone, Pictures(), **OPTIONS)
+    whole = extract(backbone, views(Pictures()), device="cpu")
     monkeypatch.setattr("caco.evaluate.features.BATCHES_ON_DEVICE", 2)
-    parts = extract(backbone, Pictures(), batch_size=3, **OPTIONS)
+    parts = extract(backbone, views(Pictures(), batch_size=3), device="cpu")
     torch.testing.assert_close(parts.vectors, whole.vectors, rtol=1e-5, atol=1e-6)
 
 
@@ -146,11 +171,11 @@ def test_joined_lets_go_of_its_parts():
 
 def test_pixels_are_what_an_encoder_sees():
     source = Pictures()
-    pixels = pixel_features(source, PREPARATION, workers=2)
+    pixels = pixel_features(views(source))
     assert pixels.vectors.shape == (22, 32 * 32 * 3)
     assert pixels.labels.tolist() == [index % 2 for index in range(23) if index != 5]
     source.images[0] = np.full((40, 50, 3), (255, 0, 51), np.uint8)
-    first = pixel_features(source, PREPARATION, workers=2, indices=[0]).vectors
+    first = pixel_features(views(source, np.array([0]))).vectors
     seen = [
         (level - mean) / std
         for level, mean, std in zip((1.0, 0.0, 0.2), PREPARATION.mean, PREPARATION.std, strict=True)
@@ -160,12 +185,12 @@ def test_pixels_are_what_an_encoder_sees():
 
 def test_errors_say_what_is_wrong(backbone):
     with pytest.raises(CacoError, match="none of the 3 images of pictures can be read; the first, picture 0: made so"):
-        extract(backbone, Pictures(3, broken=(0, 1, 2)), **OPTIONS)
+        extract(backbone, views(Pictures(3, broken=(0, 1, 2))), device="cpu")
     with pytest.raises(CacoError, match="none of the 0 images"):
-        pixel_features(Pictures(0, broken=()), PREPARATION, workers=1)
+        pixel_features(views(Pictures(0, broken=())))
     with pytest.raises(CacoError, match=r"not \[\d+, 3, 32, 32\]"):
-        extract(nn.Identity(), Pictures(), **OPTIONS)
+        extract(nn.Identity(), views(Pictures()), device="cpu")
     spoiled = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
     nn.init.constant_(spoiled[1].bias, torch.nan)
     with pytest.raises(CacoError, match="not finite"):
-        extract(spoiled, Pictures(), **OPTIONS)
+        extract(spoiled, views(Pictures()), device="cpu")

@@ -14,6 +14,7 @@ from caco.data.order import epoch_order
 from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
 from caco.evaluate import reference_probe
+from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import extract
 from caco.evaluate.reference_probe import ProbeSettings, train_reference_probe
@@ -120,7 +121,7 @@ def test_a_run_equals_plain_steps(monkeypatch, broken, batch_size, forward):
     torch.testing.assert_close(result.weight, head.weight.detach(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(result.bias, head.bias.detach(), rtol=1e-4, atol=1e-7)
 
-    seen = extract(backbone, val, PREPARATION, device="cpu", workers=2)
+    seen = extract(backbone, CentreViews(val, PREPARATION, workers=2), device="cpu")
     correct = (seen.vectors @ result.weight.T + result.bias).argmax(dim=1) == seen.labels
     assert torch.equal(result.correct, correct)
     assert len(correct) == 14  # the broken one is not judged, no other is judged twice

@@ -1,4 +1,4 @@
-"""Who decodes: threads as long as they keep up, the GPU where it is faster by enough, and only in a long run."""
+"""Who decodes: threads as long as they keep up, the GPU where a step is the faster for it, and only in a long run."""
 
 import json
 from dataclasses import replace
@@ -57,9 +57,10 @@ FULL = -1.0
     ("threads", "gpu", "step", "steps", "chosen", "tried"),
     [
         (0.5, 0.1, 1.0, MANY, "cpu", False),  # threads keep up
-        (0.9, 0.1, 1.0, MANY, "gpu", True),
+        (0.9, 0.1, 1.0, MANY, "cpu", False),
         (2.0, 0.1, 1.0, MANY, "gpu", True),
-        (2.0, 1.9, 1.0, MANY, "cpu", True),  # not faster by enough
+        (2.0, 0.9, 1.0, MANY, "gpu", True),
+        (2.0, 1.1, 1.0, MANY, "cpu", True),  # it would have no time for the training
         (2.0, FULL, 1.0, MANY, "cpu", True),
         (0.5, 0.1, 0.4, 500, "cpu", False),  # a short run
         (2.0, None, 1.0, MANY, "cpu", False),

@@ -122,6 +122,15 @@ def test_the_backbone_is_judged_in_evaluation_mode_and_left_as_it_was():
     assert monitor(source(LABELS))(backbone) == result
 
 
+def test_small_views_are_decoded_for_the_first_check_only(monkeypatch):
+    train = source(LABELS)
+    check, loads, load = monitor(train, held_out=0.2), [], train.load
+    monkeypatch.setattr(train, "load", lambda index: loads.append(index) or load(index))
+    first = check(Brightness())
+    assert sorted(loads) == list(range(30))
+    assert check(Brightness()) == first and len(loads) == 30
+
+
 def test_when_it_is_due():
     def due(epochs, **options):
         return [epoch + 1 for epoch in range(epochs) if knn_is_due(epoch, epochs, MonitorOptions(**options))]

@@ -94,6 +94,8 @@ def centre_view(
     if size > resize:
         raise ValueError(f"a centre crop of {size} pixels does not fit in a shorter side of {resize}")
     height, width = image.shape[:2]
+    if height == width == resize == size:
+        return image
     shorter = min(height, width)
     resized_height, resized_width = int(resize * height / shorter), int(resize * width / shorter)
     if squash:

@@ -1,7 +1,7 @@
 """Views of encoded images by the GPU: threads of the CPU only read usual JPEG files (`makers.py` has the other makers).
 
-Others they decode: also grey JPEG files, the lower part of which nvJPEG can leave black, and progressive ones, for which it
-has no engine.
+Others they decode: also grey JPEG files, of which nvJPEG once left a part black (docs/performance.md), and progressive ones,
+for which GPUs have no engine.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from torch import Tensor
 from caco.data.decode import decode_rgb
 from caco.own_kernels import suits_kernels, works
 
+MOST_TRIES = 3
+"""Of decoding into memory that is not fresh: another thread may take some meanwhile."""
 LARGEST_DIFFERENCE = 4.0
 """Of smooth pictures' pixels between both decoders, on average, in levels of 255."""
 
@@ -52,13 +54,20 @@ def _decode(files: Sequence[bytes], device: torch.device) -> Sequence[Tensor]:
     """Return the pictures. Raises RuntimeError where nvJPEG refuses one of them, or fails.
 
     Nothing may be left to do on the current stream when nvJPEG begins: its engine does not wait for kernels that still read
-    from memory which was given back since (pytorch/vision#9606).
+    from memory which was given back since (pytorch/vision#9606). Nor may what it writes to be fresh from the driver: the
+    lower part of a picture in such memory was black, once (docs/performance.md). Then it is decoded anew, into the same.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
-    torch.cuda.current_stream(device).synchronize()
-    pictures: list[Tensor] = decode_jpeg(encoded, ImageReadMode.RGB, device)
+    pictures: list[Tensor] = []
+    for _ in range(MOST_TRIES):
+        pictures.clear()
+        torch.cuda.current_stream(device).synchronize()
+        before = torch.cuda.memory_reserved(device)
+        pictures += decode_jpeg(encoded, ImageReadMode.RGB, device)
+        if torch.cuda.memory_reserved(device) <= before:
+            break
     return pictures
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from caco.data.decode import BrokenImage
 
 Result = TypeVar("Result")
+
+MOST_TOGETHER = 8
+"""Images that a thread is handed at a time: to hand over one takes as long as to decode a small picture."""
 
 
 def map_in_order(
@@ -19,20 +23,32 @@ def map_in_order(
 
     A BrokenImage is skipped and its (key, reason) appended to `broken`.
     """
-    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode")
-    futures: deque[tuple[int, Future[Result]]] = deque()
+
+    def work_on(few: list[int]) -> list[tuple[int, Result | BrokenImage]]:
+        done: list[tuple[int, Result | BrokenImage]] = []
+        for index in few:
+            try:
+                done.append((index, function(index)))
+            except BrokenImage as error:
+                done.append((index, error))
+        return done
+
+    workers = max(1, workers)
+    together = min(max(depth // (2 * workers), 1), MOST_TOGETHER)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    futures: deque[Future[list[tuple[int, Result | BrokenImage]]]] = deque()
     try:
         remaining = iter(indices)
         while True:
-            while len(futures) < depth and (index := next(remaining, None)) is not None:
-                futures.append((index, pool.submit(function, index)))
+            while len(futures) < max(depth // together, 1) and (few := list(islice(remaining, together))):
+                futures.append(pool.submit(work_on, few))
             if not futures:
                 return
-            index, future = futures.popleft()
-            try:
-                yield index, future.result()
-            except BrokenImage as error:
-                broken.append((error.key, error.reason))
+            for index, result in futures.popleft().result():
+                if isinstance(result, BrokenImage):
+                    broken.append((result.key, result.reason))
+                else:
+                    yield index, result
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -17,13 +17,17 @@ from caco.backbone import adopt_backbone, create_backbone, try_size
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import UsageError
+from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
 from caco.foreign import preparation_of
+from caco.memory import free_memory
 from caco.train.checkpoint import CheckpointFolder
 from caco.views import Preparation, usual_resize
 from caco.weights import BackboneCard, download_backbone, load_backbone, load_into, read_weights
 
 BASELINES = ("random", "pixels")
+KEPT_SHARE = 1 / 32
+"""Share of the free memory that the centre views of a source may take to be kept."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class UsableEncoder:
     batch_size: int = 256
     card: BackboneCard | None = None
     """What is known of the backbone; None while it is trained."""
+    kept: dict[tuple[int, bytes], CentreViews] | None = None
+    """Of each source (its `id`) and choice of images the views, if they are small, for the next time; None: none is kept."""
 
     def features(self, source: ImageSource, indices: np.ndarray | None = None) -> Features:
         """Return the features of every good image of a source (or of `indices`), each exactly once.
@@ -47,20 +53,23 @@ class UsableEncoder:
         backbone = self.backbone
 
         def make(part: np.ndarray) -> Features:
+            views = self._views(source, part)
             if backbone is None:
-                return pixel_features(source, self.preparation, workers=self.workers, indices=part)
-            return extract(
-                backbone,
-                source,
-                self.preparation,
-                device=self.world.device,
-                workers=self.workers,
-                indices=part,
-                batch_size=self.batch_size,
-                precision=self.precision,
-            )
+                return pixel_features(views)
+            return extract(backbone, views, device=self.world.device, precision=self.precision)
 
         return gather_features(make, len(source), self.world, indices)
+
+    def _views(self, source: ImageSource, indices: np.ndarray) -> CentreViews:
+        views = CentreViews(
+            source,
+            self.preparation,
+            indices,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            most_kept=0 if self.kept is None else int(KEPT_SHARE * free_memory(torch.device("cpu"))),
+        )
+        return views if self.kept is None else self.kept.setdefault((id(source), indices.tobytes()), views)
 
 
 def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.Module | None, BackboneCard]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,14 +11,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from caco.backbone import evaluation_mode
-from caco.data.augment import centre_view, normalise
+from caco.data.augment import normalise
 from caco.data.render import copy_to
-from caco.data.source import ImageSource
-from caco.data.threads import batched, map_in_order
 from caco.distributed.world import World
 from caco.errors import CacoError
+from caco.evaluate.centre_views import CentreViews
 from caco.precision import autocast
-from caco.views import Preparation
 
 BATCHES_ON_DEVICE = 32  # features are fetched from the device this many batches at a time
 
@@ -51,32 +49,23 @@ class NoneReadable(CacoError):
 
 
 def extract(
-    backbone: nn.Module,
-    source: ImageSource,
-    preparation: Preparation,
-    *,
-    device: torch.device | str,
-    workers: int,
-    indices: Sequence[int] | np.ndarray | None = None,
-    batch_size: int = 256,
-    precision: torch.dtype = torch.float32,
+    backbone: nn.Module, views: CentreViews, *, device: torch.device | str, precision: torch.dtype = torch.float32
 ) -> Features:
-    """Return the backbone's features of a source's images (or of `indices`), seen through the validation transform.
+    """Return the backbone's features of images, seen through the validation transform.
 
     The backbone is moved to `device`, runs in evaluation mode and is left in the mode and the memory format it was in
     (channels_last is fastest on most machines): a run that is checked trains on as if it had not been. Broken images are
-    skipped and listed. Images are decoded by `workers` threads while the device computes. Raises CacoError when no image can
-    be read, when the backbone returns anything but [B, F], and when features are not finite.
+    skipped and listed. Images are decoded by threads while the device computes. Raises CacoError when no image can be read,
+    when the backbone returns anything but [B, F], and when features are not finite.
     """
-    device = torch.device(device)
+    device, how = torch.device(device), views.preparation
     backbone.to(device)
 
-    def encode(views: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B F"]:
-        images = normalise(copy_to(device, views), preparation.mean, preparation.std)
-        return backbone_features(backbone, images, precision)
+    def encode(batch: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B F"]:
+        return backbone_features(backbone, normalise(copy_to(device, batch), how.mean, how.std), precision)
 
     with evaluation_mode(backbone):
-        return _collect_features(source, preparation, encode, workers, indices, batch_size, BATCHES_ON_DEVICE)
+        return _collect_features(views, encode, BATCHES_ON_DEVICE)
 
 
 def labels_of(features: Features) -> Int[Tensor, " N"]:
@@ -112,63 +101,43 @@ def gather_features(
     return Features(world.gather_parts(own.vectors), labels, sum(keys, []), sum(broken, []))
 
 
-def pixel_features(
-    source: ImageSource,
-    preparation: Preparation,
-    *,
-    workers: int,
-    indices: Sequence[int] | np.ndarray | None = None,
-) -> Features:
+def pixel_features(views: CentreViews) -> Features:
     """Return pixels as features, float32 [N, 3 · size · size]: what no encoder at all would give.
 
     The same images and the same centre views as `extract`, normalised as for an encoder: without the mean, a cosine
     compares above all how bright pictures are, and the baseline would be too easily beaten (docs/results.md).
     """
 
-    def flatten(views: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B F"]:
-        return normalise(views, preparation.mean, preparation.std).flatten(1)
+    def flatten(batch: UInt8[Tensor, "B S S 3"]) -> Float[Tensor, "B F"]:
+        return normalise(batch, views.preparation.mean, views.preparation.std).flatten(1)
 
-    return _collect_features(source, preparation, flatten, workers, indices, batch_size=256, fetched_together=1)
+    return _collect_features(views, flatten, fetched_together=1)
 
 
-def _collect_features(
-    source: ImageSource,
-    preparation: Preparation,
-    encode: Callable[[Tensor], Tensor],
-    workers: int,
-    indices: Sequence[int] | np.ndarray | None,
-    batch_size: int,
-    fetched_together: int,
-) -> Features:
+def _collect_features(views: CentreViews, encode: Callable[[Tensor], Tensor], fetched_together: int) -> Features:
     """Return what `encode` makes of each batch of centre views, uint8 [B, S, S, 3].
 
     fetched_together: of so many batches the vectors stay on their device until they are fetched in one go.
     """
-    chosen = range(len(source)) if indices is None else [int(index) for index in indices]
-
-    def view(index: int) -> np.ndarray:
-        image, how = source.load(index), preparation
-        return centre_view(image, how.resize, how.size, how.interpolation, how.squash)
-
+    source = views.source
     taken: list[int] = []
-    broken: list[tuple[str, str]] = []
     finished: list[Tensor] = []
     waiting: list[Tensor] = []
-    for read, views in batched(map_in_order(view, chosen, broken, 2 * batch_size + workers, workers), batch_size):
+    for read, batch in views:
         taken += read
-        waiting.append(encode(torch.from_numpy(np.stack(views))))
+        waiting.append(encode(batch))
         if len(waiting) == fetched_together:
             finished.append(torch.cat(waiting).cpu())
             waiting.clear()
     if waiting:
         finished.append(torch.cat(waiting).cpu())
     if not taken:
-        raise NoneReadable(source.name, broken)
+        raise NoneReadable(source.name, views.broken)
     vectors = joined(finished)
     if not torch.isfinite(vectors).all():
         raise CacoError(f"the encoder gives features that are not finite for images of {source.name}")
     labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64)[taken])
-    return Features(vectors, labels, [source.key(index) for index in taken], broken)
+    return Features(vectors, labels, [source.key(index) for index in taken], views.broken)
 
 
 @torch.no_grad()

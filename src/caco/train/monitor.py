@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from caco.data.labels import Relabelled
 from caco.data.source import ImageSource
 from caco.distributed.world import World
 from caco.errors import UsageError
+from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.encoder import UsableEncoder
 from caco.evaluate.features import NoneReadable, labels_of
 from caco.evaluate.knn import Voting, first_share_of_each_class, held_out_split, knn_accuracy
@@ -42,10 +43,12 @@ class KnnMonitor:
     world: World
     precision: torch.dtype
     workers: int
+    kept: dict[tuple[int, bytes], CentreViews] = field(default_factory=dict)
+    """Every check sees the same views: small ones are decoded once."""
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
         """Return {"top1", "top5"} in percent, and the numbers of {"queries", "reference"} images."""
-        encoder = UsableEncoder(backbone, self.preparation, self.world, self.precision, self.workers)
+        encoder = UsableEncoder(backbone, self.preparation, self.world, self.precision, self.workers, kept=self.kept)
         reference = encoder.features(self.reference, self.reference_indices)
         queries = reference if self.queries is None else encoder.features(self.queries, self.query_indices)
         (result,) = knn_accuracy(
