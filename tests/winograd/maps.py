@@ -8,4 +8,4 @@ def maps_of(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def relative(found: torch.Tensor, true: torch.Tensor) -> float:
-    return float((found.double() - true).norm() / true.norm())
+    return float((found.detach().double() - true.detach()).norm() / true.detach().norm())

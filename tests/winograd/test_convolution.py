@@ -17,6 +17,7 @@ from caco.winograd import convolution as module
 from caco.winograd.convolution import WinogradConvolution, convolve, filters_back, transform_filters
 
 pytest.importorskip("numba")
+from caco.cpu_kernels.memory import LARGE
 
 SHAPES = [(2, 64, 64, 32, 32), (3, 32, 64, 9, 6), (1, 64, 32, 4, 7), (250, 32, 32, 5, 1), (5, 32, 32, 1, 3)]
 """Images, channels in and out, height, width: whole tiles, parts of tiles, more images than a thread takes at a time."""
@@ -79,7 +80,7 @@ def test_maps_are_read_with_factors_and_summed(shape, kind):
     if two:
         true += with_sums(F.conv2d(read, other, stride=2))
     found = WinogradConvolution.apply(maps, weight, stride, factors, True, other if two else None)
-    assert found[len(true) :] == (None,) * (4 - len(true))
+    assert found[len(true) :] == (None,) * (5 - len(true))
     pulls = [torch.randn_like(tensor) for tensor in true]
     leaves = (maps, weight, factors, *([other] if two else []))
     some = [list(range(len(true))), *([number] for number in range(len(true)))]  # all, and each alone
@@ -98,6 +99,47 @@ def test_maps_are_read_with_factors_and_summed(shape, kind):
         for one, exact in zip((*found[: len(true)], *gradients[0]), (*true, *gradients[1]), strict=True):
             assert one.shape == exact.shape
             assert float((one - exact).detach().norm()) <= 1e-12 * float(exact.detach().norm())
+
+
+@pytest.mark.parametrize("used", ["both", "the result", "what is carried"])
+def test_what_it_carries_has_its_gradient_added(used):
+    torch.manual_seed(0)
+    maps, weight = maps_of(3, 32, 9, 6).requires_grad_(), maps_of(64, 32, 3, 3).requires_grad_()
+    uses = used != "what is carried", used != "the result"
+
+    def loss(result: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+        return (
+            uses[0] * result.sin().sum()
+            if not uses[1]
+            else carried.cos().sum() + (result.sin().sum() if uses[0] else 0)
+        )
+
+    result, *_, carried = WinogradConvolution.apply(maps, weight, 1, None, False, None, True)
+    assert torch.equal(carried, maps)
+    found = torch.autograd.grad(loss(result, carried), (maps, weight), allow_unused=True)
+    true = loss(F.conv2d(maps, weight, padding=1), maps)
+    for one, exact in zip(found, torch.autograd.grad(true, (maps, weight), allow_unused=True), strict=True):
+        assert (one is None) == (exact is None)
+        assert one is None or relative(one, exact) < 1e-12
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("shape", [(9, 64, 64, 55, 57), (2, 256, 256, 8, 7)], ids=["maps", "filters"])
+def test_what_is_large_is_written_past_the_caches(shape):
+    images, inputs, outputs, height, width = shape
+    torch.manual_seed(0)
+    maps, weight = (
+        maps_of(images, inputs, height, width).requires_grad_(),
+        maps_of(outputs, inputs, 3, 3).requires_grad_(),
+    )
+    assert max(maps.nbytes, transform_filters(weight, 1).nbytes) >= LARGE > min(maps.nbytes, weight.nbytes)
+    found, true = convolve(maps, weight), F.conv2d(maps, weight, padding=1)
+    pull = torch.randn_like(true)
+    assert relative(found, true) < 1e-12
+    for one, exact in zip(
+        *(torch.autograd.grad(result, (maps, weight), pull) for result in (found, true)), strict=True
+    ):
+        assert relative(one, exact) < 1e-12
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (5,), (0, 5), (1, 3)])

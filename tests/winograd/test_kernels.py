@@ -10,6 +10,7 @@ from torch.nn import functional as F
 pytest.importorskip("numba")
 
 from caco.cpu_kernels import products
+from caco.cpu_kernels.memory import aligned
 from caco.winograd import strips, tiles, transforms
 
 # Lavin & Gray 2015, F(4 x 4, 3 x 3)
@@ -129,12 +130,21 @@ def test_tiles_are_cut_out_and_transformed(kind, read):
     np.testing.assert_allclose(places_of(kind, maps, *given), expected, rtol=1e-12, atol=1e-12)
 
 
-def put_back(kind: int, pull: np.ndarray, room: int, maps: np.ndarray, given: tuple, sums: np.ndarray) -> None:
+def put_back(
+    kind: int,
+    pull: np.ndarray,
+    room: int,
+    maps: np.ndarray,
+    given: tuple,
+    sums: np.ndarray,
+    added: np.ndarray | None = None,
+) -> None:
     """Fill the maps, a row of tiles at a time."""
+    added = maps[:0] if added is None else added
     strip = strips.strip_of(kind, maps)
     for row in range(len(maps) * strips.grid(kind, maps)[0]):
         flat = pull[row].copy()
-        tiles.tiles_to_maps(kind, flat, room, maps, *given, sums, row, row + 1, strip)
+        tiles.tiles_to_maps(kind, flat, room, maps, added, *given, sums, row, row + 1, strip)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,6 +161,9 @@ def test_tiles_go_back_by_the_transpose(kind):
         tiles.maps_to_tiles(kind, maps, *no_factors(maps), row, row + 1, strip, flat[row], room)
     put_back(kind, pull, room, returned, no_factors(maps), np.empty((0, CHANNELS)))
     np.testing.assert_allclose((flat * pull).sum(), (maps * returned).sum(), rtol=1e-12)
+    more = np.empty_like(returned)
+    put_back(kind, pull, room, more, no_factors(maps), np.empty((0, CHANNELS)), added=maps)
+    np.testing.assert_array_equal(more, returned + maps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,15 +213,16 @@ def test_products(rows, columns, depth, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("add", [False, True])
-def test_transposed_products(add, dtype):
+@pytest.mark.parametrize(("add", "past"), [(False, False), (True, False), (False, True)])
+def test_transposed_products(add, past, dtype):
     draw = np.random.default_rng(0)
     left, right = draw.normal(size=(13, 64)).astype(dtype), draw.normal(size=(13, 32)).astype(dtype)
     width, room = products.panel_width(left.itemsize), 19
-    result = np.full(64 * 32, 1 if add else np.nan, dtype)
+    result = aligned(64 * 32, left)
+    result[:] = 1 if add else np.nan
     products.multiply_transposed(
         in_panels(left, room), 0, room * width, in_panels(right, room), 0, room * width, result, 0, 64 * width,
-        64, 32, 13, add,
+        64, 32, 13, add, past,
     )  # fmt: skip
     found = result.reshape(-1, 64, width).swapaxes(0, 1).reshape(64, 32)
     assert error(found, left.T.astype(float) @ right + add) < 4 * np.finfo(dtype).eps

@@ -20,6 +20,7 @@ from caco.winograd.network import use_direct, use_winograd
 from caco.winograd.residual import Joined
 
 pytest.importorskip("numba")
+from caco.cpu_kernels.memory import LARGE
 
 
 def downsample(inputs: int, outputs: int, stride: int = 2) -> nn.Module:
@@ -105,6 +106,23 @@ def test_a_block_is_what_it_was(block, norm, as_one):
     assert len(as_one) == 4
     for one, other in zip(*results, strict=True):
         assert float((other - one).detach().norm()) <= 1e-11 * float(one.detach().norm())
+
+
+def test_a_block_of_large_maps(as_one):
+    """They are written past the caches."""
+    torch.manual_seed(0)
+    direct = drawn(BasicBlock(64, 64))
+    winograd = copy.deepcopy(direct)
+    use_winograd(winograd)
+    maps = [maps_of(9, 64, 55, 57).requires_grad_() for _ in range(2)]
+    maps[1].data.copy_(maps[0])
+    assert maps[0].nbytes >= LARGE
+    one, other = (block(given) for block, given in zip((direct, winograd), maps, strict=True))
+    one.sin().sum().backward()
+    other.sin().sum().backward()
+    assert as_one and relative(other, one) < 1e-11 and relative(maps[1].grad, maps[0].grad) < 1e-11
+    for ours, exact in zip(winograd.parameters(), direct.parameters(), strict=True):
+        assert relative(ours.grad, exact.grad) < 1e-11
 
 
 def changed(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:

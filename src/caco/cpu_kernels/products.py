@@ -10,7 +10,7 @@ from typing import no_type_check
 from numba import njit
 from numba.extending import register_jitable
 
-from caco.cpu_kernels.vectors import BYTES, add_all, add_products, store_all, zeros_all
+from caco.cpu_kernels.vectors import BYTES, add_all, add_products, store_all, store_all_past_caches, zeros_all
 
 ROWS = 6
 """Rows of a result that are computed together: with two vectors of columns, their sums fill the registers."""
@@ -72,11 +72,12 @@ def multiply_transposed(
     left, left_at, left_panel,
     right, right_at, right_panel,
     result, result_at, result_panel,
-    rows, columns, depth, add,
+    rows, columns, depth, add, past,
 ):  # fmt: skip
     """result[rows, columns] = leftᵀ[rows, depth] · right[depth, columns], or that is added to the result.
 
-    Matrices as in `multiply`; `left` has `depth` rows and `rows` columns, which are whole panels.
+    past: the result, which is not added to then, is written past the caches and begins with a line of them. Matrices as in
+    `multiply`; `left` has `depth` rows and `rows` columns, which are whole panels.
     """
     width = panel_width(result.itemsize)
     lanes = width // 2
@@ -93,5 +94,7 @@ def multiply_transposed(
                 c = result_at + panel * result_panel + (left_columns + first) * width
                 if add:
                     add_all(result, c, lanes, sums)
+                elif past:
+                    store_all_past_caches(result, c, lanes, sums)
                 else:
                     store_all(result, c, lanes, sums)

@@ -67,10 +67,12 @@ def load_at(builder: Any, array: Any, data: Any, index: Any) -> Any:
     return builder.load(address, align=array.dtype.bitwidth // 8)
 
 
-def store_at(builder: Any, array: Any, data: Any, index: Any, vector: Any) -> None:
-    """Write the code that puts a vector there."""
+def store_at(builder: Any, array: Any, data: Any, index: Any, vector: Any, past_caches: bool = False) -> None:
+    """Write the code that puts a vector there. past_caches: where an address is a multiple of BYTES, and into no cache."""
     address = builder.bitcast(builder.gep(data, [index]), llvm_type(array.dtype).as_pointer())
-    builder.store(vector, address, align=array.dtype.bitwidth // 8)
+    stored = builder.store(vector, address, align=BYTES if past_caches else array.dtype.bitwidth // 8)
+    if past_caches:
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
 
 
 def _repeat(builder: Any, number: Any, kind: ir.VectorType) -> Any:
@@ -90,20 +92,27 @@ def load(typing, array, index):
     return Vector(array.dtype)(array, types.intp), generate
 
 
-@intrinsic
 @no_type_check
-def store(typing, array, index, vector):
-    """Put a vector where `load` finds it."""
+def _storing(past_caches):
+    """Return what puts a vector where `load` finds it."""
 
-    def generate(context, builder, signature, arguments):
-        store_at(builder, array, data_of(context, builder, array, arguments[0]), *arguments[1:])
-        return context.get_dummy_value()
+    @intrinsic
+    def put(typing, array, index, vector):
+        def generate(context, builder, signature, arguments):
+            data = data_of(context, builder, array, arguments[0])
+            store_at(builder, array, data, *arguments[1:], past_caches=past_caches)
+            return context.get_dummy_value()
 
-    return types.void(array, types.intp, vector), generate
+        return types.void(array, types.intp, vector), generate
+
+    return put
+
+
+store, store_past_caches = _storing(past_caches=False), _storing(past_caches=True)
 
 
 @no_type_check
-def _putting(adds):
+def _putting(adds=False, past_caches=False):
     """Return what puts the vectors of a tuple one after the other, or adds them to what is there."""
 
     @intrinsic
@@ -114,7 +123,7 @@ def _putting(adds):
                 vector = builder.extract_value(arguments[3], number)
                 if adds:
                     vector = builder.fadd(load_at(builder, array, data, at), vector, flags=FLAGS)
-                store_at(builder, array, data, at, vector)
+                store_at(builder, array, data, at, vector, past_caches)
                 at = builder.add(at, arguments[2])
             return context.get_dummy_value()
 
@@ -123,7 +132,7 @@ def _putting(adds):
     return put_all
 
 
-store_all, add_all = _putting(adds=False), _putting(adds=True)
+store_all, add_all, store_all_past_caches = _putting(), _putting(adds=True), _putting(past_caches=True)
 
 
 @intrinsic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class WinogradConvolution(torch.autograd.Function):
 
     factors: none, or two of each channel, [2, C], float64. samples_weight: none, or filters [O, C, 1, 1] of a convolution with
     stride 2 of the same maps, when that is this one's stride, too. Returns the result and, if with_sums, the sums of it and of
-    its squares over images and pixels, [2, O], float64 (else None); then the same two of the other convolution, None without.
+    its squares over images and pixels, [2, O], float64 (else None); then the same two of the other convolution, None without; then,
+    if it carries, the maps themselves for whoever else wants them, so that both gradients are added as the maps' one is written.
     """
 
     @staticmethod
@@ -46,6 +48,7 @@ class WinogradConvolution(torch.autograd.Function):
         factors: Tensor | None = None,
         with_sums: bool = False,
         samples_weight: Tensor | None = None,
+        carries: bool = False,
     ) -> tuple[Tensor | None, ...]:
         from caco.winograd import passes  # numba takes a second to import
 
@@ -72,7 +75,8 @@ class WinogradConvolution(torch.autograd.Function):
 
         in_threads(convolve_part, parts)
         summed = [torch.from_numpy(each.sum(0)) if with_sums else None for each in (sums, samples_sums)]
-        return result, summed[0], samples, None if samples is None else summed[1]
+        carried = maps.detach() if carries else None
+        return result, summed[0], samples, None if samples is None else summed[1], carried
 
     @staticmethod
     @once_differentiable
@@ -80,9 +84,9 @@ class WinogradConvolution(torch.autograd.Function):
         from caco.winograd import passes
 
         maps, weight, factors, samples_weight, result, samples = ctx.saved_tensors
-        pull, sums_pull, samples_pull, samples_sums_pull = grad_outputs
-        if all(gradient is None for gradient in grad_outputs):
-            return (None,) * 6
+        pull, sums_pull, samples_pull, samples_sums_pull, carried_pull = grad_outputs
+        if all(gradient is None for gradient in grad_outputs[:4]):
+            return carried_pull, *(None,) * 6
         stride, (to_maps, to_filters) = ctx.stride, ctx.needs_input_grad[:2]
         to_factors = factors is not None and ctx.needs_input_grad[3]
         to_samples = samples_weight is not None and ctx.needs_input_grad[5]
@@ -98,6 +102,7 @@ class WinogradConvolution(torch.autograd.Function):
         of_filters = filters.new_empty(len(parts) if to_filters or to_samples else 0, *filters.shape)
         few = _in_panels(samples_weight, maps)
         of_few = filters.new_empty(len(parts), *few.shape)
+        added = maps[:0] if carried_pull is None else carried_pull.contiguous(memory_format=torch.channels_last)
         of_factors = np.zeros((len(parts), 2 if factors is not None else 0, maps.shape[1]))
 
         def pull_back(first: int, last: int) -> None:
@@ -105,7 +110,7 @@ class WinogradConvolution(torch.autograd.Function):
             part = of_filters[number] if len(of_filters) else of_few[0, :0]
             of_all = *pulled, filters.numpy(), part.numpy()
             of_samples = *samples_pulled, few, of_few[number].numpy()
-            gradients = pixels(of_maps), of_factors[number]
+            gradients = pixels(of_maps), pixels(added), of_factors[number]
             asked = to_maps or to_factors, to_filters or to_samples
             passes.backward(
                 pixels(maps), as_array(factors, maps), of_all, of_samples, *gradients, first, last, stride, *asked
@@ -119,6 +124,7 @@ class WinogradConvolution(torch.autograd.Function):
             torch.from_numpy(of_factors.sum(0)) if to_factors else None,
             None,
             _out_of_panels(of_few.sum(0), samples_weight) if to_samples else None,
+            None,
         )
 
 
@@ -197,10 +203,16 @@ def pixels(maps: Tensor) -> np.ndarray:
 
 
 def empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Return maps to be filled, channels_last. numpy's memory: of glibc it asks for the bytes alone, so that they fit where
-    others of their size were, while torch wants a multiple of 64 for their address and so some bytes more."""
-    numbers = np.empty((len(like), height, width, channels), pixels(like[:0]).dtype)
-    return torch.from_numpy(numbers).permute(0, 3, 1, 2)
+    """Return maps to be filled, channels_last, that begin with a line of the cache. numpy's memory: of glibc it asks for the
+    bytes alone, so that they fit where others of their size were, while torch wants a multiple of 64 for their address and so
+    some bytes more."""
+    from caco.cpu_kernels.memory import CACHE_LINE
+
+    shape, dtype = (len(like), height, width, channels), pixels(like[:0]).dtype
+    count, line = math.prod(shape), CACHE_LINE // dtype.itemsize
+    numbers = np.empty(count + line, dtype)
+    start = -(numbers.ctypes.data // dtype.itemsize) % line
+    return torch.from_numpy(numbers[start : start + count].reshape(shape)).permute(0, 3, 1, 2)
 
 
 def as_array(factors: Tensor | None, maps: Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import no_type_check
 
 from numba import njit
 
-from caco.cpu_kernels.memory import aligned
+from caco.cpu_kernels.memory import aligned, is_large, write
 from caco.cpu_kernels.products import panel_width, position
 from caco.cpu_kernels.vectors import BYTES, load, store, zeros
 from caco.winograd.transforms import FILTERS, FILTERS_BY_TWO, SIDE, filter_back, filter_there
@@ -31,7 +31,7 @@ def filters_to_places(stride, filters, transposed, matrices, first, last):
     source, target, distance = filters.reshape(-1), matrices.reshape(-1), matrices.shape[1]
     room = (ROWS_AT_A_TIME | 1) * width
     half, some = aligned(27 * lanes, filters), aligned(side * side * room, filters)
-    taps = aligned(9 * room, filters)
+    taps, past = aligned(9 * room, filters), is_large(matrices)
     for panel in range(0, columns, width):
         for begin in range(first, last, ROWS_AT_A_TIME):
             end = min(begin + ROWS_AT_A_TIME, last)
@@ -52,7 +52,7 @@ def filters_to_places(stride, filters, transposed, matrices, first, last):
             start = position(begin, panel, rows, width)
             for place in range(side * side):
                 for number in range(0, (end - begin) * width, lanes):
-                    store(target, place * distance + start + number, load(some, place * room + number))
+                    write(target, place * distance + start + number, load(some, place * room + number), past)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -9,7 +9,7 @@ from typing import no_type_check
 
 from numba import njit
 
-from caco.cpu_kernels.memory import aligned
+from caco.cpu_kernels.memory import aligned, is_large, write
 from caco.cpu_kernels.vectors import BYTES, load, store, where_positive
 from caco.winograd.strips import clear
 
@@ -24,6 +24,7 @@ def join(maps, factors, shortcut, shortcut_factors, results, first, last):
     channels, lanes = maps.shape[3], BYTES // maps.itemsize
     image, source, other, target = maps[0].size, maps.reshape(-1), shortcut.reshape(-1), results.reshape(-1)
     flat_factors, flat_others = factors.reshape(-1), shortcut_factors.reshape(-1)
+    past = is_large(maps)
     for pixel in range(first * image, last * image, channels):
         for channel in range(0, channels, lanes):
             at, more = pixel + channel, channels + channel
@@ -32,7 +33,7 @@ def join(maps, factors, shortcut, shortcut_factors, results, first, last):
                 value = value + load(other, at) * load(flat_others, channel) + load(flat_others, more)
             else:
                 value = value + load(other, at)
-            store(target, at, where_positive(value, value))
+            write(target, at, where_positive(value, value), past)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -48,7 +49,7 @@ def part(
     image, source, result, pull = maps[0].size, maps.reshape(-1), results.reshape(-1), pulls.reshape(-1)
     to_maps, to_shortcut, other = maps_gradient.reshape(-1), shortcut_gradient.reshape(-1), shortcut.reshape(-1)
     flat_factors, flat_others, flat_sums = factors.reshape(-1), shortcut_factors.reshape(-1), sums.reshape(-1)
-    sums_now = aligned(3 * channels, maps)
+    sums_now, past = aligned(3 * channels, maps), is_large(maps)
     for number in range(first, last):
         clear(sums_now, 0, 3 * channels)
         shift, other_shift = (
@@ -62,12 +63,12 @@ def part(
                 distance = load(source, at) - load(source, shift + channel)
                 store(sums_now, channel, load(sums_now, channel) + value * distance)
                 store(sums_now, more, load(sums_now, more) + value)
-                store(to_maps, at, value * load(flat_factors, channel))
+                write(to_maps, at, value * load(flat_factors, channel), past)
                 if len(flat_others):
                     distance = load(other, at) - load(other, other_shift + channel)
                     store(sums_now, most, load(sums_now, most) + value * distance)
                     value = value * load(flat_others, channel)
-                store(to_shortcut, at, value)
+                write(to_shortcut, at, value, past)
         for channel in range(channels):
             total = float(sums_now[channels + channel])
             flat_sums[channel] += sums_now[channel] + source[shift + channel] * total

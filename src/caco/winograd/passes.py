@@ -9,7 +9,7 @@ from typing import no_type_check
 
 from numba import njit
 
-from caco.cpu_kernels.memory import aligned, inlined
+from caco.cpu_kernels.memory import aligned, inlined, is_large
 from caco.cpu_kernels.products import multiply, multiply_transposed, panel_width
 from caco.winograd.strips import grid, strip_of
 from caco.winograd.tiles import from_place_to_place, maps_to_tiles, room_for, tiles_to_maps
@@ -51,7 +51,9 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
                 products, k * product, room * width,
                 tiles, outputs, channels, False,
             )  # fmt: skip
-        tiles_to_maps(outputs_kind, products, room, results, none, results[:0], sums, begin, end, results_strip)
+        tiles_to_maps(
+            outputs_kind, products, room, results, results[:0], none, results[:0], sums, begin, end, results_strip
+        )
         if len(few):
             for k in range(SIDE[SAMPLES] ** 2):
                 multiply(
@@ -60,19 +62,32 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
                     products, k * product, room * width,
                     tiles, outputs, channels, False,
                 )  # fmt: skip
-            tiles_to_maps(SAMPLES, products, room, samples, none, results[:0], samples_sums, begin, end, results_strip)
+            tiles_to_maps(
+                SAMPLES,
+                products,
+                room,
+                samples,
+                results[:0],
+                none,
+                results[:0],
+                samples_sums,
+                begin,
+                end,
+                results_strip,
+            )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
 def backward(
-    maps, factors, of_all, of_samples, maps_gradient, factors_gradient, first, last, stride, to_maps, to_filters
+    maps, factors, of_all, of_samples, maps_gradient, added, factors_gradient, first, last, stride, to_maps, to_filters
 ):  # fmt: skip
     """Fill the maps' gradient of images `first` to `last`, and these images' part of the factors' and of the filters'.
 
     of_all: the results' gradient, [B, H', W', O], and factors of its own, with which it is read with the results (`cut_out`),
     whose sums have gradients, too; the results; filters and their gradient, [places, N], transformed: [C / w, O, w].
-    of_samples: as in `forward`. to_maps, to_filters: what is asked for.
+    of_samples: as in `forward`. added: none, or what is added to the maps' gradient, where there are no factors. to_maps,
+    to_filters: what is asked for.
     """
     width, channels, (pulls, pulls_factors, results, filters, filters_gradient) = (
         panel_width(maps.itemsize), maps.shape[3], of_all,
@@ -89,7 +104,7 @@ def backward(
     )  # fmt: skip
     size, flat, flat_gradient = filters.shape[1], filters.reshape(-1), filters_gradient.reshape(-1)
     flat_few, flat_few_gradient = few.reshape(-1), few_gradient.reshape(-1)
-    others = maps[: len(maps) if len(factors) else 0]
+    others, past = maps[: len(maps) if len(factors) else 0], is_large(filters_gradient)
     for begin in range(first * rows, last * rows, at_a_time):
         end = min(begin + at_a_time, last * rows)
         tiles, is_first = (end - begin) * columns, begin == first * rows
@@ -103,14 +118,14 @@ def backward(
                     products, k * product, room * width,
                     inputs, k * place, room * width,
                     flat_gradient, k * size, outputs * width,
-                    outputs, channels, tiles, not is_first,
+                    outputs, channels, tiles, not is_first, past,
                 )  # fmt: skip
             for k in range(SIDE[SAMPLES] ** 2 * len(few)):
                 multiply_transposed(
                     sampled, k * product, room * width,
                     inputs, place_of_sample(k) * place, room * width,
                     flat_few_gradient, 0, outputs * width,
-                    outputs, channels, tiles, k > 0 or not is_first,
+                    outputs, channels, tiles, k > 0 or not is_first, False,
                 )  # fmt: skip
         if to_maps:
             for k in range(len(filters)):
@@ -128,7 +143,17 @@ def backward(
                     tiles, channels, outputs, True,
                 )  # fmt: skip
             tiles_to_maps(
-                inputs_kind, inputs, room, maps_gradient, factors, others, factors_gradient, begin, end, sums_strip
+                inputs_kind,
+                inputs,
+                room,
+                maps_gradient,
+                added,
+                factors,
+                others,
+                factors_gradient,
+                begin,
+                end,
+                sums_strip,
             )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from caco.cpu_kernels.memory import aligned, inlined
+from caco.cpu_kernels.memory import aligned, inlined, is_large, write
 from caco.cpu_kernels.vectors import BYTES, load, store, where_positive, zeros
 
 PIXELS, STEP, MARGIN = (6, 4, 0, 9, 4, 0, 4), (4, 4, 0, 8, 4, 0, 4), (1, 0, 0, 1, 0, 0, 0)
@@ -53,18 +53,20 @@ def cut_out(kind, maps, factors, others, row, strip):
 
 @inlined
 @no_type_check
-def put_back(kind, strip, maps, factors, others, sums, row):
+def put_back(kind, strip, maps, added, factors, others, sums, row):
     """Put the rows of a strip that are done, as the next one does not overlap them, into the maps.
 
-    sums: none, or flat [3, C], of which the third is a shift: a number near what is summed, whose squares would else be large
-    beside their variance. Without others, the sums grow by what is put, less the shift, and by the squares of that. With
-    others, what is put is the gradient of `cut_out`'s rectified factors[0] · others + factors[1] for them, and the sums grow
-    by that for the factors, with others less the shift. Returns how many pixels are put.
+    added: none, or other maps [B, H, W, C], which are added to what is put where there are no sums. sums: none, or flat
+    [3, C], of which the third is a shift: a number near what is summed, whose squares would else be large beside their
+    variance. Without others, the sums grow by what is put, less the shift, and by the squares of that. With others, what is put
+    is the gradient of `cut_out`'s rectified factors[0] · others + factors[1] for them, and the sums grow by that for the
+    factors, with others less the shift. Returns how many pixels are put.
     """
     channels, lanes, rows = maps.shape[3], BYTES // maps.itemsize, grid(kind, maps)[0]
     row_size, left, right = inside(kind, maps)
     target, flat_factors, flat_others = maps.reshape(-1), factors.reshape(-1), others.reshape(-1)
-    count = 0
+    flat_added = added.reshape(-1)
+    count, past = 0, is_large(maps)
     for i in range(STEP[kind] if (row + 1) % rows else PIXELS[kind]):
         start, at = first_of_pixels(kind, maps, row, i), i * row_size + left
         if start < 0:
@@ -72,7 +74,10 @@ def put_back(kind, strip, maps, factors, others, sums, row):
         count += (right - left) // channels
         if len(sums) == 0:
             for number in range(0, right - left, lanes):
-                store(target, start + number, load(strip, at + number))
+                value = load(strip, at + number)
+                if len(added):
+                    value = value + load(flat_added, start + number)
+                write(target, start + number, value, past)
             continue
         for pixel in range(0, right - left, channels):
             for channel in range(0, channels, lanes):
@@ -83,9 +88,9 @@ def put_back(kind, strip, maps, factors, others, sums, row):
                     value = where_positive(factor * other + load(flat_factors, more), value)
                     store(sums, channel, load(sums, channel) + value * (other - shift))
                     store(sums, more, load(sums, more) + value)
-                    store(target, to, factor * value)
+                    write(target, to, factor * value, past)
                 else:
-                    store(target, to, value)
+                    write(target, to, value, past)
                     value = value - shift
                     store(sums, channel, load(sums, channel) + value)
                     store(sums, more, load(sums, more) + value * value)

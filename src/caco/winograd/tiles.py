@@ -42,11 +42,11 @@ def maps_to_tiles(kind, maps, factors, others, first, last, strip, tiles, room):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def tiles_to_maps(kind, tiles, room, maps, factors, others, sums, first, last, strip):
+def tiles_to_maps(kind, tiles, room, maps, added, factors, others, sums, first, last, strip):
     """Fill the maps' rows of tiles with the transpose of `maps_to_tiles`: where tiles overlap, sums.
 
-    Rows come one after the other, an image's from its first on; the strip stays as it is between two calls. sums: none, or
-    [2, C], to which those of the maps are added (`put_back`).
+    Rows come one after the other, an image's from its first on; the strip stays as it is between two calls. added: none, or maps
+    that are added (`put_back`). sums: none, or [2, C], to which those of the maps are added (`put_back`).
     """
     channels, pixels, side = maps.shape[3], PIXELS[kind], SIDE[kind]
     lanes, panel, distance = BYTES // maps.itemsize, panel_width(maps.itemsize), from_place_to_place(maps, room)
@@ -66,7 +66,7 @@ def tiles_to_maps(kind, tiles, room, maps, factors, others, sums, first, last, s
             tile += 1
         if row == first and len(sums):
             begin_sums(kind, strip, maps, others, row, sums_now)
-        count += put_back(kind, strip, maps, factors, others, sums_now, row)
+        count += put_back(kind, strip, maps, added, factors, others, sums_now, row)
     if len(sums):
         end_sums(sums_now, count, len(others) > 0, sums)
 
