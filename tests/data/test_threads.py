@@ -39,6 +39,38 @@ def test_decoding_runs_ahead_but_not_too_far():
     assert len(started) < 30
 
 
+@pytest.mark.parametrize(("count", "workers", "together"), [(200, 2, 5), (20, 4, 2), (7, 4, 1), (200, 1, 8), (0, 2, 1)])
+def test_several_images_at_a_time(count, workers, together):
+    """Of few images fewer, so that all threads have work; broken ones are left out wherever they stand."""
+    handed, broken, lock = {}, [], threading.Lock()
+
+    def view(index):
+        with lock:
+            handed.setdefault(threading.get_ident(), []).append(index)
+        if index % 5 in (2, 3):
+            raise BrokenImage(str(index), "made so")
+        return -index
+
+    stream = map_in_order(view, range(count), broken, depth=20, workers=workers)
+    seen = []
+    for index, result in stream:
+        seen.append(index)
+        assert result == -index and max(map(max, handed.values())) < index + 20 + together
+    assert seen == [index for index in range(count) if index % 5 not in (2, 3)]
+    assert broken == [(str(index), "made so") for index in range(count) if index % 5 in (2, 3)]
+    for indices in handed.values():
+        starts = [index for index in indices if index % together == 0]
+        assert indices == [index for start in starts for index in range(start, min(start + together, count))]
+
+
+def test_when_it_is_closed_hardly_more_is_done():
+    done = []
+    stream = map_in_order(lambda index: done.append(index) or index, range(1000), [], depth=32, workers=2)
+    assert next(stream) == (0, 0)
+    stream.close()
+    assert len(done) <= 32
+
+
 def test_an_error_in_a_thread_reaches_the_caller():
     def view(index):
         raise ZeroDivisionError(index)

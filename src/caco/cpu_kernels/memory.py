@@ -38,7 +38,7 @@ def is_large(array):
 @inlined
 @no_type_check
 def write(array, at, vector, past_caches):
-    """Put a vector where `load` finds it."""
+    """Put a vector where `load` finds it; other threads once this one has taken a lock, such as Python's after the call."""
     if past_caches:
         store_past_caches(array, at, vector)
     else:

@@ -102,24 +102,25 @@ class FromFiles:
     def _decode(self, files: Sequence[File], pool: ThreadPoolExecutor) -> list[Tensor]:
         """Return each image, uint8 [3, H, W], on the device; of one that is broken the next good one."""
         images: dict[int, Tensor] = {}
-        plain = [place for place, file in enumerate(files) if file.suits_gpu]
-        decoded = decode_jpegs([files[place].data for place in plain], self.device) if plain else []
-        for place, pixels in zip(plain, decoded, strict=True):
+        suited = [place for place, file in enumerate(files) if file.suits_gpu]
+        decoded = decode_jpegs([files[place].data for place in suited], self.device) if suited else []
+        for place, pixels in zip(suited, decoded, strict=True):
             if pixels is not None and pixels.shape[1:] == (files[place].height, files[place].width):
                 images[place] = pixels
             else:
                 self._refuse(files[place].number)
         others = [place for place in range(len(files)) if place not in images]
-        by_threads = pool.map(self._by_thread, [files[place].number for place in others])
+        by_threads = pool.map(self._by_thread, [files[place] for place in others])
         for place, image in zip(others, by_threads, strict=True):
             images[place] = copy_to(self.device, torch.from_numpy(image.pixels).permute(2, 0, 1).contiguous())
         return [images[place] for place in range(len(files))]
 
-    def _by_thread(self, number: int) -> Decoded:
+    def _by_thread(self, file: File) -> Decoded:
         def load(candidate: int) -> Decoded:
-            return decode_rgb(self.source.read(candidate), self.source.key(candidate))
+            data = file.data if candidate == file.number else self.source.read(candidate)
+            return decode_rgb(data, self.source.key(candidate))
 
-        return load_or_next(self.source, number, self.broken, load)
+        return load_or_next(self.source, file.number, self.broken, load)
 
     def _refuse(self, number: int) -> None:
         if not self._refused:

@@ -109,7 +109,7 @@ class TrainingViews:
         return isinstance(self.maker, FromSource) and _is_for_gpu(self.source, self.device)
 
     def gpu_maker(self) -> FromFiles | None:
-        """Return what makes the views by the GPU alone; None where it cannot, or where too many images are no JPEG files."""
+        """Return what makes the views by the GPU; None where it cannot, or where too many images are other than it decodes."""
         source, maker = self.source, self.maker
         if not (isinstance(maker, FromSource) and _is_for_gpu(source, self.device)):
             return None

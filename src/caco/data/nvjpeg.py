@@ -55,7 +55,8 @@ def _decode(files: Sequence[bytes], device: torch.device) -> Sequence[Tensor]:
 
     Nothing may be left to do on the current stream when nvJPEG begins: its engine does not wait for kernels that still read
     from memory which was given back since (pytorch/vision#9606). Nor may what it writes to be fresh from the driver: the
-    lower part of a picture in such memory was black, once (docs/performance.md). Then it is decoded anew, into the same.
+    lower part of a picture in such memory was black, once (docs/performance.md). Then it is decoded anew, into the same, as long
+    as that is so, MOST_TRIES times in all.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -64,11 +65,16 @@ def _decode(files: Sequence[bytes], device: torch.device) -> Sequence[Tensor]:
     for _ in range(MOST_TRIES):
         pictures.clear()
         torch.cuda.current_stream(device).synchronize()
-        before = torch.cuda.memory_reserved(device)
+        before = _taken_from_driver(device)
         pictures += decode_jpeg(encoded, ImageReadMode.RGB, device)
-        if torch.cuda.memory_reserved(device) <= before:
+        if _taken_from_driver(device) == before:
             break
     return pictures
+
+
+def _taken_from_driver(device: torch.device) -> int:
+    """Return how many times torch has taken memory from the driver."""
+    return int(torch.cuda.memory_stats(device).get("segment.all.allocated", 0))
 
 
 @lru_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -17,7 +17,7 @@ MOST_TOGETHER = 8
 
 
 def map_in_order(
-    function: Callable[[int], Result], indices: Iterable[int], broken: list[tuple[str, str]], depth: int, workers: int
+    function: Callable[[int], Result], indices: Sequence[int], broken: list[tuple[str, str]], depth: int, workers: int
 ) -> Iterator[tuple[int, Result]]:
     """Yield (index, function(index)) in the order of `indices`; up to `depth` are made ahead by `workers` threads.
 
@@ -30,11 +30,11 @@ def map_in_order(
             try:
                 done.append((index, function(index)))
             except BrokenImage as error:
-                done.append((index, error))
+                done.append((index, error.with_traceback(None)))  # which would keep all of these results
         return done
 
     workers = max(1, workers)
-    together = min(max(depth // (2 * workers), 1), MOST_TOGETHER)
+    together = min(max(min(depth, len(indices)) // (2 * workers), 1), MOST_TOGETHER)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     futures: deque[Future[list[tuple[int, Result | BrokenImage]]]] = deque()
     try:

@@ -29,7 +29,7 @@ class CentreViews:
         most_kept: int = 0,
     ) -> None:
         """indices: None: all. workers: threads that decode. most_kept: bytes that all views may take to be kept for the next
-        time.
+        time, if none was broken.
         """
         self.source, self.preparation = source, preparation
         self.indices = np.arange(len(source)) if indices is None else indices
@@ -54,7 +54,7 @@ class CentreViews:
                 kept.append(batch)
             yield batch
         self.broken = broken
-        if self._are_kept:
+        if self._are_kept and not broken:  # broken images may be good the next time
             self._kept = kept
 
     def _view(self, index: int) -> UInt8[np.ndarray, "S S 3"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,11 @@ from caco.errors import UsageError
 from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
 from caco.foreign import preparation_of
-from caco.memory import free_memory
 from caco.train.checkpoint import CheckpointFolder
 from caco.views import Preparation, usual_resize
 from caco.weights import BackboneCard, download_backbone, load_backbone, load_into, read_weights
 
 BASELINES = ("random", "pixels")
-KEPT_SHARE = 1 / 32
-"""Share of the free memory that the centre views of a source may take to be kept."""
 
 
 @dataclass(frozen=True)
@@ -42,34 +40,31 @@ class UsableEncoder:
     batch_size: int = 256
     card: BackboneCard | None = None
     """What is known of the backbone; None while it is trained."""
-    kept: dict[tuple[int, bytes], CentreViews] | None = None
-    """Of each source (its `id`) and choice of images the views, if they are small, for the next time; None: none is kept."""
 
-    def features(self, source: ImageSource, indices: np.ndarray | None = None) -> Features:
+    def features(
+        self,
+        source: ImageSource,
+        indices: np.ndarray | None = None,
+        views_of: Callable[[np.ndarray], CentreViews] | None = None,
+    ) -> Features:
         """Return the features of every good image of a source (or of `indices`), each exactly once.
 
-        The processes share the work.
+        The processes share the work. views_of: has the views of this process's part of the images, if they are not to be made.
         """
         backbone = self.backbone
 
         def make(part: np.ndarray) -> Features:
-            views = self._views(source, part)
+            views = self.views(source, part) if views_of is None else views_of(part)
             if backbone is None:
                 return pixel_features(views)
             return extract(backbone, views, device=self.world.device, precision=self.precision)
 
         return gather_features(make, len(source), self.world, indices)
 
-    def _views(self, source: ImageSource, indices: np.ndarray) -> CentreViews:
-        views = CentreViews(
-            source,
-            self.preparation,
-            indices,
-            workers=self.workers,
-            batch_size=self.batch_size,
-            most_kept=0 if self.kept is None else int(KEPT_SHARE * free_memory(torch.device("cpu"))),
-        )
-        return views if self.kept is None else self.kept.setdefault((id(source), indices.tobytes()), views)
+    def views(self, source: ImageSource, indices: np.ndarray, most_kept: int = 0) -> CentreViews:
+        """Return the centre views of some images of a source. most_kept: as `CentreViews` has it."""
+        how = {"workers": self.workers, "batch_size": self.batch_size, "most_kept": most_kept}
+        return CentreViews(source, self.preparation, indices, **how)
 
 
 def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.Module | None, BackboneCard]:

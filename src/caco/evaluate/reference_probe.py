@@ -182,7 +182,7 @@ class _CroppedFeatures:
         world, workers = self.encoder.world, self.encoder.workers
         order, group = epoch_order(len(self.source), self.seed, epoch), FORWARD_BATCH * world.size
         parts = [world.part(order[first : first + group]).tolist() for first in range(0, len(order), group)]
-        own = (index for part in parts for index in part)
+        own = [index for part in parts for index in part]
         views = map_in_order(partial(self._crop, epoch), own, [], 2 * FORWARD_BATCH + workers, workers)
         for part in parts:
             good = [(index, view) for index, view in islice(views, len(part)) if view is not None]

@@ -38,7 +38,7 @@ def choose_decoder(
     if config.engine.decoder == "gpu":
         if loader.gpu_maker() is not None:
             return "gpu", ""
-        reason = "most images are no JPEG files, or are held decoded, or this GPU cannot decode"
+        reason = "most images are no baseline JPEG files in colours, or are held decoded, or this GPU cannot decode"
         reason = reason if loader.device.type == "cuda" else "the run is not on an NVIDIA GPU"
         say(f"--engine.decoder gpu cannot be had ({reason}): threads decode")
         return "cpu", ""

@@ -17,12 +17,15 @@ from caco.distributed.world import World
 from caco.errors import UsageError
 from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.encoder import UsableEncoder
-from caco.evaluate.features import NoneReadable, labels_of
+from caco.evaluate.features import Features, NoneReadable, labels_of
 from caco.evaluate.knn import Voting, first_share_of_each_class, held_out_split, knn_accuracy
+from caco.memory import free_memory
 from caco.seen import TRAINED_ON, say_shared
 from caco.views import Preparation
 
 VOTE_TEMPERATURE = 0.2
+KEPT_SHARE = 1 / 32
+"""Share of the free memory that the views of the reference, and those of the queries, may take to be kept for the next check."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,23 @@ class KnnMonitor:
     world: World
     precision: torch.dtype
     workers: int
-    kept: dict[tuple[int, bytes], CentreViews] = field(default_factory=dict)
-    """Every check sees the same views: small ones are decoded once."""
+    views: dict[str, CentreViews] = field(default_factory=dict)
+    """What each check sees of "reference" and "queries", in this process."""
 
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
         """Return {"top1", "top5"} in percent, and the numbers of {"queries", "reference"} images."""
-        encoder = UsableEncoder(backbone, self.preparation, self.world, self.precision, self.workers, kept=self.kept)
-        reference = encoder.features(self.reference, self.reference_indices)
-        queries = reference if self.queries is None else encoder.features(self.queries, self.query_indices)
+        encoder = UsableEncoder(backbone, self.preparation, self.world, self.precision, self.workers)
+
+        def features(what: str, source: ImageSource, indices: np.ndarray | None) -> Features:
+            most = int(KEPT_SHARE * free_memory(torch.device("cpu"))) // self.world.local_size
+
+            def views_of(part: np.ndarray) -> CentreViews:
+                return self.views.setdefault(what, encoder.views(source, part, most))
+
+            return encoder.features(source, indices, views_of)
+
+        reference = features("reference", self.reference, self.reference_indices)
+        queries = reference if self.queries is None else features("queries", self.queries, self.query_indices)
         (result,) = knn_accuracy(
             reference.vectors.to(self.world.device),
             labels_of(reference),

@@ -35,8 +35,9 @@ class WinogradConvolution(torch.autograd.Function):
 
     factors: none, or two of each channel, [2, C], float64. samples_weight: none, or filters [O, C, 1, 1] of a convolution with
     stride 2 of the same maps, when that is this one's stride, too. Returns the result and, if with_sums, the sums of it and of
-    its squares over images and pixels, [2, O], float64 (else None); then the same two of the other convolution, None without; then,
-    if it carries, the maps themselves for whoever else wants them, so that both gradients are added as the maps' one is written.
+    its squares over images and pixels, [2, O], float64 (else None); then the same two of the other convolution, None without;
+    then, if it carries (not with factors), the maps themselves for whoever else wants them, so that both gradients are added as
+    the maps' one is written.
     """
 
     @staticmethod
@@ -52,6 +53,7 @@ class WinogradConvolution(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         from caco.winograd import passes  # numba takes a second to import
 
+        assert factors is None or not carries  # the gradient of what factors read is another one
         maps = maps.contiguous(memory_format=torch.channels_last)
         size = [-(-side // stride) for side in maps.shape[2:]]
         result = empty_maps(maps, len(weight), *size)
@@ -203,9 +205,9 @@ def pixels(maps: Tensor) -> np.ndarray:
 
 
 def empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Return maps to be filled, channels_last, that begin with a line of the cache. numpy's memory: of glibc it asks for the
-    bytes alone, so that they fit where others of their size were, while torch wants a multiple of 64 for their address and so
-    some bytes more."""
+    """Return maps to be filled, channels_last, that begin with a line of the cache. numpy's memory: of glibc it asks for as many
+    bytes for all of a size, which so fit where others were, while torch wants a multiple of 64 for their address, and glibc
+    keeps apart what is left in front of it."""
     from caco.cpu_kernels.memory import CACHE_LINE
 
     shape, dtype = (len(like), height, width, channels), pixels(like[:0]).dtype

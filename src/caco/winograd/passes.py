@@ -63,18 +63,8 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
                     tiles, outputs, channels, False,
                 )  # fmt: skip
             tiles_to_maps(
-                SAMPLES,
-                products,
-                room,
-                samples,
-                results[:0],
-                none,
-                results[:0],
-                samples_sums,
-                begin,
-                end,
-                results_strip,
-            )
+                SAMPLES, products, room, samples, results[:0], none, results[:0], samples_sums, begin, end, results_strip,
+            )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
