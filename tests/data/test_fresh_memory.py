@@ -1,4 +1,4 @@
-"""nvJPEG decodes anew what it has written to memory that is fresh from the driver. (By a stand-in for the GPU; with one: test_nvjpeg.py.)"""
+"""What nvJPEG wrote to memory that is fresh from the driver is decoded anew. A stand-in for the GPU; on one: test_nvjpeg.py."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ class Driver:
         assert self.waited == len(self.decoded) + 1, "the stream must be done first"
         self.decoded.append([bytes(file.numpy()) for file in encoded])
         self.given += self.gives.pop(0)
-        return [torch.full((3, 2, 2), len(self.decoded)) for _ in encoded]
+        return [torch.full((3, 2, 2), len(self.decoded), dtype=torch.uint8) for _ in encoded]
 
     def wait(self) -> None:
         self.waited += 1

@@ -133,18 +133,8 @@ def backward(
                     tiles, channels, outputs, True,
                 )  # fmt: skip
             tiles_to_maps(
-                inputs_kind,
-                inputs,
-                room,
-                maps_gradient,
-                added,
-                factors,
-                others,
-                factors_gradient,
-                begin,
-                end,
-                sums_strip,
-            )
+                inputs_kind, inputs, room, maps_gradient, added, factors, others, factors_gradient, begin, end, sums_strip,
+            )  # fmt: skip
 
 
 @inlined
