@@ -109,7 +109,6 @@ def test_forward_passes_and_meters(gpu):
 def no_kernels(monkeypatch):
     """Triton's kernels have no made-up form, and are compared with plain torch before they are used."""
     monkeypatch.setattr(fused, "suits_kernels", lambda device: False)
-    monkeypatch.setattr(fused, "has_room", lambda device: False)
     monkeypatch.setattr(optim, "_has_kernels", lambda device: False)
 
 
