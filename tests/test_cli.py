@@ -228,6 +228,7 @@ def test_unset_variables(capsys):
         ("knn {tmp}/taken --data textures:64", "holds no finished backbone"),
         ("knn {tmp}/taken/a.txt --data textures:64", "a.txt is not a torch file, or is damaged"),
         ("knn random --data textures:64", "--backbone resnet18"),
+        ("knn pixel --data textures:64", "there is no run folder or file pixel. Did you mean pixels?"),
         ("knn random --backbone resnet19 --data textures:64", "Did you mean resnet"),
         ("knn pixels --data textures:64 --out x.csv", "the result is written as .json"),
         ("linear pixels --data textures:64 --protocol reference", "the reference protocol judges encoders, not pixels"),
@@ -251,6 +252,21 @@ def test_errors_of_names_and_files(line, words, capsys, tmp_path):
     assert words in error
     assert not (tmp_path / "r").exists()
     assert (tmp_path / "taken" / "a.txt").read_text() == "somebody's notes\n" * 9
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('{"data": "my photos", "val": "v"}', ". {tmp} was trained with --data 'my photos' --val v"),
+        ('{"data": "photos", "val": ""}', ". {tmp} was trained with --data photos"),
+        ("{}", "pictures)"),
+        ("[]", "pictures)"),
+        ("nonsense", "pictures)"),
+    ],
+)
+def test_without_images_those_of_the_run_are_named(config, words, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    assert told(capsys, "knn", str(tmp_path)).rstrip().endswith(words.format(tmp=tmp_path))
 
 
 def test_what_the_system_refuses_is_one_line_too(capsys, tmp_path):

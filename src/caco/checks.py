@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from caco.after_training import LEAST_TEMPERATURE, Evaluation, Export
@@ -141,8 +144,19 @@ def check_judged(options: E) -> E:
     if isinstance(options, Evaluation):
         _check_normalisation(options)
     if isinstance(options, Evaluation) and not options.data:
-        raise UsageError(NO_DATA)
+        raise UsageError(f"{NO_DATA}{_images_of(run)}")
     return replace(options, run=run, weights="")
+
+
+def _images_of(run: str) -> str:
+    """Return what a run was trained on, to be said behind what is wrong; "" where that cannot be known."""
+    try:
+        config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+        names = [(name, config[name]) for name in ("data", "val") if config.get(name)]
+    except (OSError, ValueError, AttributeError):
+        return ""
+    given = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in names)
+    return f". {run} was trained with {given}" if given else ""
 
 
 def _check_normalisation(options: Evaluation) -> None:

@@ -17,7 +17,7 @@ from caco.after_training import Evaluation, Judging
 from caco.backbone import adopt_backbone, create_backbone, try_size
 from caco.data.source import ImageSource
 from caco.distributed.world import World
-from caco.errors import UsageError
+from caco.errors import UsageError, did_you_mean
 from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
 from caco.foreign import preparation_of
@@ -148,7 +148,7 @@ def find_weights(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise UsageError(f"there is no run folder or file {path}")
+        raise UsageError(f"there is no run folder or file {path}.{did_you_mean(str(path), BASELINES)}".rstrip("."))
     finished = path / "export" / "backbone.safetensors"
     if finished.exists():
         return finished
