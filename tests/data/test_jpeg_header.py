@@ -82,10 +82,10 @@ OTHERS = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_files_have_the_size_that_pillow_says(name, monkeypatch):
     """And by both is known for which a GPU has an engine."""
-    has_engine = name not in ("grey", "progressive")
-    assert size_of(PLAIN[name]) == (40, 60, has_engine)
+    suits_engine = name not in ("grey", "progressive")
+    assert size_of(PLAIN[name]) == (40, 60, suits_engine)
     monkeypatch.setattr(decode, "_header_reader", lambda: None)
-    assert plain_jpeg(PLAIN[name], "a picture")[1:] == (40, 60, has_engine)
+    assert plain_jpeg(PLAIN[name], "a picture")[1:] == (40, 60, suits_engine)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -91,21 +91,11 @@ def softmax(queries, weight, inverse_length, first, last, largest, totals, slot_
                 store(totals, panel * width + lane, load(totals, panel * width + lane) + total)
         if with_mean:
             multiply_transposed(
-                products,
-                0,
-                ROOM * width,
-                rows,
-                0,
-                ROOM * width,
-                sums,
-                0,
-                count * width,
-                count,
-                wide,
-                slots,
-                True,
-                False,
-            )
+                products, 0, ROOM * width,
+                rows, 0, ROOM * width,
+                sums, 0, count * width,
+                count, wide, slots, True, False,
+            )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

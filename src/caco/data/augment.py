@@ -88,7 +88,8 @@ def centre_view(
     """Return the fixed view of evaluation: the shorter side (squash: both) resized to `resize` pixels, then its middle.
 
     The pixels of torchvision's Resize and CenterCrop on a Pillow image, of which only the crop is computed (twice as
-    fast from 500 x 375). Pillow may then take rows before columns, which rounds some pixels to the neighbouring value.
+    fast from 500 x 375). Pillow may then take rows before columns, which rounds some pixels to the neighbouring value. An image
+    that has its size already is returned itself, not a copy.
     Raises ValueError when size exceeds resize.
     """
     if size > resize:

@@ -102,8 +102,8 @@ class PlainJpeg(NamedTuple):
     data: bytes
     height: int
     width: int
-    has_engine: bool
-    """Whether it is of the kind for which GPUs have an engine: in colours, and coded from top to bottom (baseline)."""
+    suits_engine: bool
+    """Whether it is of the kind that GPUs have an engine for: in colours, and coded from top to bottom (baseline)."""
 
 
 def upright_size(data: bytes, key: str) -> tuple[int, int]:
@@ -119,9 +119,9 @@ def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
     BrokenImage.
     """
     if (plain_size := _header_reader()) is not None:
-        height, width, has_engine = plain_size(np.frombuffer(data, np.uint8))
+        height, width, suits_engine = plain_size(np.frombuffer(data, np.uint8))
         is_plain = min(height, width) >= LEAST_SIDE and height * width <= MOST_PIXELS
-        return PlainJpeg(data, height, width, bool(has_engine)) if is_plain else None
+        return PlainJpeg(data, height, width, bool(suits_engine)) if is_plain else None
     with _open(data, key) as image:
         is_plain = (
             image.format == "JPEG"
@@ -131,8 +131,8 @@ def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
             and min(image.size) >= LEAST_SIDE
             and _orientation(image) == 1
         )
-        has_engine = image.mode == "RGB" and not image.info.get("progressive")
-        return PlainJpeg(data, image.height, image.width, has_engine) if is_plain else None
+        suits_engine = image.mode == "RGB" and not image.info.get("progressive")
+        return PlainJpeg(data, image.height, image.width, suits_engine) if is_plain else None
 
 
 @lru_cache

@@ -95,7 +95,7 @@ class FromFiles:
             data, key = self.source.read(candidate), self.source.key(candidate)
             plain = None if candidate in self._refused else plain_jpeg(data, key)
             height, width = upright_size(data, key) if plain is None else plain[1:3]
-            return File(candidate, data, height, width, plain is not None and plain.has_engine)
+            return File(candidate, data, height, width, plain is not None and plain.suits_engine)
 
         return load_or_next(self.source, index, self.broken, load)
 
@@ -136,7 +136,7 @@ def suits_files(source: EncodedSource) -> bool:
     for index in probes:
         try:
             found = plain_jpeg(source.read(index), source.key(index))
-            suits += found is not None and found.has_engine
+            suits += found is not None and found.suits_engine
         except BrokenImage:
             continue
     return suits >= (1 - MOST_OTHERS) * len(probes)

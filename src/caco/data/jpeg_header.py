@@ -74,7 +74,7 @@ find_place()
 @njit(SIGNATURE, cache=True, nogil=True, error_model="numpy")
 @no_type_check
 def plain_size(data):
-    """Return height, width and `has_engine` (0 or 1) of a JPEG file that is plain (`decode.PlainJpeg`), or ODD for all."""
+    """Return height, width and `suits_engine` (0 or 1) of a JPEG file that is plain (`decode.PlainJpeg`), or ODD for all."""
     odd = (ODD, ODD, ODD)
     length = len(data)
     if length < 4 * END_WITHIN or data[0] != 0xFF or data[1] != 0xD8:
@@ -84,7 +84,7 @@ def plain_size(data):
         ends |= data[at] == 0xFF and data[at + 1] == 0xD9
     if not ends:
         return odd
-    height, width, has_engine, has_exif, at = ODD, ODD, ODD, False, 2
+    height, width, suits_engine, has_exif, at = ODD, ODD, ODD, False, 2
     while at + 4 <= length and data[at] == 0xFF:
         kind = data[at + 1]
         if kind == 0xFF:  # filled up
@@ -94,7 +94,7 @@ def plain_size(data):
         if stop > length or stop < start:
             return odd
         if kind == 0xDA:  # the picture begins
-            return height, width, has_engine
+            return height, width, suits_engine
         if 0xC0 <= kind <= 0xC2:
             if height != ODD or stop - start < 9 or data[start] != 8:
                 return odd
@@ -103,7 +103,7 @@ def plain_size(data):
                 return odd
             if channels == 3 and data[start + 6] == 82:  # called R, G, B: as it is
                 return odd
-            has_engine = np.int64(kind == 0xC0 and channels == 3)
+            suits_engine = np.int64(kind == 0xC0 and channels == 3)
         elif kind == 0xE1:
             if begins(data, start, stop, EXIF):
                 if has_exif or not is_upright(data, start + len(EXIF), stop):

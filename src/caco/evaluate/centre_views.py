@@ -36,7 +36,7 @@ class CentreViews:
         self.workers, self.batch_size = workers, batch_size
         self.broken: list[tuple[str, str]] = []
         """Key and reason of each image that could not be read, when all have been taken."""
-        self._are_kept = 0 < 3 * preparation.size**2 * len(self.indices) <= most_kept
+        self._may_be_kept = 0 < 3 * preparation.size**2 * len(self.indices) <= most_kept
         self._kept: list[tuple[list[int], Tensor]] | None = None
 
     def __iter__(self) -> Iterator[tuple[list[int], UInt8[Tensor, "B S S 3"]]]:
@@ -50,11 +50,11 @@ class CentreViews:
         decoded = map_in_order(self._view, self.indices.tolist(), broken, ahead, self.workers)
         for read, views in batched(decoded, self.batch_size):
             batch = read, torch.from_numpy(np.stack(views))
-            if self._are_kept:
+            if self._may_be_kept:
                 kept.append(batch)
             yield batch
         self.broken = broken
-        if self._are_kept and not broken:  # broken images may be good the next time
+        if self._may_be_kept and not broken:  # broken images may be good the next time
             self._kept = kept
 
     def _view(self, index: int) -> UInt8[np.ndarray, "S S 3"]:

@@ -63,8 +63,14 @@ class UsableEncoder:
 
     def views(self, source: ImageSource, indices: np.ndarray, most_kept: int = 0) -> CentreViews:
         """Return the centre views of some images of a source. most_kept: as `CentreViews` has it."""
-        how = {"workers": self.workers, "batch_size": self.batch_size, "most_kept": most_kept}
-        return CentreViews(source, self.preparation, indices, **how)
+        return CentreViews(
+            source,
+            self.preparation,
+            indices,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            most_kept=most_kept,
+        )
 
 
 def load_encoder(options: Evaluation, own: nn.Module | None = None) -> tuple[nn.Module | None, BackboneCard]:
@@ -148,7 +154,8 @@ def find_weights(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise UsageError(f"there is no run folder or file {path}.{did_you_mean(str(path), BASELINES)}".rstrip("."))
+        near = did_you_mean(str(path), BASELINES)
+        raise UsageError(f"there is no run folder or file {path}{near and '.' + near}")
     finished = path / "export" / "backbone.safetensors"
     if finished.exists():
         return finished

@@ -54,10 +54,11 @@ class KnnMonitor:
         encoder = UsableEncoder(backbone, self.preparation, self.world, self.precision, self.workers)
 
         def features(what: str, source: ImageSource, indices: np.ndarray | None) -> Features:
-            most = int(KEPT_SHARE * free_memory(torch.device("cpu"))) // self.world.local_size
-
             def views_of(part: np.ndarray) -> CentreViews:
-                return self.views.setdefault(what, encoder.views(source, part, most))
+                if what not in self.views:
+                    most = int(KEPT_SHARE * free_memory(torch.device("cpu"))) // self.world.local_size
+                    self.views[what] = encoder.views(source, part, most)
+                return self.views[what]
 
             return encoder.features(source, indices, views_of)
 

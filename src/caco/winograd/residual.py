@@ -29,17 +29,18 @@ def residual_block(maps: Tensor, layers: tuple[Layer, Layer], shortcut: Tensor |
     beside, beside_norm = (None, None) if isinstance(shortcut, Tensor) else shortcut
     with_sums = any(uses_own_statistics(norm) for norm in (first_norm, beside_norm) if norm is not None)
     beside_weight, is_own = None if beside is None else beside.weight, shortcut is maps
-    maps, sums, samples, samples_sums, carried = WinogradConvolution.apply(
+    maps, sums, shortcut_maps, shortcut_sums, carried = WinogradConvolution.apply(
         maps, first.weight, first.stride[0], None, with_sums, beside_weight, is_own
     )
     factors, shortcut_factors = factors_of(first_norm, sums, maps), None
     if beside_norm is not None:
-        shortcut_factors = factors_of(beside_norm, samples_sums, samples)
+        shortcut_factors = factors_of(beside_norm, shortcut_sums, shortcut_maps)
     own = uses_own_statistics(second_norm)
     maps, sums, *_ = WinogradConvolution.apply(maps, second.weight, second.stride[0], factors, own)
     if isinstance(shortcut, Tensor):
-        samples = (carried if is_own else shortcut).to(maps.dtype).expand_as(maps)  # the compiled code relies on it
-    result: Tensor = Joined.apply(maps, factors_of(second_norm, sums, maps), samples, shortcut_factors)
+        shortcut_maps = carried if is_own else shortcut
+        shortcut_maps = shortcut_maps.to(maps.dtype).expand_as(maps)  # the compiled code relies on it
+    result: Tensor = Joined.apply(maps, factors_of(second_norm, sums, maps), shortcut_maps, shortcut_factors)
     return result
 
 
