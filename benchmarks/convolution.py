@@ -3,7 +3,7 @@
     python benchmarks/convolution.py [--quick] [--products] [--out FILE.json]
 
 Both take turns in one process, with the kept heap that every run of caco has. Rounding: relative error of result and gradients
-against float64, the largest of the three. The first seven rows are those of a ResNet-18 at 32 px, the last is too narrow to gain.
+against float64, the largest of the three. With --precision bf16 maps are bfloat16, and torch's filters, too. The first seven rows are those of a ResNet-18 at 32 px, the last is too narrow to gain.
 With --products only the products in the middle of it, of 192 tiles and by one thread, against torch.bmm.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from caco.cpu_kernels.products import multiply, panel_width
+from caco.precision import PRECISIONS
 from caco.train.heap import keep_heap
 from caco.winograd.convolution import convolve
 
@@ -33,15 +34,17 @@ SHAPES = (
 
 Convolution = Callable[[Tensor, Tensor, int], Tensor]
 CONVOLUTIONS: dict[str, Convolution] = {
-    "direct": lambda maps, weight, stride: F.conv2d(maps, weight, padding=1, stride=stride),
+    "direct": lambda maps, weight, stride: F.conv2d(maps, weight.to(maps.dtype), padding=1, stride=stride),
     "winograd": convolve,
 }
 
 
-def tensors(images: int, inputs: int, outputs: int, side: int, stride: int) -> tuple[Tensor, Tensor, int, Tensor]:
+def tensors(
+    images: int, inputs: int, outputs: int, side: int, stride: int, precision: torch.dtype
+) -> tuple[Tensor, Tensor, int, Tensor]:
     """Return maps, filters as torch draws them, the stride, and the gradient of the result."""
     maps, pull = (
-        torch.randn(images, channels, pixels, pixels).contiguous(memory_format=torch.channels_last)
+        torch.randn(images, channels, pixels, pixels).to(precision).contiguous(memory_format=torch.channels_last)
         for channels, pixels in ((inputs, side), (outputs, side // stride))
     )
     weight = torch.nn.Conv2d(inputs, outputs, 3).weight.detach().contiguous(memory_format=torch.channels_last)
@@ -103,6 +106,7 @@ def multiply_all(left, right, result, tiles, channels):  # type: ignore[no-untyp
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--images", type=int, help="default: 256")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--products", action="store_true", help="only the products of a block of tiles")
     options = parser.parse_args()
     if options.products:
@@ -113,7 +117,7 @@ def main() -> None:
     print(describe())
     rows, results = [], {}
     for inputs, outputs, side, stride in SHAPES:
-        given = tensors(images, inputs, outputs, side, stride)
+        given = tensors(images, inputs, outputs, side, stride, PRECISIONS[options.precision])
         seconds = take_turns({name: partial(both_ways, one, *given) for name, one in CONVOLUTIONS.items()}, rounds)
         direct, winograd = (seconds[name].median for name in CONVOLUTIONS)
         errors = {name: rounding(one, *given) for name, one in CONVOLUTIONS.items()}

@@ -41,6 +41,7 @@ CONTESTANTS = {
     "caco fp32": ("caco", "fp32", "direct"),
     "caco fp32, winograd (CPU)": ("caco", "fp32", "winograd"),
     "caco bf16": ("caco", "bf16", "direct"),
+    "caco bf16, winograd (CPU)": ("caco", "bf16", "winograd"),
 }
 """System, precision, how its convolutions are computed."""
 

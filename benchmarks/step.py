@@ -9,7 +9,7 @@ on both, in the same precision and layout. Step and limit take turns in one fres
 The stages are the same work taken apart, timed one after the other. An image is one sample: two views, four passes.
 On a GPU both are CUDA graphs, as in a run (--no-cuda-graph: Python launches each kernel), and so is each stage: times are
 those of the GPU, not of launching.
-With small crops (--small 6) the limit has a forward and backward pass of each, too. With --convolution winograd (CPU, fp32)
+With small crops (--small 6) the limit has a forward and backward pass of each, too. With --convolution winograd (CPU)
 the limit is still that of torch's own convolutions; "bare, winograd" are the same passes by Winograd's.
 """
 
@@ -225,10 +225,8 @@ def main() -> None:
     )
     parser.add_argument("--give-back", action="store_true", help="CPU: do not keep freed memory")
     options = parser.parse_args()
-    if options.convolution == "winograd" and (
-        options.compile or options.device != "cpu" or "bf16" in options.precision
-    ):
-        parser.error("--convolution winograd is for --device cpu and --precision fp32, without --compile")
+    if options.convolution == "winograd" and (options.compile or options.device != "cpu"):
+        parser.error("--convolution winograd is for --device cpu, without --compile")
     options.batch = options.batch or (32 if options.quick else 256)
     options.bank = options.bank or (4096 if options.quick else 65_536)
     rounds = options.rounds or (1 if options.quick else 5)

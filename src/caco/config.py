@@ -156,7 +156,7 @@ class EngineOptions:
     layout: Literal["auto", "channels_last", "contiguous"] = "auto"
     """Order of pixels and channels in memory; auto: channels_last, unless a trial at the start of a long run says otherwise."""
     convolution: Literal["auto", "direct", "winograd"] = "auto"
-    """winograd (CPU, fp32, numba): a quarter of the products of 3 x 3 filters; auto: tried at the start of a long run."""
+    """winograd (CPU, numba): a quarter of the products of 3 x 3 filters; auto: tried at the start of a long run."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: tried (not with winograd) in a run of over two hours (GPU: five minutes), kept if it pays."""
     cuda_graph: bool = True

@@ -121,8 +121,12 @@ def test_the_less_usual_choice_must_be_worth_it():
     assert fastest(choices, [1.0, 0.8, 0.9, 0.9]) == Trial("fp32", "contiguous")
     assert fastest(choices, [1.0, 1.0, 0.4, 0.45]) == Trial("bf16", "channels_last")
     choices = candidates(CONFIG, CPU)
-    assert fastest(choices, [1.0, 1.0, 1.0, 1.0, 0.95]) == Trial("fp32", "channels_last")
-    assert fastest(choices, [1.0, 1.0, 0.6, 1.0, 0.7]) == Trial("fp32", "channels_last", "winograd")
+    assert fastest(choices, [1.0, 1.0, 1.0, 1.0, 0.95, 0.65]) == Trial("fp32", "channels_last")
+    assert fastest(choices, [1.0, 1.0, 0.6, 1.0, 0.7, 0.5]) == WINOGRAD
+    assert fastest(choices, [1.0, 1.0, 0.6, 1.0, 0.7, 0.4]) == replace(WINOGRAD, precision="bf16")
+    choices = candidates(replace(CONFIG, precision="bf16", engine=EngineOptions(layout="channels_last")), CPU)
+    assert fastest(choices, [1.0, 0.95]) == Trial("bf16", "channels_last")
+    assert fastest(choices, [1.0, 0.85]) == replace(WINOGRAD, precision="bf16")
 
 
 @needs_numba
@@ -140,20 +144,19 @@ def test_winograd_is_tried_only_where_it_can_be_had(monkeypatch):
     def is_tried(config: Pretrain, backbone: nn.Module, **options) -> bool:
         tried.clear()
         choose_engine(config, backbone, CPU, passes=10**9, batch=8, **options)
-        return any(WINOGRAD in choices for choices in tried)
+        return any(trial.convolution == "winograd" for choices in tried for trial in choices)
 
     assert is_tried(CONFIG, Wide())
     assert not is_tried(CONFIG, Wide(), numba=False)
     assert not is_tried(CONFIG, nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()))
     for options in ({"convolution": "direct"}, {"layout": "contiguous"}, {"compile": "on"}):
         assert not is_tried(replace(CONFIG, engine=EngineOptions(**options)), Wide())
-    assert not is_tried(replace(CONFIG, precision="bf16"), Wide())
+    assert is_tried(replace(CONFIG, precision="bf16"), Wide())
 
 
 @pytest.mark.parametrize(
     ("options", "device", "numba", "told"),
     [
-        ({"precision": "bf16"}, "cpu", True, "it is for --precision fp32"),
         ({"layout": "contiguous"}, "cpu", True, "it is for --engine.layout channels_last"),
         ({"compile": "on"}, "cpu", True, "it cannot be compiled (--engine.compile on)"),
         ({}, "cuda", True, "it is for CPUs"),
@@ -162,10 +165,8 @@ def test_winograd_is_tried_only_where_it_can_be_had(monkeypatch):
 )
 def test_what_cannot_be_had_is_told_and_computed_directly(options, device, numba, told):
     """A run that has chosen it may be resumed on another machine, or with other options."""
-    precision = options.get("precision", "fp32")
-    rest = {name: value for name, value in options.items() if name != "precision"}
-    chosen = EngineOptions(**{"layout": "channels_last", "compile": "off", "convolution": "winograd", **rest})
-    asked, said = replace(CONFIG, precision=precision, engine=chosen), []
+    chosen = EngineOptions(**{"layout": "channels_last", "compile": "off", "convolution": "winograd", **options})
+    asked, said = replace(CONFIG, precision="fp32", engine=chosen), []
     given = choose_engine(asked, Wide(), torch.device(device), passes=4, batch=8, say=said.append, numba=numba)
     assert given == (replace(asked, engine=replace(chosen, convolution="direct")), "")
     assert said == [f"--engine.convolution winograd cannot be had: {told}; torch's own convolutions are taken"]
@@ -179,12 +180,12 @@ def test_a_backbone_that_does_not_suit_is_told():
 
 
 @needs_numba
-def test_winograd_as_asked_is_not_measured():
-    asked = replace(CONFIG, engine=EngineOptions(convolution="winograd"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_winograd_as_asked_is_not_measured(precision):
+    asked = replace(CONFIG, precision=precision, engine=EngineOptions(convolution="winograd"))
     chosen, why = choose_engine(asked, Wide(), CPU, passes=4, batch=8)
     engine_options = replace(asked.engine, layout="channels_last", convolution="winograd", compile="off")
-    assert chosen == replace(asked, precision="fp32", engine=engine_options)
-    assert why == "fp32 channels_last winograd"
+    assert chosen == replace(asked, engine=engine_options) and why == ""
 
 
 @needs_numba

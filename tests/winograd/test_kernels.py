@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from maps import in_panels
 from torch.nn import functional as F
 
 pytest.importorskip("numba")
@@ -92,7 +93,7 @@ def places_of(kind: int, maps: np.ndarray, factors: np.ndarray, others: np.ndarr
     room, places = tiles.room_for(count), transforms.SIDE[kind] ** 2
     distance = tiles.from_place_to_place(maps, room)
     flat = np.full(places * distance, np.nan)
-    tiles.maps_to_tiles(kind, maps, factors, others, 0, rows * len(maps), strips.strip_of(kind, maps), flat, room)
+    tiles.maps_to_tiles(kind, maps, factors, others, 0, rows * len(maps), strips.strip_of(kind, maps, maps), flat, room)
     width = products.panel_width(8)
     matrices = flat.reshape(places, distance)[:, : room * CHANNELS].reshape(places, CHANNELS // width, room, width)
     return matrices[:, :, :count].swapaxes(1, 2).reshape(places, count, CHANNELS)
@@ -141,7 +142,7 @@ def put_back(
 ) -> None:
     """Fill the maps, a row of tiles at a time."""
     added = maps[:0] if added is None else added
-    strip = strips.strip_of(kind, maps)
+    strip = strips.strip_of(kind, maps, maps)
     for row in range(len(maps) * strips.grid(kind, maps)[0]):
         flat = pull[row].copy()
         tiles.tiles_to_maps(kind, flat, room, maps, added, *given, sums, row, row + 1, strip)
@@ -157,7 +158,7 @@ def test_tiles_go_back_by_the_transpose(kind):
     flat = np.zeros((2 * rows, transforms.SIDE[kind] ** 2 * tiles.from_place_to_place(maps, room)))
     pull = draw.normal(size=flat.shape)
     for row in range(2 * rows):
-        strip = strips.strip_of(kind, maps)
+        strip = strips.strip_of(kind, maps, maps)
         tiles.maps_to_tiles(kind, maps, *no_factors(maps), row, row + 1, strip, flat[row], room)
     put_back(kind, pull, room, returned, no_factors(maps), np.empty((0, CHANNELS)))
     np.testing.assert_allclose((flat * pull).sum(), (maps * returned).sum(), rtol=1e-12)
@@ -182,14 +183,6 @@ def test_sums_are_taken_of_what_is_put_back(kind):
     through = np.where(factors[0] * others + factors[1] > 0, plain, 0)
     np.testing.assert_allclose(rectified, factors[0] * through, rtol=1e-12)
     np.testing.assert_allclose(of_factors - 1, [(through * others).sum((0, 1, 2)), through.sum((0, 1, 2))], rtol=1e-10)
-
-
-def in_panels(matrix: np.ndarray, room: int) -> np.ndarray:
-    """Return a matrix as `products.py` has it, flat, each panel with room for so many rows; what is not filled is no number."""
-    width = products.panel_width(matrix.itemsize)
-    panels = np.full((matrix.shape[1] // width, room, width), np.nan, matrix.dtype)
-    panels[:, : len(matrix)] = matrix.reshape(len(matrix), -1, width).swapaxes(0, 1)
-    return panels.reshape(-1)
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:

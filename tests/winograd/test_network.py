@@ -9,6 +9,7 @@ import torch
 from maps import maps_of, relative
 from timm.models.resnet import BasicBlock
 from torch import nn
+from torch.nn import functional as F
 
 from caco.backbone import create_backbone
 from caco.checkpointing import checkpoint_blocks, keep_all_activations
@@ -73,7 +74,35 @@ def test_a_convolution_falls_back_where_it_does_not_pay(bias):
     assert not torch.equal(winograd(large), direct(large))
     assert relative(winograd(large).detach(), direct(large).detach().double()) < 4e-6
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, torchs = winograd(large), direct(large)
+        assert found.dtype == torchs.dtype == torch.bfloat16 and 0 < relative(found, torchs.double()) < 1e-2
+        assert relative(winograd(large.bfloat16()), found.double()) < 1e-2
+        assert winograd.double()(large.double()).dtype == torch.float64 == direct.double()(large.double()).dtype
+    for module in (winograd, direct):  # a network that is bfloat16 altogether
+        module.bfloat16()
+    assert torch.equal(winograd(large.bfloat16()), direct(large.bfloat16()))
+    for module in (winograd, direct):
+        module.float()
+    with torch.autocast("cpu", dtype=torch.float16):
         assert torch.equal(winograd(large), direct(large))
+
+
+def test_in_bfloat16_it_is_nearer_to_the_truth_than_torchs_own():
+    """Features and all gradients of a whole network, against float64: what is rounded in torch's is more than the maps."""
+    torch.manual_seed(0)
+    exact, direct = create_backbone("resnet18", 32).double().train(), create_backbone("resnet18", 32).train()
+    direct.load_state_dict(exact.state_dict())
+    winograd, goal, view = copy.deepcopy(direct), torch.randn(16, 512), maps_of(16, 3, 32, 32)
+    use_winograd(winograd)
+    found = []
+    for network in (exact, direct, winograd):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=network is not exact):
+            features = network(view.to(next(network.parameters()).dtype)).double()
+        (F.normalize(features, dim=1) * goal).sum().backward()
+        gradients = torch.cat([parameter.grad.double().flatten() for parameter in network.parameters()])
+        found.append((features, gradients))
+    for true, torchs, ours in zip(*found, strict=True):
+        assert 1e-3 < relative(ours, true) < relative(torchs, true)
 
 
 def test_wrong_and_odd_inputs_are_torchs_own():

@@ -20,6 +20,7 @@ from caco.winograd.network import use_direct, use_winograd
 from caco.winograd.residual import Joined
 
 pytest.importorskip("numba")
+from caco.cpu_kernels import processor
 from caco.cpu_kernels.memory import LARGE
 
 
@@ -125,6 +126,28 @@ def test_a_block_of_large_maps(as_one):
         assert relative(ours.grad, exact.grad) < 1e-11
 
 
+@pytest.mark.parametrize("by_pairs", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_block_in_bfloat16_rounds_no_more_than_torchs_own(block, by_pairs, as_one, monkeypatch):
+    monkeypatch.setattr(processor, "MULTIPLIES_PAIRS", by_pairs)
+    torch.manual_seed(0)
+    exact = drawn(BLOCKS[block]())
+    direct, given = copy.deepcopy(exact).float(), maps_of(8, 64, 15, 16).relu().bfloat16()
+    winograd, results = copy.deepcopy(direct), []
+    use_winograd(winograd)
+    for module in (exact, direct, winograd):
+        maps = given.clone().to(torch.float64 if module is exact else torch.bfloat16).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=module is not exact):
+            output = module(maps)
+        output.double().sin().sum().backward()
+        gradients = [parameter.grad for parameter in module.parameters()]
+        results.append([output.detach(), maps.grad, *gradients, *(buffer.double() for buffer in module.buffers())])
+    true, torchs, ours = results
+    assert as_one and ours[0].dtype == ours[1].dtype == torch.bfloat16
+    for one, other, exact_one in zip(ours, torchs, true, strict=True):
+        assert relative(one, exact_one) < 1.2 * relative(other, exact_one) + 2e-3
+
+
 def changed(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         block = BLOCKS["timm"]()
@@ -167,9 +190,11 @@ def test_small_maps_half_precisions_and_classes(as_one):
     block(maps_of(2, 64, 6, 6, dtype=torch.float32))  # 6 x 6 become 3 x 3: too small for the second
     with torch.autocast("cpu", dtype=torch.bfloat16):
         block(maps_of(2, 64, 16, 16, dtype=torch.float32))
-    assert not as_one
+    assert not as_one  # torch adds such a shortcut in float32
     block(maps_of(2, 64, 16, 16, dtype=torch.float32))
-    assert len(as_one) == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block(maps_of(2, 64, 16, 16, dtype=torch.bfloat16))
+    assert len(as_one) == 2
     use_direct(block)
     assert (type(block), list(block.state_dict())) == before
 

@@ -10,7 +10,7 @@ from typing import no_type_check
 from numba import njit
 from numba.extending import register_jitable
 
-from caco.cpu_kernels.vectors import BYTES, add_all, add_products, store_all, store_all_past_caches, zeros_all
+from caco.cpu_kernels.vectors import BYTES, add_all, add_products, numbers_in, store_all, store_all_past_caches, zeros_all
 
 ROWS = 6
 """Rows of a result that are computed together: with two vectors of columns, their sums fill the registers."""
@@ -46,17 +46,17 @@ def multiply(
     there must be room.
     """
     width = panel_width(result.itemsize)
-    lanes = width // 2
+    lanes, terms = width // 2, width // numbers_in(left)
     for start in range(0, depth, DEPTH):
         end = min(depth, start + DEPTH)
         for panel in range(columns // width):
             for first in range(0, rows, ROWS):
                 b = right_at + panel * right_panel + start * width
                 sums = zeros_all(result, 12)  # two for each of ROWS
-                for term in range(start, end, width):
-                    a = left_at + term // width * left_panel + first * width
-                    for _ in range(width):
-                        sums = add_products(sums, left, a, width, right, b)
+                for term in range(start, end, terms):
+                    a = left_at + term // terms * left_panel + first * terms
+                    for _ in range(terms):
+                        sums = add_products(sums, left, a, terms, right, b)
                         a += 1
                         b += width
                 c = result_at + panel * result_panel + first * width

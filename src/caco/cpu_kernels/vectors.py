@@ -11,26 +11,18 @@ from __future__ import annotations
 import operator
 from typing import Any, no_type_check
 
-from llvmlite import binding, ir
-from numba import config, types
-from numba.extending import intrinsic, models, overload, register_model
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, models, overload, register_jitable, register_model
 
 from caco.compiled_code import find_place, remove_stale_code
+from caco.cpu_kernels.bfloat16 import are_pairs, computed, float32_of, is_bfloat16, multiply_pairs, rounded, whole
+from caco.cpu_kernels.processor import BYTES
 
 find_place()  # every module comes by here before it compiles anything
 remove_stale_code()
 
 
-def _has_long_vectors() -> bool:
-    """Return whether the processor that numba compiles for has AVX-512: this one, unless it has been told another."""
-    name, features = getattr(config, "CPU_NAME", None), getattr(config, "CPU_FEATURES", None)
-    if name or features:
-        return "+avx512f" in (features or "")
-    return bool(binding.get_host_cpu_features().get("avx512f"))
-
-
-BYTES = 64 if _has_long_vectors() else 32
-"""Of a vector: 16 or 8 numbers of float32."""
 FLAGS = ("contract", "reassoc", "nsz")
 """Multiply-adds may be fused and sums reordered; numbers that are not finite may come."""
 
@@ -51,9 +43,24 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, llvm_type(kind.dtype))
 
 
-def llvm_type(dtype: types.Float) -> ir.VectorType:
+@register_jitable
+def computed_bytes(array: Any) -> int:
+    """Return the bytes of each of an array's numbers while they are computed."""
+    return max(array.itemsize, 4)
+
+
+@intrinsic
+@no_type_check
+def numbers_in(typing, array):
+    """Return how many numbers each of an array's is: two if they are pairs."""
+    count = 2 if are_pairs(array.dtype) else 1
+    return types.intp(array), lambda context, builder, signature, given: context.get_constant(types.intp, count)
+
+
+def llvm_type(dtype: types.Number) -> ir.VectorType:
     """Return what a vector of such numbers is in LLVM."""
-    return ir.VectorType({32: ir.FloatType(), 64: ir.DoubleType()}[dtype.bitwidth], BYTES * 8 // dtype.bitwidth)
+    bits = computed(dtype).bitwidth
+    return ir.VectorType({32: ir.FloatType(), 64: ir.DoubleType()}[bits], BYTES * 8 // bits)
 
 
 def data_of(context: Any, builder: Any, array: Any, value: Any) -> Any:
@@ -63,14 +70,19 @@ def data_of(context: Any, builder: Any, array: Any, value: Any) -> Any:
 
 def load_at(builder: Any, array: Any, data: Any, index: Any) -> Any:
     """Return the code for a vector of the numbers from an index on."""
-    address = builder.bitcast(builder.gep(data, [index]), llvm_type(array.dtype).as_pointer())
-    return builder.load(address, align=array.dtype.bitwidth // 8)
+    kind, align = llvm_type(array.dtype), array.dtype.bitwidth // 8
+    if not is_bfloat16(array.dtype):
+        return builder.load(builder.bitcast(builder.gep(data, [index]), kind.as_pointer()), align=align)
+    numbers = builder.load(builder.bitcast(builder.gep(data, [index]), whole(16).as_pointer()), align=align)
+    return float32_of(builder, numbers)
 
 
 def store_at(builder: Any, array: Any, data: Any, index: Any, vector: Any, past_caches: bool = False) -> None:
     """Write the code that puts a vector there. past_caches: where an address is a multiple of BYTES, and into no cache."""
-    address = builder.bitcast(builder.gep(data, [index]), llvm_type(array.dtype).as_pointer())
-    stored = builder.store(vector, address, align=BYTES if past_caches else array.dtype.bitwidth // 8)
+    vector = rounded(builder, vector) if is_bfloat16(array.dtype) else vector
+    address = builder.bitcast(builder.gep(data, [index]), vector.type.as_pointer())
+    size = BYTES * array.dtype.bitwidth // computed(array.dtype).bitwidth
+    stored = builder.store(vector, address, align=size if past_caches else array.dtype.bitwidth // 8)
     if past_caches:
         stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
 
@@ -89,7 +101,7 @@ def load(typing, array, index):
     def generate(context, builder, signature, arguments):
         return load_at(builder, array, data_of(context, builder, array, arguments[0]), arguments[1])
 
-    return Vector(array.dtype)(array, types.intp), generate
+    return Vector(computed(array.dtype))(array, types.intp), generate
 
 
 @no_type_check
@@ -135,17 +147,22 @@ def _putting(adds=False, past_caches=False):
 store_all, add_all, store_all_past_caches = _putting(), _putting(adds=True), _putting(past_caches=True)
 
 
+def _multiply_add(builder: Any, sums: Any, left: Any, right: Any) -> Any:
+    return builder.fadd(sums, builder.fmul(left, right, flags=FLAGS), flags=FLAGS)
+
+
 @intrinsic
 @no_type_check
 def add_products(typing, sums, left, left_at, left_row, right, right_at):
     """Return sums[r, v] + left[r] · right[v]: of one number of each row and of two neighbouring vectors.
 
-    sums: a tuple, row by row. The rows' numbers are one every left_row.
+    sums: a tuple, row by row. The rows' numbers are one every left_row. Of pairs of bfloat16 both products are added.
     """
 
     def generate(context, builder, signature, arguments):
         kind, lanes = llvm_type(left.dtype), llvm_type(left.dtype).count
-        of_left = data_of(context, builder, left, arguments[1])
+        add_product = multiply_pairs if are_pairs(left.dtype) else _multiply_add
+        of_left = builder.bitcast(data_of(context, builder, left, arguments[1]), kind.element.as_pointer())
         of_right = data_of(context, builder, right, arguments[4])
         rights = [
             load_at(builder, right, of_right, builder.add(arguments[5], ir.Constant(arguments[5].type, lanes * number)))
@@ -157,7 +174,7 @@ def add_products(typing, sums, left, left_at, left_row, right, right_at):
             at = builder.add(at, arguments[3])
             for number, vector in enumerate(rights):
                 before = builder.extract_value(arguments[0], 2 * row + number)
-                found.append(builder.fadd(before, builder.fmul(factor, vector, flags=FLAGS), flags=FLAGS))
+                found.append(add_product(builder, before, factor, vector))
         return context.make_tuple(builder, sums, found)
 
     return sums(sums, left, types.intp, types.intp, right, types.intp), generate

@@ -98,7 +98,6 @@ def no_winograd(config: Pretrain, backbone: nn.Module, device: torch.device, num
     reasons = {
         "it is for CPUs": device.type != "cpu",
         "it needs numba (pip install numba)": not numba,
-        "it is for --precision fp32": config.precision == "bf16",
         "it is for --engine.layout channels_last": config.engine.layout == "contiguous",
         "it cannot be compiled (--engine.compile on)": config.engine.compile == "on",
         f"no convolution of the backbone is one of 3 x 3 and {LEAST_CHANNELS} channels": not suits_winograd(backbone),
@@ -108,8 +107,6 @@ def no_winograd(config: Pretrain, backbone: nn.Module, device: torch.device, num
 
 def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
     """Return the ways that the options leave open, the default first. Winograd's convolutions can be had if not "direct"."""
-    if config.engine.convolution == "winograd":
-        return [Trial("fp32", "channels_last", "winograd")]
     if config.precision != "auto":
         precisions = [config.precision]
     elif device.type == "cpu":
@@ -117,10 +114,9 @@ def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
     else:
         precisions = ["bf16"] if has_fast_bfloat16(device) else ["fp32"]
     layouts = ["channels_last", "contiguous"] if config.engine.layout == "auto" else [config.engine.layout]
-    choices = [Trial(precision, layout) for precision in precisions for layout in layouts]  # type: ignore[arg-type]
-    if config.engine.convolution == "auto":
-        choices.append(Trial("fp32", "channels_last", "winograd"))
-    return choices
+    direct = [Trial(precision, layout) for precision in precisions for layout in layouts]  # type: ignore[arg-type]
+    winograd = [Trial(precision, "channels_last", "winograd") for precision in precisions]  # type: ignore[arg-type]
+    return {"direct": direct, "winograd": winograd, "auto": direct + winograd}[config.engine.convolution]
 
 
 def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:

@@ -1,4 +1,9 @@
-"""Winograd's convolution as torch sees it: a function of maps and filters, with its gradient."""
+"""Winograd's convolution as torch sees it: a function of maps and filters, with its gradient.
+
+Of maps in bfloat16 only what lies in memory is rounded: transforms, products and sums are float32's. The products backward are
+of numbers rounded to bfloat16, where the processor has an instruction for them; forward that would cost what the transforms
+multiply the rounding by, five times the error of the encoder.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ MOST_GRADIENT_BYTES = 2**28
 def convolve(maps: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Return the convolution of maps [B, C, H, W] with filters [O, C, 3, 3], padding 1, stride 1 or 2, no bias; B > 0.
 
-    C and O are multiples of `panel_width`; ValueError if they are not.
+    Maps may be bfloat16 where the filters are float32; so is the result. C and O are multiples of `panel_width`; ValueError if they are not.
     """
     result: Tensor = WinogradConvolution.apply(maps, weight, stride)[0]
     return result
@@ -103,6 +108,7 @@ class WinogradConvolution(torch.autograd.Function):
         of_maps = empty_maps(maps, *maps.shape[1:]) if to_maps or to_factors else maps[:0]
         of_filters = filters.new_empty(len(parts) if to_filters or to_samples else 0, *filters.shape)
         few = _in_panels(samples_weight, maps)
+        pairs = _in_pairs(weight, filters.numpy(), few) if _multiplies_pairs(maps) else None
         of_few = filters.new_empty(len(parts), *few.shape)
         added = maps[:0] if carried_pull is None else carried_pull.contiguous(memory_format=torch.channels_last)
         of_factors = np.zeros((len(parts), 2 if factors is not None else 0, maps.shape[1]))
@@ -112,7 +118,7 @@ class WinogradConvolution(torch.autograd.Function):
             part = of_filters[number] if len(of_filters) else of_few[0, :0]
             of_all = *pulled, filters.numpy(), part.numpy()
             of_samples = *samples_pulled, few, of_few[number].numpy()
-            gradients = pixels(of_maps), pixels(added), of_factors[number]
+            gradients = pixels(of_maps), pixels(added), of_factors[number], pairs
             asked = to_maps or to_factors, to_filters or to_samples
             passes.backward(
                 pixels(maps), as_array(factors, maps), of_all, of_samples, *gradients, first, last, stride, *asked
@@ -153,6 +159,28 @@ def _in_panels(weight: Tensor | None, maps: Tensor, transposed: bool = False) ->
     panels = (matrix.T if transposed else matrix).unflatten(1, (-1, panel_width(weight.element_size())))
     result: np.ndarray = panels.transpose(0, 1).reshape(1, -1).contiguous().numpy()
     return result
+
+
+def _multiplies_pairs(maps: Tensor) -> bool:
+    """Return whether products backward are of pairs of bfloat16."""
+    from caco.cpu_kernels import processor
+
+    return maps.dtype == torch.bfloat16 and processor.MULTIPLIES_PAIRS
+
+
+def _in_pairs(weight: Tensor, *transformed: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return transformed filters, each [places, N], as pairs of two outputs, [places, N / 2]; none as one place of none."""
+    from caco.winograd import passes
+
+    def paired(filters: np.ndarray) -> np.ndarray:
+        pairs = np.empty((max(len(filters), 1), filters.shape[1] // 2), np.uint32)
+        if len(filters):
+            parts = parts_of(len(filters), filters.size // LEAST_WEIGHTS)
+            in_threads(lambda first, last: passes.pair_filters(filters, outputs, channels, pairs, first, last), parts)
+        return pairs
+
+    outputs, channels = weight.shape[:2]
+    return tuple(map(paired, transformed))
 
 
 def _out_of_panels(panels: Tensor, weight: Tensor) -> Tensor:
@@ -200,8 +228,9 @@ def filters_back(parts: Tensor, stride: int, rows: int, columns: int) -> Float[T
 
 
 def pixels(maps: Tensor) -> np.ndarray:
-    """Return maps that are channels_last as [B, H, W, C]."""
-    return maps.detach().permute(0, 2, 3, 1).numpy()
+    """Return maps that are channels_last as [B, H, W, C]; bfloat16, which numpy has none of, as uint16."""
+    maps = maps.detach().permute(0, 2, 3, 1)
+    return (maps.view(torch.uint16) if maps.dtype == torch.bfloat16 else maps).numpy()
 
 
 def empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -214,12 +243,18 @@ def empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     count, line = math.prod(shape), CACHE_LINE // dtype.itemsize
     numbers = np.empty(count + line, dtype)
     start = -(numbers.ctypes.data // dtype.itemsize) % line
-    return torch.from_numpy(numbers[start : start + count].reshape(shape)).permute(0, 3, 1, 2)
+    return torch.from_numpy(numbers[start : start + count].reshape(shape)).view(like.dtype).permute(0, 3, 1, 2)
 
 
 def as_array(factors: Tensor | None, maps: Tensor) -> np.ndarray:
     """Return factors of each channel as compiled code takes them with such maps, of no size if there are none."""
-    return pixels(maps[:0]).reshape(0, 0) if factors is None else factors.detach().to(maps.dtype).contiguous().numpy()
+    dtype = computed_dtype(maps)
+    return (maps.new_empty(0, 0, dtype=dtype) if factors is None else factors.detach().to(dtype).contiguous()).numpy()
+
+
+def computed_dtype(maps: Tensor) -> torch.dtype:
+    """Return in what maps are computed: bfloat16 only lies in memory."""
+    return torch.float32 if maps.dtype == torch.bfloat16 else maps.dtype
 
 
 def parts_of_images(results: Tensor) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import no_type_check
 from numba import njit
 
 from caco.cpu_kernels.memory import aligned, is_large, write
-from caco.cpu_kernels.vectors import BYTES, load, store, where_positive
+from caco.cpu_kernels.vectors import BYTES, computed_bytes, load, store, where_positive
 from caco.winograd.strips import clear
 
 
@@ -21,7 +21,7 @@ def join(maps, factors, shortcut, shortcut_factors, results, first, last):
 
     maps, shortcut, results: [B, H, W, C]. factors: [2, C]; shortcut_factors: none, or two with which it is read, too.
     """
-    channels, lanes = maps.shape[3], BYTES // maps.itemsize
+    channels, lanes = maps.shape[3], BYTES // computed_bytes(maps)
     image, source, other, target = maps[0].size, maps.reshape(-1), shortcut.reshape(-1), results.reshape(-1)
     flat_factors, flat_others = factors.reshape(-1), shortcut_factors.reshape(-1)
     past = is_large(maps)
@@ -45,35 +45,39 @@ def part(
 
     pulls: the results' gradient. The shortcut's second factor has the gradient of the first ones' second.
     """
-    channels, lanes = maps.shape[3], BYTES // maps.itemsize
+    channels, lanes = maps.shape[3], BYTES // computed_bytes(maps)
     image, source, result, pull = maps[0].size, maps.reshape(-1), results.reshape(-1), pulls.reshape(-1)
     to_maps, to_shortcut, other = maps_gradient.reshape(-1), shortcut_gradient.reshape(-1), shortcut.reshape(-1)
     flat_factors, flat_others, flat_sums = factors.reshape(-1), shortcut_factors.reshape(-1), sums.reshape(-1)
-    sums_now, past = aligned(3 * channels, maps), is_large(maps)
+    sums_now, shifts, past = aligned(3 * channels, factors), aligned(2 * channels, factors), is_large(maps)
     for number in range(first, last):
         clear(sums_now, 0, 3 * channels)
         shift, other_shift = (
             number * image,
             number * image if len(flat_others) else 0,
         )  # an image's first pixel, as in `put_back`
+        for channel in range(0, channels, lanes):
+            store(shifts, channel, load(source, shift + channel))
+            if len(flat_others):
+                store(shifts, channels + channel, load(other, other_shift + channel))
         for pixel in range(number * image, (number + 1) * image, channels):
             for channel in range(0, channels, lanes):
                 at, more, most = pixel + channel, channels + channel, 2 * channels + channel
                 value = where_positive(load(result, at), load(pull, at))
-                distance = load(source, at) - load(source, shift + channel)
+                distance = load(source, at) - load(shifts, channel)
                 store(sums_now, channel, load(sums_now, channel) + value * distance)
                 store(sums_now, more, load(sums_now, more) + value)
                 write(to_maps, at, value * load(flat_factors, channel), past)
                 if len(flat_others):
-                    distance = load(other, at) - load(other, other_shift + channel)
+                    distance = load(other, at) - load(shifts, more)
                     store(sums_now, most, load(sums_now, most) + value * distance)
                     value = value * load(flat_others, channel)
                 write(to_shortcut, at, value, past)
         for channel in range(channels):
             total = float(sums_now[channels + channel])
-            flat_sums[channel] += sums_now[channel] + source[shift + channel] * total
+            flat_sums[channel] += sums_now[channel] + shifts[channel] * total
             flat_sums[channels + channel] += total
             if len(flat_others):
                 flat_sums[2 * channels + channel] += (
-                    sums_now[2 * channels + channel] + other[other_shift + channel] * total
+                    sums_now[2 * channels + channel] + shifts[channels + channel] * total
                 )

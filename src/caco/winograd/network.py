@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from caco.winograd.convolution import PLACES, convolve
 from caco.winograd.residual import residual_block
 
+PRECISIONS = {(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)}
+"""Of maps, as they are computed, and filters. (A network that is bfloat16 altogether is left to torch.)"""
 BLOCKS = {("timm.models.resnet", "BasicBlock"), ("torchvision.models.resnet", "BasicBlock")}
 """Residual blocks of two 3 × 3 convolutions, each with a batch norm: module and name of their classes."""
 NOTHING = (nn.Identity, type(None))
@@ -25,6 +27,12 @@ MOST_PRODUCTS = {1: 0.4, 2: 0.6}
 """Of each stride: products, as a share of the direct convolution's, above which nothing is won: maps smaller than a tile."""
 
 
+def computed_as(maps: Tensor) -> torch.dtype:
+    """Return in what torch's convolution would compute maps of a CPU: under autocast, all but float64 in its type."""
+    in_autocast = torch.is_autocast_enabled("cpu") and maps.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if in_autocast else maps.dtype
+
+
 class Convolution(nn.Conv2d):
     """A convolution of 3 × 3 with stride 1 or 2 and padding 1, by Winograd's filtering where that pays."""
 
@@ -32,16 +40,14 @@ class Convolution(nn.Conv2d):
         """Return what nn.Conv2d returns, with other rounding (docs/performance.md)."""
         if not (self.suits(input) and self.pays(*input.shape[2:])):
             return super().forward(input)
-        output = convolve(input, self.weight, self.stride[0])
-        return output if self.bias is None else output + self.bias[:, None, None]
+        output = convolve(input.to(computed_as(input)), self.weight, self.stride[0])
+        return output if self.bias is None else output + self.bias[:, None, None].to(output.dtype)
 
     def suits(self, input: Tensor) -> bool:
         """Return whether the input is one for Winograd's filtering; of wrong ones nn.Conv2d tells best what is wrong."""
         return (
             input.device.type == "cpu"
-            and input.dtype == self.weight.dtype
-            and input.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled("cpu")
+            and (computed_as(input), self.weight.dtype) in PRECISIONS
             and input.dim() == 4
             and len(input) > 0
             and input.shape[1] == self.in_channels
@@ -119,6 +125,7 @@ def _suits_block(block: Any, maps: Tensor) -> bool:
     stride = block.conv1.stride[0]
     return bool(
         block.conv1.suits(maps)
+        and computed_as(maps) == maps.dtype  # else torch adds the shortcut in float32
         and block.conv1.pays(*maps.shape[2:])
         and block.conv2.pays(*(-(-side // stride) for side in maps.shape[2:]))
     )

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import no_type_check
 
+import numpy as np
 from numba import njit
 
 from caco.cpu_kernels.memory import aligned, inlined, is_large
+from caco.cpu_kernels.pairs import pair_columns, pair_rows
 from caco.cpu_kernels.products import multiply, multiply_transposed, panel_width
+from caco.cpu_kernels.vectors import computed_bytes
 from caco.winograd.strips import grid, strip_of
 from caco.winograd.tiles import from_place_to_place, maps_to_tiles, room_for, tiles_to_maps
 from caco.winograd.transforms import INPUTS, INPUTS_BY_TWO, OUTPUTS, OUTPUTS_BY_TWO, SAMPLES, SIDE
@@ -31,14 +34,14 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
     convolution of 1 × 1 with stride 2 that meets the same maps, of whose filters there is one place, or none.
     """
     width, channels, (filters, results, sums), (few, samples, samples_sums) = (
-        panel_width(maps.itemsize), maps.shape[3], of_all, of_samples,
+        panel_width(computed_bytes(maps)), maps.shape[3], of_all, of_samples,
     )  # fmt: skip
     outputs, (inputs_kind, outputs_kind) = results.shape[3], kinds(stride)
     rows, columns = grid(outputs_kind, results)
     at_a_time, room = block_of(rows * (last - first), columns, channels * outputs)
     place, product = from_place_to_place(maps, room), from_place_to_place(results, room)
-    inputs, products = aligned(len(filters) * place, maps), aligned(len(filters) * product, maps)
-    maps_strip, results_strip = strip_of(inputs_kind, maps), strip_of(outputs_kind, results)
+    inputs, products = aligned(len(filters) * place, filters), aligned(len(filters) * product, filters)
+    maps_strip, results_strip = strip_of(inputs_kind, maps, filters), strip_of(outputs_kind, results, filters)
     size, flat, flat_few, none = filters.shape[1], filters.reshape(-1), few.reshape(-1), factors[:0]
     for begin in range(first * rows, last * rows, at_a_time):
         end = min(begin + at_a_time, last * rows)
@@ -70,27 +73,29 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
 def backward(
-    maps, factors, of_all, of_samples, maps_gradient, added, factors_gradient, first, last, stride, to_maps, to_filters
+    maps, factors, of_all, of_samples, maps_gradient, added, factors_gradient, pairs, first, last, stride, to_maps, to_filters
 ):  # fmt: skip
     """Fill the maps' gradient of images `first` to `last`, and these images' part of the factors' and of the filters'.
 
     of_all: the results' gradient, [B, H', W', O], and factors of its own, with which it is read with the results (`cut_out`),
     whose sums have gradients, too; the results; filters and their gradient, [places, N], transformed: [C / w, O, w].
-    of_samples: as in `forward`. added: none, or what is added to the maps' gradient, where there are no factors. to_maps,
-    to_filters: what is asked for.
+    of_samples: as in `forward`. added: none, or what is added to the maps' gradient, where there are no factors. pairs: none, or
+    both filters as pairs of bfloat16 (`pair_filters`), for products of such. to_maps, to_filters: what is asked for.
     """
     width, channels, (pulls, pulls_factors, results, filters, filters_gradient) = (
-        panel_width(maps.itemsize), maps.shape[3], of_all,
+        panel_width(computed_bytes(maps)), maps.shape[3], of_all,
     )  # fmt: skip
     sample_pulls, sample_factors, samples, few, few_gradient = of_samples
     outputs, (inputs_kind, outputs_kind) = pulls.shape[3], kinds(stride)
     rows, columns = grid(outputs_kind, pulls)
     at_a_time, room = block_of(rows * (last - first), columns, channels * outputs)
     place, product = from_place_to_place(maps, room), from_place_to_place(pulls, room)
-    inputs, products = aligned(len(filters) * place, maps), aligned(len(filters) * product, maps)
-    sampled = aligned(SIDE[SAMPLES] ** 2 * product if len(few) else 0, maps)
+    inputs, products = aligned(len(filters) * place, filters), aligned(len(filters) * product, filters)
+    paired = 0 if pairs is None else (room + 1) // 2
+    pulled, met = aligned(paired * outputs, np.empty(0, np.uint32)), aligned(paired * channels, np.empty(0, np.uint32))
+    sampled = aligned(SIDE[SAMPLES] ** 2 * product if len(few) else 0, filters)
     maps_strip, sums_strip, pulls_strip = (
-        strip_of(inputs_kind, maps), strip_of(inputs_kind, maps), strip_of(outputs_kind, pulls),
+        strip_of(inputs_kind, maps, filters), strip_of(inputs_kind, maps, filters), strip_of(outputs_kind, pulls, filters),
     )  # fmt: skip
     size, flat, flat_gradient = filters.shape[1], filters.reshape(-1), filters_gradient.reshape(-1)
     flat_few, flat_few_gradient = few.reshape(-1), few_gradient.reshape(-1)
@@ -104,37 +109,82 @@ def backward(
         if to_filters:
             maps_to_tiles(inputs_kind, maps, factors, maps[:0], begin, end, maps_strip, inputs, room)
             for k in range(len(filters)):
-                multiply_transposed(
-                    products, k * product, room * width,
-                    inputs, k * place, room * width,
-                    flat_gradient, k * size, outputs * width,
-                    outputs, channels, tiles, not is_first, past,
+                to_filters_of_place(
+                    products, k * product, inputs, k * place, room, flat_gradient, k * size,
+                    outputs, channels, tiles, not is_first, past, pairs, pulled, met,
                 )  # fmt: skip
             for k in range(SIDE[SAMPLES] ** 2 * len(few)):
-                multiply_transposed(
-                    sampled, k * product, room * width,
-                    inputs, place_of_sample(k) * place, room * width,
-                    flat_few_gradient, 0, outputs * width,
-                    outputs, channels, tiles, k > 0 or not is_first, False,
+                to_filters_of_place(
+                    sampled, k * product, inputs, place_of_sample(k) * place, room, flat_few_gradient, 0,
+                    outputs, channels, tiles, k > 0 or not is_first, False, pairs, pulled, met,
                 )  # fmt: skip
         if to_maps:
             for k in range(len(filters)):
-                multiply(
-                    products, k * product, room * width,
-                    flat, k * size, outputs * width,
-                    inputs, k * place, room * width,
-                    tiles, channels, outputs, False,
+                to_inputs_of_place(
+                    products, k * product, flat, k * size, inputs, k * place, room,
+                    tiles, channels, outputs, False, None if pairs is None else pairs[0][k], pulled,
                 )  # fmt: skip
             for k in range(SIDE[SAMPLES] ** 2 * len(few)):
-                multiply(
-                    sampled, k * product, room * width,
-                    flat_few, 0, outputs * width,
-                    inputs, place_of_sample(k) * place, room * width,
-                    tiles, channels, outputs, True,
+                to_inputs_of_place(
+                    sampled, k * product, flat_few, 0, inputs, place_of_sample(k) * place, room,
+                    tiles, channels, outputs, True, None if pairs is None else pairs[1][0], pulled,
                 )  # fmt: skip
             tiles_to_maps(
                 inputs_kind, inputs, room, maps_gradient, added, factors, others, factors_gradient, begin, end, sums_strip,
             )  # fmt: skip
+
+
+@inlined
+@no_type_check
+def to_filters_of_place(
+    pulls, pulls_at, inputs, inputs_at, room, gradient, at, outputs, channels, tiles, add, past, pairs, pulled, met
+):  # fmt: skip
+    """Make a place's part of the filters' gradient, or add to it; if there are pairs, of pairs of tiles, with room for them."""
+    width = panel_width(gradient.itemsize)
+    if pairs is None:
+        multiply_transposed(
+            pulls, pulls_at, room * width, inputs, inputs_at, room * width, gradient, at, outputs * width,
+            outputs, channels, tiles, add, past,
+        )  # fmt: skip
+        return
+    half = (room + 1) // 2 * width
+    pair_rows(pulls, pulls_at, room * width, tiles, outputs, pulled, 0, half)
+    pair_rows(inputs, inputs_at, room * width, tiles, channels, met, 0, half)
+    multiply_transposed(
+        pulled, 0, half, met, 0, half, gradient, at, outputs * width, outputs, channels, (tiles + 1) // 2, add, past
+    )
+
+
+@inlined
+@no_type_check
+def to_inputs_of_place(
+    pulls, pulls_at, filters, at, inputs, inputs_at, room, tiles, channels, outputs, add, pairs, pulled
+):  # fmt: skip
+    """Make a place's part of the tiles' gradient, or add to it; if there are pairs of its filters, of them, with room."""
+    width = panel_width(inputs.itemsize)
+    if pairs is None:
+        multiply(
+            pulls, pulls_at, room * width, filters, at, outputs * width, inputs, inputs_at, room * width,
+            tiles, channels, outputs, add,
+        )  # fmt: skip
+        return
+    half = room * width // 2
+    pair_columns(pulls, pulls_at, room * width, tiles, outputs, pulled, half)
+    multiply(
+        pulled, 0, half, pairs, 0, outputs // 2 * width, inputs, inputs_at, room * width,
+        tiles, channels, outputs // 2, add,
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+@no_type_check
+def pair_filters(filters, outputs, channels, pairs, first, last):
+    """Fill pairs of each two outputs of the filters [places, N], [C / w, O, w] of each place, of places `first` to `last`."""
+    width = panel_width(filters.itemsize)
+    for place in range(first, last):
+        pair_rows(
+            filters[place], 0, outputs * width, outputs, channels, pairs[place], 0, outputs // 2 * width
+        )
 
 
 @inlined

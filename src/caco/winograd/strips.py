@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import no_type_check
 
 from caco.cpu_kernels.memory import aligned, inlined, is_large, write
-from caco.cpu_kernels.vectors import BYTES, load, store, where_positive, zeros
+from caco.cpu_kernels.vectors import BYTES, computed_bytes, load, store, where_positive, zeros
 
 PIXELS, STEP, MARGIN = (6, 4, 0, 9, 4, 0, 4), (4, 4, 0, 8, 4, 0, 4), (1, 0, 0, 1, 0, 0, 0)
 """Of maps of each kind (`transforms.py`): pixels along a side of a tile, from a tile to the next, before the first pixel."""
@@ -24,7 +24,7 @@ def cut_out(kind, maps, factors, others, row, strip):
     factors: none, or of each channel two, [2, C]. Without others, what is read is factors[0] · maps + factors[1], rectified;
     with others [B, H, W, C], it is maps + factors[0] · others + factors[1].
     """
-    channels, lanes = maps.shape[3], BYTES // maps.itemsize
+    channels, lanes = maps.shape[3], BYTES // computed_bytes(maps)
     row_size, left, right = inside(kind, maps)
     source, flat_factors, flat_others = maps.reshape(-1), factors.reshape(-1), others.reshape(-1)
     for i in range(PIXELS[kind]):
@@ -62,7 +62,7 @@ def put_back(kind, strip, maps, added, factors, others, sums, row):
     is the gradient of `cut_out`'s rectified factors[0] · others + factors[1] for them, and the sums grow by that for the
     factors, with others less the shift. Returns how many pixels are put.
     """
-    channels, lanes, rows = maps.shape[3], BYTES // maps.itemsize, grid(kind, maps)[0]
+    channels, lanes, rows = maps.shape[3], BYTES // computed_bytes(maps), grid(kind, maps)[0]
     row_size, left, right = inside(kind, maps)
     target, flat_factors, flat_others = maps.reshape(-1), factors.reshape(-1), others.reshape(-1)
     flat_added = added.reshape(-1)
@@ -101,7 +101,7 @@ def put_back(kind, strip, maps, added, factors, others, sums, row):
 @no_type_check
 def begin_sums(kind, strip, maps, others, row, sums):
     """Let sums be 0, and the shift what is in the first of the pixels: of those to be put, or of the others."""
-    channels, lanes = maps.shape[3], BYTES // maps.itemsize
+    channels, lanes = maps.shape[3], BYTES // computed_bytes(maps)
     row_size, left, _ = inside(kind, maps)
     image, at = row // grid(kind, maps)[0], MARGIN[kind] * row_size + left
     clear(sums, 0, 2 * channels)
@@ -129,7 +129,7 @@ def begin(kind, maps, row, strip):
     row_size = inside(kind, maps)[0]
     kept = PIXELS[kind] - STEP[kind] if row % grid(kind, maps)[0] else 0
     shift = STEP[kind] * row_size
-    for number in range(0, kept * row_size, BYTES // maps.itemsize):
+    for number in range(0, kept * row_size, BYTES // strip.itemsize):
         store(strip, number, load(strip, number + shift))
     clear(strip, kept * row_size, PIXELS[kind] * row_size)
 
@@ -171,6 +171,6 @@ def grid(kind, maps):
 
 @inlined
 @no_type_check
-def strip_of(kind, maps):
-    """Return room for a strip of such maps."""
-    return aligned(PIXELS[kind] * inside(kind, maps)[0], maps)
+def strip_of(kind, maps, like):
+    """Return room for a strip of such maps, of numbers as another array has."""
+    return aligned(PIXELS[kind] * inside(kind, maps)[0], like)

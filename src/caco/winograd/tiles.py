@@ -15,7 +15,7 @@ from numba import njit
 
 from caco.cpu_kernels.memory import CACHE_LINE, aligned, inlined
 from caco.cpu_kernels.products import ROWS, panel_width, position
-from caco.cpu_kernels.vectors import BYTES
+from caco.cpu_kernels.vectors import BYTES, computed_bytes
 from caco.winograd.strips import PIXELS, STEP, begin, begin_sums, cut_out, end_sums, grid, inside, put_back
 from caco.winograd.transforms import SIDE, back, back_added, there
 
@@ -28,8 +28,8 @@ def maps_to_tiles(kind, maps, factors, others, first, last, strip, tiles, room):
     factors, others: what the maps are read with (`cut_out`). tiles: flat, with room for so many tiles in each panel.
     """
     channels, pixels, side = maps.shape[3], PIXELS[kind], SIDE[kind]
-    lanes, panel, distance = BYTES // maps.itemsize, panel_width(maps.itemsize), from_place_to_place(maps, room)
-    row_size, half, tile = inside(kind, maps)[0], aligned(81 * lanes, maps), 0
+    lanes, panel, distance = BYTES // tiles.itemsize, panel_width(tiles.itemsize), from_place_to_place(maps, room)
+    row_size, half, tile = inside(kind, maps)[0], aligned(81 * lanes, tiles), 0
     for row in range(first, last):
         cut_out(kind, maps, factors, others, row, strip)
         for column in range(grid(kind, maps)[1]):
@@ -49,9 +49,9 @@ def tiles_to_maps(kind, tiles, room, maps, added, factors, others, sums, first, 
     that are added (`put_back`). sums: none, or [2, C], to which those of the maps are added (`put_back`).
     """
     channels, pixels, side = maps.shape[3], PIXELS[kind], SIDE[kind]
-    lanes, panel, distance = BYTES // maps.itemsize, panel_width(maps.itemsize), from_place_to_place(maps, room)
-    row_size, half, tile = inside(kind, maps)[0], aligned(81 * lanes, maps), 0
-    sums_now, count = aligned(3 * channels if len(sums) else 0, maps), 0
+    lanes, panel, distance = BYTES // tiles.itemsize, panel_width(tiles.itemsize), from_place_to_place(maps, room)
+    row_size, half, tile = inside(kind, maps)[0], aligned(81 * lanes, tiles), 0
+    sums_now, count = aligned(3 * channels if len(sums) else 0, tiles), 0
     for row in range(first, last):
         if pixels > STEP[kind]:
             begin(kind, maps, row, strip)
@@ -75,7 +75,7 @@ def tiles_to_maps(kind, tiles, room, maps, added, factors, others, sums, first, 
 @no_type_check
 def from_place_to_place(maps, room):
     """Return the numbers from one place's matrix to the next: an odd number of cache lines, lest all use the same few."""
-    line = CACHE_LINE // maps.itemsize
+    line = CACHE_LINE // computed_bytes(maps)
     return (room * maps.shape[3] // line | 1) * line
 
 
