@@ -23,7 +23,10 @@ COMPILED = (
     "caco.data.jpeg_header",
     "caco.data.view_kernel",
     "caco.data.kernel",
-    *(f"caco.cpu_kernels.{name}" for name in ("bfloat16", "formulas", "memory", "pairs", "products", "slots", "vectors")),
+    *(
+        f"caco.cpu_kernels.{name}"
+        for name in ("bfloat16", "formulas", "memory", "pairs", "products", "slots", "vectors")
+    ),
     *(f"caco.winograd.{name}" for name in ("filters", "joins", "passes", "strips", "tiles", "transforms")),
 )
 """What Triton or numba compiles cannot be wrapped, which jaxtyping's release for Python 3.10 does in spite of no_type_check."""

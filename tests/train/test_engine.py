@@ -63,7 +63,7 @@ def test_a_long_run_takes_what_was_fastest_here(monkeypatch):
     said: list[str] = []
     backbone = Wide()
     chosen, why = choose_engine(config, backbone, CPU, passes=10**9, batch=8, say=said.append)
-    assert len(said) == 1 and re.match(r"a long run, about [\d,]+ hours on this machine: 5 ways", said[0])
+    assert len(said) == 1 and re.match(r"a long run, about [\d,]+ hours on this machine: 6 ways", said[0])
     choices = candidates(config, CPU)
     assert Trial(chosen.precision, chosen.engine.layout, chosen.engine.convolution) == fastest(choices, measured)
     for trial, taken in zip(choices, measured, strict=True):
@@ -185,7 +185,7 @@ def test_winograd_as_asked_is_not_measured(precision):
     asked = replace(CONFIG, precision=precision, engine=EngineOptions(convolution="winograd"))
     chosen, why = choose_engine(asked, Wide(), CPU, passes=4, batch=8)
     engine_options = replace(asked.engine, layout="channels_last", convolution="winograd", compile="off")
-    assert chosen == replace(asked, engine=engine_options) and why == ""
+    assert chosen == replace(asked, engine=engine_options) and why == f"{precision} channels_last winograd"
 
 
 @needs_numba

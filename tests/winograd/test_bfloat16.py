@@ -28,7 +28,22 @@ def float32_of(numbers: np.ndarray) -> np.ndarray:
     return (numbers.astype(np.uint32) << 16).view(np.float32)
 
 
-EDGES = [0.0, -0.0, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-9, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan, -np.nan, 1e-30]
+EDGES = [
+    0.0,
+    -0.0,
+    1.0,
+    1 + 2**-8,
+    1 + 3 * 2**-8,
+    -1 - 2**-8,
+    1 + 2**-9,
+    3.4e38,
+    -3.4e38,
+    np.inf,
+    -np.inf,
+    np.nan,
+    -np.nan,
+    1e-30,
+]
 """Among them ties, which go to the even one, what becomes infinite, and what must stay so."""
 
 
@@ -83,7 +98,10 @@ def test_pairs_are_of_neighbouring_rows_or_columns(rows):
 def test_products_of_pairs_are_those_of_rounded_numbers(rows, columns, depth):
     """Along columns of the left matrix and rows of the right one, and, transposed, along rows of both."""
     draw, width = np.random.default_rng(0), products.panel_width(4)
-    left, right = draw.normal(size=(rows, depth)).astype(np.float32), draw.normal(size=(depth, columns)).astype(np.float32)
+    left, right = (
+        draw.normal(size=(rows, depth)).astype(np.float32),
+        draw.normal(size=(depth, columns)).astype(np.float32),
+    )
     room = rows // products.ROWS * products.ROWS + products.ROWS
     of_left, of_right = np.zeros(room * depth // 2, np.uint32), np.zeros(depth * columns // 2, np.uint32)
     pairs.pair_columns(in_panels(left, room), 0, room * width, rows, depth, of_left, room * width // 2)

@@ -10,7 +10,15 @@ from typing import no_type_check
 from numba import njit
 from numba.extending import register_jitable
 
-from caco.cpu_kernels.vectors import BYTES, add_all, add_products, numbers_in, store_all, store_all_past_caches, zeros_all
+from caco.cpu_kernels.vectors import (
+    BYTES,
+    add_all,
+    add_products,
+    numbers_in,
+    store_all,
+    store_all_past_caches,
+    zeros_all,
+)
 
 ROWS = 6
 """Rows of a result that are computed together: with two vectors of columns, their sums fill the registers."""

@@ -122,12 +122,12 @@ def backward(
             for k in range(len(filters)):
                 to_inputs_of_place(
                     products, k * product, flat, k * size, inputs, k * place, room,
-                    tiles, channels, outputs, False, None if pairs is None else pairs[0][k], pulled,
+                    tiles, channels, outputs, False, pairs, 0, k, pulled,
                 )  # fmt: skip
             for k in range(SIDE[SAMPLES] ** 2 * len(few)):
                 to_inputs_of_place(
                     sampled, k * product, flat_few, 0, inputs, place_of_sample(k) * place, room,
-                    tiles, channels, outputs, True, None if pairs is None else pairs[1][0], pulled,
+                    tiles, channels, outputs, True, pairs, 1, 0, pulled,
                 )  # fmt: skip
             tiles_to_maps(
                 inputs_kind, inputs, room, maps_gradient, added, factors, others, factors_gradient, begin, end, sums_strip,
@@ -158,9 +158,9 @@ def to_filters_of_place(
 @inlined
 @no_type_check
 def to_inputs_of_place(
-    pulls, pulls_at, filters, at, inputs, inputs_at, room, tiles, channels, outputs, add, pairs, pulled
+    pulls, pulls_at, filters, at, inputs, inputs_at, room, tiles, channels, outputs, add, pairs, which, place, pulled
 ):  # fmt: skip
-    """Make a place's part of the tiles' gradient, or add to it; if there are pairs of its filters, of them, with room."""
+    """Make a place's part of the tiles' gradient, or add to it; if there are pairs, of those filters' place, with room."""
     width = panel_width(inputs.itemsize)
     if pairs is None:
         multiply(
@@ -171,7 +171,7 @@ def to_inputs_of_place(
     half = room * width // 2
     pair_columns(pulls, pulls_at, room * width, tiles, outputs, pulled, half)
     multiply(
-        pulled, 0, half, pairs, 0, outputs // 2 * width, inputs, inputs_at, room * width,
+        pulled, 0, half, pairs[which][place], 0, outputs // 2 * width, inputs, inputs_at, room * width,
         tiles, channels, outputs // 2, add,
     )  # fmt: skip
 
@@ -182,9 +182,7 @@ def pair_filters(filters, outputs, channels, pairs, first, last):
     """Fill pairs of each two outputs of the filters [places, N], [C / w, O, w] of each place, of places `first` to `last`."""
     width = panel_width(filters.itemsize)
     for place in range(first, last):
-        pair_rows(
-            filters[place], 0, outputs * width, outputs, channels, pairs[place], 0, outputs // 2 * width
-        )
+        pair_rows(filters[place], 0, outputs * width, outputs, channels, pairs[place], 0, outputs // 2 * width)
 
 
 @inlined
