@@ -168,7 +168,14 @@ def test_signals_save_first_and_resume_exactly(photos, uninterrupted, tmp_path, 
     assert_equal_runs(uninterrupted, out)
 
 
-@pytest.mark.parametrize("engine", [("--engine.layout", "contiguous"), ("--engine.convolution", "winograd")])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ("--engine.layout", "contiguous"),
+        ("--engine.convolution", "winograd"),
+        ("--engine.convolution", "winograd", "--precision", "bf16"),
+    ],
+)
 def test_a_run_goes_on_as_it_was_computed(photos, tmp_path, engine):
     """A resume begins in the run's own layout; a run whose kNN check had changed it would go on with other sums."""
     whole, out = tmp_path / "whole", tmp_path / "stopped"

@@ -13,7 +13,8 @@ pytest.importorskip("numba")
 from numba import njit
 
 from caco.cpu_kernels import bfloat16, pairs, processor, products
-from caco.cpu_kernels.vectors import BYTES, add_products, load, store, store_all, store_past_caches, zeros_all
+from caco.cpu_kernels.processor import BYTES
+from caco.cpu_kernels.vectors import add_products, load, store, store_all, store_past_caches, zeros_all
 from caco.winograd.convolution import convolve
 
 LANES = BYTES // 4

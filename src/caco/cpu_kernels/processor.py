@@ -7,7 +7,7 @@ from numba import config
 
 
 def _can(feature: str) -> bool:
-    """Return whether the processor that numba compiles for has a feature, as LLVM calls it: this one, unless it has been told another."""
+    """Return whether the processor that numba compiles for (this one, unless it has been told another) has a feature of LLVM's."""
     name, features = getattr(config, "CPU_NAME", None), getattr(config, "CPU_FEATURES", None)
     if name or features:
         return f"+{feature}" in (features or "")

@@ -10,8 +10,8 @@ from typing import no_type_check
 from numba import njit
 from numba.extending import register_jitable
 
+from caco.cpu_kernels.processor import BYTES
 from caco.cpu_kernels.vectors import (
-    BYTES,
     add_all,
     add_products,
     numbers_in,

@@ -15,8 +15,9 @@ from numba import njit
 
 from caco.cpu_kernels.formulas import exponential
 from caco.cpu_kernels.memory import aligned, inlined
+from caco.cpu_kernels.processor import BYTES
 from caco.cpu_kernels.products import multiply, multiply_transposed, panel_width
-from caco.cpu_kernels.vectors import BYTES, greatest, load, repeated, store, zeros
+from caco.cpu_kernels.vectors import greatest, load, repeated, store, zeros
 
 SLOTS = 96
 """Slots at a time: their products with some hundred queries stay in the second nearest cache."""

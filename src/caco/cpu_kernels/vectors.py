@@ -46,7 +46,7 @@ class VectorModel(models.PrimitiveModel):
 @register_jitable
 def computed_bytes(array: Any) -> int:
     """Return the bytes of each of an array's numbers while they are computed."""
-    return max(array.itemsize, 4)
+    return max(int(array.itemsize), 4)
 
 
 @intrinsic

@@ -115,7 +115,7 @@ def candidates(config: Pretrain, device: torch.device) -> list[Trial]:
         precisions = ["bf16"] if has_fast_bfloat16(device) else ["fp32"]
     layouts = ["channels_last", "contiguous"] if config.engine.layout == "auto" else [config.engine.layout]
     direct = [Trial(precision, layout) for precision in precisions for layout in layouts]  # type: ignore[arg-type]
-    winograd = [Trial(precision, "channels_last", "winograd") for precision in precisions]  # type: ignore[arg-type]
+    winograd = [Trial(precision, "channels_last", "winograd") for precision in precisions]
     return {"direct": direct, "winograd": winograd, "auto": direct + winograd}[config.engine.convolution]
 
 

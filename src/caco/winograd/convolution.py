@@ -29,7 +29,8 @@ MOST_GRADIENT_BYTES = 2**28
 def convolve(maps: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Return the convolution of maps [B, C, H, W] with filters [O, C, 3, 3], padding 1, stride 1 or 2, no bias; B > 0.
 
-    Maps may be bfloat16 where the filters are float32; so is the result. C and O are multiples of `panel_width`; ValueError if they are not.
+    Maps may be bfloat16 where the filters are float32; so is the result. C and O are multiples of `panel_width`; ValueError if
+    they are not.
     """
     result: Tensor = WinogradConvolution.apply(maps, weight, stride)[0]
     return result

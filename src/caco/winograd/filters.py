@@ -10,8 +10,9 @@ from typing import no_type_check
 from numba import njit
 
 from caco.cpu_kernels.memory import aligned, is_large, write
+from caco.cpu_kernels.processor import BYTES
 from caco.cpu_kernels.products import panel_width, position
-from caco.cpu_kernels.vectors import BYTES, load, store, zeros
+from caco.cpu_kernels.vectors import load, store, zeros
 from caco.winograd.transforms import FILTERS, FILTERS_BY_TWO, SIDE, filter_back, filter_there
 
 ROWS_AT_A_TIME = 16

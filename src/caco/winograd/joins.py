@@ -10,7 +10,8 @@ from typing import no_type_check
 from numba import njit
 
 from caco.cpu_kernels.memory import aligned, is_large, write
-from caco.cpu_kernels.vectors import BYTES, computed_bytes, load, store, where_positive
+from caco.cpu_kernels.processor import BYTES
+from caco.cpu_kernels.vectors import computed_bytes, load, store, where_positive
 from caco.winograd.strips import clear
 
 

@@ -82,9 +82,7 @@ def backward(
     of_samples: as in `forward`. added: none, or what is added to the maps' gradient, where there are no factors. pairs: none, or
     both filters as pairs of bfloat16 (`pair_filters`), for products of such. to_maps, to_filters: what is asked for.
     """
-    width, channels, (pulls, pulls_factors, results, filters, filters_gradient) = (
-        panel_width(computed_bytes(maps)), maps.shape[3], of_all,
-    )  # fmt: skip
+    channels, (pulls, pulls_factors, results, filters, filters_gradient) = maps.shape[3], of_all
     sample_pulls, sample_factors, samples, few, few_gradient = of_samples
     outputs, (inputs_kind, outputs_kind) = pulls.shape[3], kinds(stride)
     rows, columns = grid(outputs_kind, pulls)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import no_type_check
 
 from caco.cpu_kernels.memory import aligned, inlined, is_large, write
-from caco.cpu_kernels.vectors import BYTES, computed_bytes, load, store, where_positive, zeros
+from caco.cpu_kernels.processor import BYTES
+from caco.cpu_kernels.vectors import computed_bytes, load, store, where_positive, zeros
 
 PIXELS, STEP, MARGIN = (6, 4, 0, 9, 4, 0, 4), (4, 4, 0, 8, 4, 0, 4), (1, 0, 0, 1, 0, 0, 0)
 """Of maps of each kind (`transforms.py`): pixels along a side of a tile, from a tile to the next, before the first pixel."""

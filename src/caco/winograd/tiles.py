@@ -14,8 +14,9 @@ from typing import no_type_check
 from numba import njit
 
 from caco.cpu_kernels.memory import CACHE_LINE, aligned, inlined
+from caco.cpu_kernels.processor import BYTES
 from caco.cpu_kernels.products import ROWS, panel_width, position
-from caco.cpu_kernels.vectors import BYTES, computed_bytes
+from caco.cpu_kernels.vectors import computed_bytes
 from caco.winograd.strips import PIXELS, STEP, begin, begin_sums, cut_out, end_sums, grid, inside, put_back
 from caco.winograd.transforms import SIDE, back, back_added, there
 
