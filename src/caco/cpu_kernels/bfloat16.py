@@ -26,7 +26,7 @@ def are_pairs(dtype: types.Number) -> bool:
     return bool(dtype == types.uint32)
 
 
-def computed(dtype: types.Number) -> types.Number:
+def computed(dtype: types.Number) -> Any:
     """Return as what an array's numbers are computed, or held while they are."""
     return types.float32 if is_bfloat16(dtype) or are_pairs(dtype) else dtype
 
