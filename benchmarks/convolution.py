@@ -110,6 +110,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--products", action="store_true", help="only the products of a block of tiles")
     options = parser.parse_args()
+    if options.products and options.precision != "fp32":
+        parser.error("--products are those of float32")
     if options.products:
         return compare_products(options)
     images, rounds = options.images or (16 if options.quick else 256), 1 if options.quick else 5

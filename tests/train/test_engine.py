@@ -124,6 +124,9 @@ def test_the_less_usual_choice_must_be_worth_it():
     assert fastest(choices, [1.0, 1.0, 1.0, 1.0, 0.95, 0.65]) == Trial("fp32", "channels_last")
     assert fastest(choices, [1.0, 1.0, 0.6, 1.0, 0.7, 0.5]) == WINOGRAD
     assert fastest(choices, [1.0, 1.0, 0.6, 1.0, 0.7, 0.4]) == replace(WINOGRAD, precision="bf16")
+    either = [WINOGRAD, replace(WINOGRAD, precision="bf16")]
+    assert candidates(replace(CONFIG, engine=EngineOptions(convolution="winograd")), CPU) == either
+    assert fastest(either, [1.0, 0.7]) == WINOGRAD and fastest(either, [1.0, 0.6]) == either[1]
     choices = candidates(replace(CONFIG, precision="bf16", engine=EngineOptions(layout="channels_last")), CPU)
     assert fastest(choices, [1.0, 0.95]) == Trial("bf16", "channels_last")
     assert fastest(choices, [1.0, 0.85]) == replace(WINOGRAD, precision="bf16")

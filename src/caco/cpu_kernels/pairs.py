@@ -31,14 +31,14 @@ def neighbours(typing, first, second):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def pair_rows(matrix, at, panel_size, rows, columns, target, to, target_panel):
+def pair_rows(matrix, at, panel_size, rows, columns, target, target_panel):
     """Fill a matrix of which each row is two of the given one's, for products along its rows; an odd last one is beside zeros.
 
-    matrix, target: flat, of float32 and uint32, from an index on, in panels of so many numbers (`products.py`).
+    matrix: flat, of float32, from an index on; target: flat, of uint32; each in panels of so many numbers (`products.py`).
     """
     width = panel_width(matrix.itemsize)
     for panel in range(columns // width):
-        source, into = at + panel * panel_size, to + panel * target_panel
+        source, into = at + panel * panel_size, panel * target_panel
         for row in range(0, rows, 2):
             for column in range(0, width, width // 2):
                 low = load(matrix, source + column)

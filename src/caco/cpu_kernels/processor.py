@@ -10,8 +10,8 @@ def _can(feature: str) -> bool:
     """Return whether the processor that numba compiles for (this one, unless it has been told another) has a feature of LLVM's."""
     name, features = getattr(config, "CPU_NAME", None), getattr(config, "CPU_FEATURES", None)
     if name or features:
-        return f"+{feature}" in (features or "")
-    return bool(binding.get_host_cpu_features().get(feature))
+        return f"+{feature}" in (features or "").split(",")
+    return bool(getattr(config, "ENABLE_AVX", True) and binding.get_host_cpu_features().get(feature))
 
 
 BYTES = 64 if _can("avx512f") else 32

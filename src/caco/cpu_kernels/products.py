@@ -51,7 +51,8 @@ def multiply(
 
     Each matrix is a part of a contiguous array of one dimension, from an index on: panels of `panel_width` columns, row
     by row, one every `*_panel` numbers. Columns are whole panels, as terms are; rows are rounded up to ROWS, for which
-    there must be room.
+    there must be room. Left and right may be pairs of bfloat16 (`pairs.py`): then depth counts pairs, and a panel on the left
+    is half as wide.
     """
     width = panel_width(result.itemsize)
     lanes, terms = width // 2, width // numbers_in(left)

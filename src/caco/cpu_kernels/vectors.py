@@ -16,7 +16,7 @@ from numba import types
 from numba.extending import intrinsic, models, overload, register_jitable, register_model
 
 from caco.compiled_code import find_place, remove_stale_code
-from caco.cpu_kernels.bfloat16 import are_pairs, computed, float32_of, is_bfloat16, multiply_pairs, rounded, whole
+from caco.cpu_kernels.bfloat16 import are_pairs, computed, float32_of, integers, is_bfloat16, multiply_pairs, rounded
 from caco.cpu_kernels.processor import BYTES
 
 find_place()  # every module comes by here before it compiles anything
@@ -73,7 +73,7 @@ def load_at(builder: Any, array: Any, data: Any, index: Any) -> Any:
     kind, align = llvm_type(array.dtype), array.dtype.bitwidth // 8
     if not is_bfloat16(array.dtype):
         return builder.load(builder.bitcast(builder.gep(data, [index]), kind.as_pointer()), align=align)
-    numbers = builder.load(builder.bitcast(builder.gep(data, [index]), whole(16).as_pointer()), align=align)
+    numbers = builder.load(builder.bitcast(builder.gep(data, [index]), integers(16).as_pointer()), align=align)
     return float32_of(builder, numbers)
 
 
@@ -188,7 +188,7 @@ def zeros(typing, array):
     def generate(context, builder, signature, arguments):
         return ir.Constant(llvm_type(array.dtype), None)
 
-    return Vector(array.dtype)(array), generate
+    return Vector(computed(array.dtype))(array), generate
 
 
 @no_type_check
@@ -238,9 +238,11 @@ def repeated(typing, array, number):
     """Return a vector of a number, of an array's type."""
 
     def generate(context, builder, signature, arguments):
-        return _repeat(builder, context.cast(builder, arguments[1], number, array.dtype), llvm_type(array.dtype))
+        return _repeat(
+            builder, context.cast(builder, arguments[1], number, computed(array.dtype)), llvm_type(array.dtype)
+        )
 
-    return Vector(array.dtype)(array, number), generate
+    return Vector(computed(array.dtype))(array, number), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -252,7 +254,7 @@ def zeros_all(typing, array, count):
         zero = ir.Constant(llvm_type(array.dtype), None)
         return context.make_tuple(builder, signature.return_type, [zero] * count.literal_value)
 
-    return types.UniTuple(Vector(array.dtype), count.literal_value)(array, count), generate
+    return types.UniTuple(Vector(computed(array.dtype)), count.literal_value)(array, count), generate
 
 
 @overload(operator.add)

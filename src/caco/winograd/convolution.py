@@ -2,7 +2,7 @@
 
 Of maps in bfloat16 only what lies in memory is rounded: transforms, products and sums are float32's. The products backward are
 of numbers rounded to bfloat16, where the processor has an instruction for them; forward that would cost what the transforms
-multiply the rounding by, five times the error of the encoder.
+multiply the rounding by, six times the error of the encoder.
 """
 
 from __future__ import annotations
@@ -170,17 +170,20 @@ def _multiplies_pairs(maps: Tensor) -> bool:
 
 
 def _in_pairs(weight: Tensor, *transformed: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return transformed filters, each [places, N], as pairs of two outputs, [places, N / 2]; none as one place of none."""
+    """Return transformed filters, each [places, N], as pairs of two outputs, [places, N'], whole cache lines; none as one place."""
+    from caco.cpu_kernels.memory import CACHE_LINE
     from caco.winograd import passes
 
+    outputs, channels = weight.shape[:2]
+    lines = 2 * outputs * channels // CACHE_LINE | 1  # an odd number, as of what is not in pairs
+
     def paired(filters: np.ndarray) -> np.ndarray:
-        pairs = np.empty((max(len(filters), 1), filters.shape[1] // 2), np.uint32)
+        pairs = _empty((max(len(filters), 1), lines * CACHE_LINE // 4), np.dtype(np.uint32))
         if len(filters):
             parts = parts_of(len(filters), filters.size // LEAST_WEIGHTS)
             in_threads(lambda first, last: passes.pair_filters(filters, outputs, channels, pairs, first, last), parts)
         return pairs
 
-    outputs, channels = weight.shape[:2]
     return tuple(map(paired, transformed))
 
 
@@ -238,13 +241,19 @@ def empty_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """Return maps to be filled, channels_last, that begin with a line of the cache. numpy's memory: of glibc it asks for as many
     bytes for all of a size, which so fit where others were, while torch wants a multiple of 64 for their address, and glibc
     keeps apart what is left in front of it."""
+    numbers = _empty((len(like), height, width, channels), pixels(like[:0]).dtype)
+    return torch.from_numpy(numbers).view(like.dtype).permute(0, 3, 1, 2)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return numpy's memory that begins with a line of the cache."""
     from caco.cpu_kernels.memory import CACHE_LINE
 
-    shape, dtype = (len(like), height, width, channels), pixels(like[:0]).dtype
     count, line = math.prod(shape), CACHE_LINE // dtype.itemsize
     numbers = np.empty(count + line, dtype)
     start = -(numbers.ctypes.data // dtype.itemsize) % line
-    return torch.from_numpy(numbers[start : start + count].reshape(shape)).view(like.dtype).permute(0, 3, 1, 2)
+    result: np.ndarray = numbers[start : start + count].reshape(shape)
+    return result
 
 
 def as_array(factors: Tensor | None, maps: Tensor) -> np.ndarray:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from caco.winograd.convolution import PLACES, convolve
 from caco.winograd.residual import residual_block
 
-PRECISIONS = {(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16, torch.float32)}
-"""Of maps, as they are computed, and filters. (A network that is bfloat16 altogether is left to torch.)"""
+DTYPES = {(torch.float32,) * 2, (torch.float64,) * 2}
+"""Of maps and filters; under autocast maps may be bfloat16. (A network that is bfloat16 altogether is left to torch.)"""
 BLOCKS = {("timm.models.resnet", "BasicBlock"), ("torchvision.models.resnet", "BasicBlock")}
 """Residual blocks of two 3 × 3 convolutions, each with a batch norm: module and name of their classes."""
 NOTHING = (nn.Identity, type(None))
@@ -28,9 +28,9 @@ MOST_PRODUCTS = {1: 0.4, 2: 0.6}
 
 
 def computed_as(maps: Tensor) -> torch.dtype:
-    """Return in what torch's convolution would compute maps of a CPU: under autocast, all but float64 in its type."""
-    in_autocast = torch.is_autocast_enabled("cpu") and maps.dtype != torch.float64
-    return torch.get_autocast_dtype("cpu") if in_autocast else maps.dtype
+    """Return in what torch's convolution would compute maps of a CPU: under autocast in its type, but for float64."""
+    is_cast = torch.is_autocast_enabled("cpu") and maps.is_floating_point() and maps.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if is_cast else maps.dtype
 
 
 class Convolution(nn.Conv2d):
@@ -47,11 +47,15 @@ class Convolution(nn.Conv2d):
         """Return whether the input is one for Winograd's filtering; of wrong ones nn.Conv2d tells best what is wrong."""
         return (
             input.device.type == "cpu"
-            and (computed_as(input), self.weight.dtype) in PRECISIONS
+            and self._suit_types(input)
             and input.dim() == 4
             and len(input) > 0
             and input.shape[1] == self.in_channels
         )
+
+    def _suit_types(self, input: Tensor) -> bool:
+        dtypes = computed_as(input), self.weight.dtype
+        return dtypes in DTYPES or (torch.is_autocast_enabled("cpu") and dtypes == (torch.bfloat16, torch.float32))
 
     def pays(self, height: int, width: int) -> bool:
         """Return whether maps of so many pixels are large enough for its tiles."""

@@ -89,8 +89,11 @@ def backward(
     at_a_time, room = block_of(rows * (last - first), columns, channels * outputs)
     place, product = from_place_to_place(maps, room), from_place_to_place(pulls, room)
     inputs, products = aligned(len(filters) * place, filters), aligned(len(filters) * product, filters)
-    paired = 0 if pairs is None else (room + 1) // 2
-    pulled, met = aligned(paired * outputs, np.empty(0, np.uint32)), aligned(paired * channels, np.empty(0, np.uint32))
+    pair_room = 0 if pairs is None else (room + 1) // 2
+    pulls_in_pairs, inputs_in_pairs = (
+        aligned(pair_room * outputs, np.empty(0, np.uint32)),
+        aligned(pair_room * channels, np.empty(0, np.uint32)),
+    )
     sampled = aligned(SIDE[SAMPLES] ** 2 * product if len(few) else 0, filters)
     maps_strip, sums_strip, pulls_strip = (
         strip_of(inputs_kind, maps, filters), strip_of(inputs_kind, maps, filters), strip_of(outputs_kind, pulls, filters),
@@ -109,23 +112,23 @@ def backward(
             for k in range(len(filters)):
                 to_filters_of_place(
                     products, k * product, inputs, k * place, room, flat_gradient, k * size,
-                    outputs, channels, tiles, not is_first, past, pairs, pulled, met,
+                    outputs, channels, tiles, not is_first, past, pairs, pulls_in_pairs, inputs_in_pairs,
                 )  # fmt: skip
             for k in range(SIDE[SAMPLES] ** 2 * len(few)):
                 to_filters_of_place(
                     sampled, k * product, inputs, place_of_sample(k) * place, room, flat_few_gradient, 0,
-                    outputs, channels, tiles, k > 0 or not is_first, False, pairs, pulled, met,
+                    outputs, channels, tiles, k > 0 or not is_first, False, pairs, pulls_in_pairs, inputs_in_pairs,
                 )  # fmt: skip
         if to_maps:
             for k in range(len(filters)):
                 to_inputs_of_place(
                     products, k * product, flat, k * size, inputs, k * place, room,
-                    tiles, channels, outputs, False, pairs, 0, k, pulled,
+                    tiles, channels, outputs, False, pairs, 0, k, pulls_in_pairs,
                 )  # fmt: skip
             for k in range(SIDE[SAMPLES] ** 2 * len(few)):
                 to_inputs_of_place(
                     sampled, k * product, flat_few, 0, inputs, place_of_sample(k) * place, room,
-                    tiles, channels, outputs, True, pairs, 1, 0, pulled,
+                    tiles, channels, outputs, True, pairs, 1, 0, pulls_in_pairs,
                 )  # fmt: skip
             tiles_to_maps(
                 inputs_kind, inputs, room, maps_gradient, added, factors, others, factors_gradient, begin, end, sums_strip,
@@ -135,7 +138,8 @@ def backward(
 @inlined
 @no_type_check
 def to_filters_of_place(
-    pulls, pulls_at, inputs, inputs_at, room, gradient, at, outputs, channels, tiles, add, past, pairs, pulled, met
+    pulls, pulls_at, inputs, inputs_at, room, gradient, at, outputs, channels, tiles, add, past,
+    pairs, pulls_in_pairs, inputs_in_pairs,
 ):  # fmt: skip
     """Make a place's part of the filters' gradient, or add to it; if there are pairs, of pairs of tiles, with room for them."""
     width = panel_width(gradient.itemsize)
@@ -146,17 +150,18 @@ def to_filters_of_place(
         )  # fmt: skip
         return
     half = (room + 1) // 2 * width
-    pair_rows(pulls, pulls_at, room * width, tiles, outputs, pulled, 0, half)
-    pair_rows(inputs, inputs_at, room * width, tiles, channels, met, 0, half)
+    pair_rows(pulls, pulls_at, room * width, tiles, outputs, pulls_in_pairs, half)
+    pair_rows(inputs, inputs_at, room * width, tiles, channels, inputs_in_pairs, half)
     multiply_transposed(
-        pulled, 0, half, met, 0, half, gradient, at, outputs * width, outputs, channels, (tiles + 1) // 2, add, past
-    )
+        pulls_in_pairs, 0, half, inputs_in_pairs, 0, half, gradient, at, outputs * width,
+        outputs, channels, (tiles + 1) // 2, add, past,
+    )  # fmt: skip
 
 
 @inlined
 @no_type_check
 def to_inputs_of_place(
-    pulls, pulls_at, filters, at, inputs, inputs_at, room, tiles, channels, outputs, add, pairs, which, place, pulled
+    pulls, pulls_at, filters, at, inputs, inputs_at, room, tiles, channels, outputs, add, pairs, which, place, pulls_in_pairs
 ):  # fmt: skip
     """Make a place's part of the tiles' gradient, or add to it; if there are pairs, of those filters' place, with room."""
     width = panel_width(inputs.itemsize)
@@ -167,9 +172,9 @@ def to_inputs_of_place(
         )  # fmt: skip
         return
     half = room * width // 2
-    pair_columns(pulls, pulls_at, room * width, tiles, outputs, pulled, half)
+    pair_columns(pulls, pulls_at, room * width, tiles, outputs, pulls_in_pairs, half)
     multiply(
-        pulled, 0, half, pairs[which][place], 0, outputs // 2 * width, inputs, inputs_at, room * width,
+        pulls_in_pairs, 0, half, pairs[which][place], 0, outputs // 2 * width, inputs, inputs_at, room * width,
         tiles, channels, outputs // 2, add,
     )  # fmt: skip
 
@@ -180,7 +185,7 @@ def pair_filters(filters, outputs, channels, pairs, first, last):
     """Fill pairs of each two outputs of the filters [places, N], [C / w, O, w] of each place, of places `first` to `last`."""
     width = panel_width(filters.itemsize)
     for place in range(first, last):
-        pair_rows(filters[place], 0, outputs * width, outputs, channels, pairs[place], 0, outputs // 2 * width)
+        pair_rows(filters[place], 0, outputs * width, outputs, channels, pairs[place], outputs // 2 * width)
 
 
 @inlined
