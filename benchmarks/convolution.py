@@ -1,10 +1,10 @@
 """One 3 × 3 convolution, forward and backward: Winograd's against torch's own, in time and in rounding (CPU).
 
-    python benchmarks/convolution.py [--quick] [--products] [--out FILE.json]
+    python benchmarks/convolution.py [--quick] [--precision bf16] [--products] [--out FILE.json]
 
 Both take turns in one process, with the kept heap that every run of caco has. Rounding: relative error of result and gradients
-against float64, the largest of the three. With --precision bf16 maps are bfloat16, and torch's filters, too.
-The first seven rows are those of a ResNet-18 at 32 px, the last is too narrow to gain.
+against float64, the largest of the three. With --precision bf16 maps are bfloat16, and torch's filters, too. The first
+seven rows are those of a ResNet-18 at 32 px, the last is too narrow to gain.
 With --products only the products in the middle of it, of 192 tiles and by one thread, against torch.bmm.
 """
 

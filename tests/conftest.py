@@ -114,3 +114,12 @@ def golden():
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the largest deviation as a share of the reference's largest value."""
     return float((ours.detach() - reference).abs().max() / reference.abs().max())
+
+
+@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Let torch, and compiled code of ours, have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -14,16 +14,10 @@ from caco.cpu_kernels import bank as kernels
 from caco.loss import cooperative_adversarial_loss
 from caco.slots import Slots, inverse_lengths
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 SIZES = [(24, 1000, 16, 2), (5, 64, 8, 1), (300, 2000, 70, 1), (1, 97, 3, 2), (520, 500, 32, 1)]
 """Queries, slots, width, positives: whole panels and parts of them, slots for several threads, more queries than at a time."""
-
-
-@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"], autouse=True)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

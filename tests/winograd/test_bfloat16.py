@@ -154,14 +154,6 @@ def test_where_no_instruction_multiplies_pairs_others_do(monkeypatch):
     np.testing.assert_allclose(result.reshape(2, -1), true, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 LARGE_MAPS = (50, 64, 64, 45, 47)
 
 

@@ -23,14 +23,6 @@ SHAPES = [(2, 64, 64, 32, 32), (3, 32, 64, 9, 6), (1, 64, 32, 4, 7), (250, 32, 3
 """Images, channels in and out, height, width: whole tiles, parts of tiles, more images than a thread takes at a time."""
 
 
-@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

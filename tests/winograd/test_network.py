@@ -91,7 +91,7 @@ def test_a_convolution_falls_back_where_it_does_not_pay(bias):
 
 
 def test_in_bfloat16_it_is_no_further_from_the_truth_than_torchs_own():
-    """Features and all gradients of a whole network, against float64: what is rounded in torch's is more than the maps."""
+    """Features and all gradients of a whole network, against float64; a tenth is left for pairs, backward (docs/performance.md)."""
     torch.manual_seed(0)
     exact, direct = create_backbone("resnet18", 32).double().train(), create_backbone("resnet18", 32).train()
     direct.load_state_dict(exact.state_dict())
