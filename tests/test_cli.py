@@ -47,6 +47,30 @@ def test_help_does_not_import_torch_and_is_quick():
     assert min(seconds) < 1  # the quickest: the machine may be busy
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pretrain --data {tmp}/none --out {tmp}/run",
+        "pretrain --data textures:64 --val {tmp}/none --out {tmp}/run",
+        "knn pixels --data {tmp}/none",
+        "knn {tmp}/none --data textures:64",
+        "embed {tmp}/none --data textures:64 --out {tmp}/features.npz",
+        "export {tmp}/none --out {tmp}/backbone.pth",
+    ],
+)
+def test_what_is_not_there_is_told_before_torch_is_imported(line, tmp_path):
+    script = (
+        "import sys; from caco.cli import main; status = main(sys.argv[1:]);"
+        "assert 'torch' not in sys.modules; raise SystemExit(status)"
+    )
+    words = line.format(tmp=tmp_path).split()
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"{tmp_path}/none" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_exit_status_of_a_real_process():
     done = subprocess.run([sys.executable, "-m", "caco", "pretain"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

@@ -11,6 +11,8 @@ from typing import Literal, Union
 
 from caco.config import Auto, DistributedOptions, Precision
 
+BASELINES = ("random", "pixels")
+"""What can be judged in place of a run: no training, and no encoder at all."""
 LEAST_TEMPERATURE = 0.0125
 """Of kNN votes: exp(1 / temperature) must stay within float32."""
 

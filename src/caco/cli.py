@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from caco.after_training import Embed, Evaluation, Export, Knn, Linear, Report
+from caco.after_training import BASELINES, Embed, Evaluation, Export, Judging, Knn, Linear, Report
 from caco.checks import check, check_judged, check_numbers
 from caco.config import Demo, Pretrain
 from caco.errors import CacoError, UsageError, did_you_mean
-from caco.files import print_any_name, refused
+from caco.files import check_encoder_is_there, print_any_name, refused
 from caco.options import parse
 from caco.recipes import find_recipe, listing, whole
 from caco.train.heap import begin_anew_with_few_gaps
@@ -131,9 +131,25 @@ def _dispatch(arguments: list[str]) -> int:
 def _pretrain(arguments: list[str]) -> None:
     config = parse(Pretrain, arguments, "caco pretrain", pretrain_start)
     check(config)
+    if not config.resume:  # a finished run needs its images no more
+        _look_for_images(config.data, config.val)
     from caco import commands
 
     commands.pretrain(config)
+
+
+def _look_for_images(*names: str) -> None:
+    """Raise UsageError for images that are not there. Here it is told before torch is imported, which takes seconds."""
+    from caco.data.source import check_is_there
+
+    for name in names:
+        check_is_there(name)
+
+
+def _look_for_encoder(run: str) -> None:
+    """Raise UsageError for an encoder that is not there, as early."""
+    if run not in BASELINES and not run.startswith("timm:"):
+        check_encoder_is_there(Path(run), BASELINES)
 
 
 def pretrain_start(given: dict[str, Any]) -> Pretrain:
@@ -163,8 +179,11 @@ def _command(kind: type, module: str) -> Callable[[list[str]], None]:
         config = parse(kind, arguments, f"caco {name}", lambda given: kind())
         if isinstance(config, (Evaluation, Export)):
             config = check_judged(config)
+            _look_for_encoder(config.run)
         else:
             check_numbers(config)
+        if isinstance(config, Evaluation):
+            _look_for_images(config.data, config.val if isinstance(config, Judging) else "")
         getattr(importlib.import_module(module), name)(config)
 
     return run

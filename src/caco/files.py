@@ -9,12 +9,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from caco.errors import CacoError, UsageError
+from caco.errors import CacoError, UsageError, did_you_mean
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """No space left on the disk, or of one's share of it."""
@@ -124,6 +124,13 @@ def holds_run(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and {"recipe", "bank_size", "backbone"} <= content.keys()
+
+
+def check_encoder_is_there(path: Path, names: Sequence[str] = ()) -> None:
+    """Raise UsageError when no run folder or file is at a path. names: what else could have been meant."""
+    if not path.exists():
+        near = did_you_mean(str(path), names)
+        raise UsageError(f"there is no run folder or file {path}{near and '.' + near}")
 
 
 def check_writable(option: str, path: Path) -> None:

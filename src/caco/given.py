@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from caco.after_training import Evaluation
+from caco.after_training import BASELINES, Evaluation
 from caco.data.source import ImageSource, open_source
 from caco.distributed.world import World
-from caco.evaluate.encoder import BASELINES, UsableEncoder, find_weights, load_encoder
+from caco.evaluate.encoder import UsableEncoder, find_weights, load_encoder
 from caco.foreign import named_preparation
 from caco.precision import choose_precision
 from caco.views import Preparation, usual_resize

@@ -166,6 +166,8 @@ def test_sections_hold_what_they_say(page, finished):
     options = part(page, "configuration")
     assert '<tr class="changed"><td>--backbone</td><td>test_resnet <small>recipe: resnet18</small>' in options
     assert "<tr><td>--lr</td><td>0.24</td>" in options
+    assert "<tr><td>--engine.decoder</td><td>cpu</td>" in options  # decided by the run, as the recipe wants it
+    assert "<tr><td>--distributed.processes</td>" in options  # of the machine
     assert "torch" in part(page, "environment")
 
 

@@ -95,11 +95,27 @@ def _named_source(name: str, split: str, download: bool, index_cache: Path | Non
         return _textures(split, detail)
     if head in SETS:
         return torchvision_source(head, split, detail, root, download)
-    if re.search(r"[*?\[{]", name):
+    if _is_pattern(name):
         return _files_source(expand_pattern(str(path)), name, index_cache, root)
+    raise _not_there(name, path)
+
+
+def check_is_there(name: str) -> None:
+    """Raise the UsageError that `open_source` has for a path or name of which there is nothing; nothing is listed or read."""
+    path = Path(os.path.expanduser(name))
+    is_set = name.partition(":")[0] in ("textures", *SETS)
+    if name.strip() and not (os.path.exists(path) or is_set or _is_pattern(name)):
+        raise _not_there(name, path)
+
+
+def _is_pattern(name: str) -> bool:
+    return re.search(r"[*?\[{]", name) is not None
+
+
+def _not_there(name: str, path: Path) -> UsageError:
     if re.search(r"[/\\.]", name):
-        raise UsageError(f"{name}: no such file or folder.{_nearest(path)}")
-    raise UsageError(f"{name}: no such file, folder or named set.{_nearest(path, ('textures', *SETS)) or _KNOWN_SETS}")
+        return UsageError(f"{name}: no such file or folder.{_nearest(path)}")
+    return UsageError(f"{name}: no such file, folder or named set.{_nearest(path, ('textures', *SETS)) or _KNOWN_SETS}")
 
 
 def expand_pattern(pattern: str) -> list[Path]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from caco.backbone import torchvision_code, torchvision_model
 from caco.errors import CacoError, UsageError
 from caco.evaluate.encoder import find_weights
-from caco.files import check_writable, replacing
+from caco.files import check_encoder_is_there, check_writable, replacing
 from caco.reference.checkpoint import Snapshot, read_snapshot, write_published
 from caco.train.checkpoint import CheckpointFolder
 from caco.weights import BackboneCard, load_backbone, read_weights, save_backbone
@@ -68,13 +68,12 @@ def export(run: Path, kind: str, out: Path, backbone: str = "") -> str:
 def latest_snapshot(run: Path) -> Snapshot:
     """Return the latest checkpoint of a run folder, or the one in a file. Raises UsageError for anything else."""
     path = run
+    check_encoder_is_there(run)
     if run.is_dir():
         try:
             path = CheckpointFolder(run / "checkpoints", keep=1).latest().path
         except CacoError as error:
             raise UsageError(f"{run} has no checkpoint, which the reference format needs") from error
-    elif not run.exists():
-        raise UsageError(f"there is no run folder or file {run}")
     snapshot = read_snapshot(path)
     if snapshot is None:
         raise UsageError(

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from caco.after_training import Judging, Knn, Linear
+from caco.after_training import BASELINES, Judging, Knn, Linear
 from caco.data.source import ImageSource
 from caco.errors import CacoError
-from caco.evaluate.encoder import BASELINES, UsableEncoder
+from caco.evaluate.encoder import UsableEncoder
 from caco.files import replace_json
 from caco.objects import NO_OBJECTS, Objects
 from caco.options import words

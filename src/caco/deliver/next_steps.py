@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from caco.after_training import BASELINES
 from caco.config import Pretrain
 from caco.data.source import ImageSource, open_source
 from caco.errors import CacoError, command_line
-from caco.evaluate.encoder import BASELINES
 
 
 def next_steps(options: Pretrain, own_backbone: bool = False, images: ImageSource | None = None) -> str:

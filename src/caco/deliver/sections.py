@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from caco.after_training import BASELINES
 from caco.config import Pretrain
 from caco.data.source import ImageSource
 from caco.deliver import page
@@ -19,7 +20,6 @@ from caco.deliver.next_steps import commands_to_compare
 from caco.deliver.records import Record, RunSummary, curve, uninformed_loss
 from caco.deliver.verdict import verdict_of
 from caco.errors import UsageError, counted
-from caco.evaluate.encoder import BASELINES
 from caco.evaluate.health import LOW_SPREAD, rank_me
 from caco.options import flatten
 from caco.recipes import find_recipe
@@ -237,7 +237,9 @@ def configuration(config: Pretrain) -> str:
     for option, value in flatten(config).items():
         group = option.rpartition(".")[0]
         usual = recipe.get(option, value)
-        remark = f"recipe: {_shown(usual)}" if option not in NO_PART_OF_A_RECIPE and usual != value else ""
+        own = option not in NO_PART_OF_A_RECIPE and group != "distributed"
+        decided = usual == "auto" and (group == "engine" or option == "precision")  # by the run, as the recipe wants it
+        remark = f"recipe: {_shown(usual)}" if own and usual != value and not decided else ""
         groups.setdefault(group, []).append((f"--{option.replace('_', '-')}", _shown(value), remark))
     blocks = "".join(
         f'<div><p class="overline">{escape(group or "run")}</p>{page.table(rows)}</div>'

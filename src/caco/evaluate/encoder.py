@@ -13,19 +13,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from caco.after_training import Evaluation, Judging
+from caco.after_training import BASELINES, Evaluation, Judging
 from caco.backbone import adopt_backbone, create_backbone, try_size
 from caco.data.source import ImageSource
 from caco.distributed.world import World
-from caco.errors import UsageError, did_you_mean
+from caco.errors import UsageError
 from caco.evaluate.centre_views import CentreViews
 from caco.evaluate.features import Features, extract, gather_features, pixel_features
+from caco.files import check_encoder_is_there
 from caco.foreign import preparation_of
 from caco.train.checkpoint import CheckpointFolder
 from caco.views import Preparation, usual_resize
 from caco.weights import BackboneCard, download_backbone, load_backbone, load_into, read_weights
-
-BASELINES = ("random", "pixels")
 
 
 @dataclass(frozen=True)
@@ -153,9 +152,7 @@ def find_weights(path: Path) -> Path:
     """Return the weights of a run folder: its finished backbone, else its latest checkpoint; a file is itself."""
     if path.is_file():
         return path
-    if not path.exists():
-        near = did_you_mean(str(path), BASELINES)
-        raise UsageError(f"there is no run folder or file {path}{near and '.' + near}")
+    check_encoder_is_there(path, BASELINES)
     finished = path / "export" / "backbone.safetensors"
     if finished.exists():
         return finished
