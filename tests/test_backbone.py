@@ -5,9 +5,9 @@ import copy
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from caco.backbone import Encoder, adopt_backbone, create_backbone, projector, stem_of
+from caco.backbone import Encoder, adopt_backbone, create_backbone, projector, stem_of, try_size
 from caco.errors import UsageError
 
 
@@ -201,3 +201,32 @@ def test_projector_is_the_published_head():
     assert [type(layer) for layer in head][1:3] == [nn.BatchNorm1d, nn.ReLU]
     encoder = Encoder(adopt_backbone(Flat(), 16), projector(7, 20, 5))
     assert encoder(torch.randn(4, 3, 16, 16)).shape == (4, 5)
+
+
+def test_a_module_is_tried_where_it_is():
+    """One that has just been trained on a GPU is judged by its owner next."""
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert try_size(module, 32).device.type == "meta"
+    assert adopt_backbone(module, 32).num_features == 5
+
+
+class OfItsOwn(nn.Module):
+    """A module that says itself how many features it has."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, features)
+
+    @property
+    def num_features(self) -> int:
+        return 7
+
+    def forward(self, view: Tensor) -> Tensor:
+        return self.layer(view.mean((2, 3)))
+
+
+def test_a_number_of_features_that_cannot_be_set():
+    assert adopt_backbone(OfItsOwn(7), 16).num_features == 7
+    with pytest.raises(UsageError, match="gives 8 features; its num_features says otherwise"):
+        adopt_backbone(OfItsOwn(8), 16)

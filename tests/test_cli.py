@@ -193,6 +193,7 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         ("knn x --batch-size -3", "must be at least 1"),
         ("linear x --epochs 0", "must be at least 1"),
         ("linear x --protocol refrence", "Did you mean reference"),
+        ("linear x --data y --weight-decay 0.1", "--weight-decay: only the published protocol has it"),
         ("embed x y", "what is 'y' for?"),
         ("recipes nope", "There are: "),
         ("recipes cifr", "Did you mean cifar"),
@@ -276,6 +277,7 @@ def test_errors_of_names_and_files(line, words, capsys, tmp_path):
     assert words in error
     assert not (tmp_path / "r").exists()
     assert (tmp_path / "taken" / "a.txt").read_text() == "somebody's notes\n" * 9
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Files are whole or not there: a crash at any moment leaves the old one."""
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -46,6 +48,21 @@ def test_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append("rename"), rename(old, new))[1])
     replace_file(tmp_path / "file", b"content")
     assert calls == ["sync", "rename", "sync"]
+
+
+@pytest.mark.parametrize(("number", "is_borne"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch, number, is_borne):
+    sync = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with contextlib.nullcontext() if is_borne else pytest.raises(CacoError, match="cannot be written"):
+        replace_file(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_temporary_file_is_in_the_same_folder(tmp_path, monkeypatch):

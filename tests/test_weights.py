@@ -483,3 +483,9 @@ def test_a_download_that_fails_is_one_line(hub, monkeypatch):
     with pytest.raises(CacoError, match=r"--weights timm:resnet50: not downloaded \(the hub cannot be reached\)$"):
         download_weights("resnet50")
     assert hub  # was asked first whether it answers
+
+
+def test_a_file_without_a_tensor(tmp_path):
+    safetensors.torch.save_file({}, tmp_path / "none.safetensors")
+    with pytest.raises(UsageError, match="none.safetensors holds no weights"):
+        read_weights(tmp_path / "none.safetensors")

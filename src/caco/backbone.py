@@ -247,7 +247,13 @@ def adopt_backbone(module: nn.Module, size: int) -> nn.Module:
         )
     if output.ndim == 4:
         module = Pooled(module)
-    module.num_features = output.shape[1]  # type: ignore[assignment]
+    if getattr(module, "num_features", None) != output.shape[1]:
+        try:
+            module.num_features = output.shape[1]  # type: ignore[assignment]
+        except AttributeError as error:
+            raise UsageError(
+                f"the backbone gives {output.shape[1]} features; its num_features says otherwise, and cannot be set"
+            ) from error
     return module
 
 
@@ -267,7 +273,8 @@ def try_size(module: nn.Module, size: int) -> Any:
     """Return what a module makes of two black pictures, in eval mode. Raises UsageError when it does not take the size."""
     try:
         with evaluation_mode(module), torch.no_grad():
-            return module(torch.zeros(2, 3, size, size))
+            where = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+            return module(torch.zeros(2, 3, size, size, device=where))
     except Exception as error:  # any code may stand there
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"the backbone does not take pictures of {size} x {size} pixels: {reason}") from error

@@ -64,6 +64,10 @@ class Bank(nn.Module):
         """Return those of the bank's rows [K, …] that this process holds."""
         return rows[self.held.start : self.held.stop]
 
+    def rows_from_main(self, rows: Tensor) -> Tensor:
+        """Return those of the bank's rows [K, …] that this process holds; the main process has all, the others need none."""
+        return self.shards.divide_from_main(rows)
+
     def all_rows(self, rows: Tensor) -> Tensor:
         """Return all rows [K, …] in the main process, of which this one holds `rows`; none in the other processes."""
         return self.shards.gather_in_main(rows)

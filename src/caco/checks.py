@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from caco.after_training import LEAST_TEMPERATURE, Evaluation, Export
+from caco.after_training import LEAST_TEMPERATURE, Evaluation, Export, Linear
 from caco.config import Pretrain
 from caco.errors import UsageError
 from caco.options import flatten
@@ -141,6 +141,10 @@ def check_judged(options: E) -> E:
     if run.startswith("timm:") and not isinstance(options, Evaluation):
         raise UsageError(f"{run}: timm has it already; caco export takes a run folder or a file")
     check_numbers(options)
+    if isinstance(options, Linear) and options.weight_decay and options.protocol != "reference":
+        raise UsageError(
+            "--weight-decay: only the published protocol has it; add --protocol reference, or leave it out"
+        )
     if isinstance(options, Evaluation):
         _check_normalisation(options)
     if isinstance(options, Evaluation) and not options.data:

@@ -12,7 +12,7 @@ from caco.after_training import Knn, Linear, Report
 from caco.checks import check
 from caco.config import Demo, DistributedOptions, Pretrain
 from caco.errors import Interrupted, UsageError, command_line, program
-from caco.files import replace_json
+from caco.files import holds_run, replace_json
 from caco.options import words
 from caco.recipes import find_recipe
 
@@ -24,7 +24,7 @@ def demo(options: Demo) -> dict[str, Any]:
 
     Returns the accuracies in percent and the seconds of each part; also in RUN/demo.json.
     """
-    if (Path(options.out) / "config.json").exists() and not options.overwrite:
+    if holds_run(Path(options.out)) and not options.overwrite:
         raise UsageError(f"--out {options.out} holds a run; delete it with --overwrite, or choose another folder")
     began = time.monotonic()
     config = replace(

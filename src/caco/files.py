@@ -16,6 +16,10 @@ from typing import Any, BinaryIO
 
 from caco.errors import CacoError, UsageError, did_you_mean
 
+TEMPORARY = ".*.[0-9]*.tmp"
+"""Pattern of the names that files have while they are written: their own, and the number of the process."""
+PLACES = ("", "checkpoints/", "export/", "results/")
+"""Where a run's files are, in its folder."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """No space left on the disk, or of one's share of it."""
 
@@ -84,6 +88,9 @@ def _sync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # which say that this file system syncs no folders
+            raise
     finally:
         os.close(folder)
 

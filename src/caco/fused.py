@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from caco.compiled_code import has_numba
 from caco.own_kernels import suits_kernels, works
 from caco.slots import Slots, along_sphere, inverse_lengths
 
@@ -48,7 +48,7 @@ def _is_on_cpu(weight: Tensor) -> bool:
 
 
 def _of_cpu(weight: Tensor) -> ModuleType | None:
-    return _checked_on_cpu() if len(weight) >= LEAST_SLOTS_ON_CPU and find_spec("numba") else None
+    return _checked_on_cpu() if len(weight) >= LEAST_SLOTS_ON_CPU and has_numba() else None
 
 
 @lru_cache

@@ -67,6 +67,9 @@ class Shards(Protocol):
     def gather_in_main(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes in the main one (rank 0), none in the others."""
 
+    def divide_from_main(self, rows: Tensor) -> Tensor:
+        """Return this process's part of the main one's rows: the inverse of `gather_in_main`."""
+
 
 class Unsharded:
     """The bank is whole in this process: every exchange is the identity."""
@@ -76,7 +79,7 @@ class Unsharded:
     def gather(self, rows: Tensor) -> Tensor:
         return rows
 
-    local_queries = sum = maximum = gather_in_main = gather
+    local_queries = sum = maximum = gather_in_main = divide_from_main = gather
 
 
 class RunningSoftmax:

@@ -184,7 +184,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], BackboneCard | None]:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        tensors, card = _read_safetensors(path)
+        if not tensors:
+            raise UsageError(f"{path} holds no weights")
+        return tensors, card
     content = load_torch(path)
     card = _card(content["card"], path) if isinstance(content.get("card"), dict) else None
     state = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), content)

@@ -241,7 +241,7 @@ def test_renderers_are_chosen_by_device_and_by_what_is_installed(monkeypatch: py
         out = torch.full((1, 3, 32, 32), -9.0).contiguous(memory_format=torch.channels_last)
         assert render_views(images, parameters, FIRST, *PLAIN, out=out) is out
         assert torch.equal(out, render_by(renderer, images, parameters, FIRST, *PLAIN))
-        monkeypatch.setattr(augment, "find_spec", lambda name: None)
+        monkeypatch.setattr(augment, "has_numba", lambda: False)
 
 
 def test_parameters_of_other_images_are_refused() -> None:

@@ -102,7 +102,7 @@ def test_errors_of_the_dataset_itself_are_its_own() -> None:
         (Items(lambda index: np.zeros(5, np.uint8)), r"gives a uint8 \[5\]; caco needs"),
         (Items(lambda index: np.zeros((8, 8, 3), np.float32)), r"gives a float32 \[8, 8, 3\]; caco needs"),
         (Items(lambda index: {"image": GOOD}), "gives a dict; caco needs PIL images or arrays .* or tuples that begin"),
-        (Items(lambda index: GOOD, targets=[[1], [1, 2], 3, 4, 5]), "its labels must be 5 whole numbers"),
+        (Items(lambda index: GOOD, targets=[1, 2, 3, 4]), "has 4 labels for 5 images"),
         ({"train": [GOOD], "test": [GOOD]}, "data is a dictionary of 'train', 'test'; name one part of it"),
         ({}, "data is a dictionary of nothing"),
     ],
@@ -116,3 +116,11 @@ def test_what_is_no_picture_is_told(data: Any, words: str) -> None:
 def test_arrays_without_pixels(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="array holds no images"):
         ArraySource(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("targets", [[[1], [1, 2], 3, 4, 5], [["a.xml"]] * 5, ["a.xml"] * 5, [[1, 2]] * 5])
+def test_targets_that_are_no_classes_are_no_labels(targets: Any) -> None:
+    """Boxes, files of boxes, several classes: there is nothing to judge by, but all to train on."""
+    source = own_source(Items(lambda index: GOOD, targets=targets))
+    assert (source.labels, source.classes) == (None, ())
+    assert len(source) == 5

@@ -11,6 +11,7 @@ from caco.config import DistributedOptions
 from caco.distributed.batch_norm import SyncBatchNorm, synchronise_batch_norm
 from caco.distributed.launch import launch
 from caco.distributed.world import World
+from caco.errors import UsageError
 
 BATCH, STEPS = 12, 3
 
@@ -138,5 +139,5 @@ def test_an_unknown_kind_is_refused():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
 
-    with pytest.raises(TypeError, match="Own"):
+    with pytest.raises(UsageError, match="cannot be synchronised over processes .Own."):
         synchronise_batch_norm(Own(3), World(torch.device("cpu"), 0, 2))

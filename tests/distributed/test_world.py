@@ -220,3 +220,16 @@ def test_a_machine_that_never_comes_is_told():
     options = DistributedOptions(processes=1, machines=2, address="127.0.0.1:29817", timeout=2)
     with pytest.raises(UsageError, match="process 0 of 2 did not meet the others at 127.0.0.1:29817"):
         launch(exchange, options, "cpu")
+
+
+def slow_decision(world: World) -> list:
+    """The main process decides for longer than an exchange waits."""
+    decided = world.decide_in_main(lambda: (time.sleep(7), "this")[1])
+    if world.rank == 1:
+        time.sleep(7)
+    world.wait()
+    return [decided, world.sum(torch.ones(1)).item()]
+
+
+def test_what_one_process_does_alone_may_take_longer_than_an_exchange():
+    assert launch(slow_decision, DistributedOptions(processes=2, timeout=3.0), "cpu") == ["this", 2.0]

@@ -167,9 +167,16 @@ def test_foreign_files_are_named(tmp_path):
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     leftovers = [tmp_path / ".config.json.999999999.tmp", tmp_path / "checkpoints" / ".step-00000003.pt.999999999.tmp"]
-    own = tmp_path / f".metrics.{os.getpid()}.tmp"
-    kept = [own, tmp_path / "notes.tmp", tmp_path / ".hidden", tmp_path / "checkpoints" / "step-00000003.pt"]
+    living = [tmp_path / f".metrics.{os.getpid()}.tmp", tmp_path / "results" / f".knn.json.{os.getppid()}.tmp"]
+    theirs = [
+        tmp_path / "notes.tmp",
+        tmp_path / ".hidden",
+        tmp_path / ".draft.tmp",
+        tmp_path / "notes" / ".a.999999999.tmp",
+    ]
+    kept = [*living, *theirs, tmp_path / "checkpoints" / "step-00000003.pt"]
     for path in [*leftovers, *kept]:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("x")
     remove_leftovers(tmp_path)
     assert not any(path.exists() for path in leftovers)

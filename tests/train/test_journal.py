@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 import pytest
 
@@ -111,3 +112,17 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     assert events.Tags()["scalars"] == ["train/loss"]
     (event,) = events.Scalars("train/loss")
     assert (event.step, event.value) == (7, 2.5)
+
+
+def test_tensorboard_forgets_what_is_done_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first_step, steps in ((None, (1, 2, 3, 4)), (3, (3, 4, 5))):
+        journal = Journal(tmp_path, tensorboard=True, first_step=first_step)
+        for step in steps:
+            journal.record("train", step, loss=float(step))
+        journal.close()
+        time.sleep(1.1)  # files are read in the order of their names, which have whole seconds
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]

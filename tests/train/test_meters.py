@@ -95,6 +95,43 @@ def test_saved_in_the_middle_and_restored():
     assert first.steps == 4  # loading shares nothing with what was saved
 
 
+class One(World):
+    """A process of several, all in this one: what the others have summed is added at once."""
+
+    def __init__(self, rank, processes):
+        super().__init__(torch.device("cpu"), rank, len(processes))
+        object.__setattr__(self, "others", [*processes[:rank], *processes[rank + 1 :]])
+
+    def sum(self, values):
+        return values + sum(other.sums for other in self.others) if values.shape == (4,) else values
+
+    def maximum(self, values):
+        return values
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_of_several_processes_nothing_is_rounded_by_saving(size):
+    """Divided among 3 and multiplied again, a sum would be another in its last digit."""
+    losses = torch.rand(40, size, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def after(steps, processes):
+        for rank, meters in enumerate(processes):
+            meters_after(*(output(losses[step][rank]) for step in steps), meters=meters)
+        return processes
+
+    def new():
+        return [Meters(SLOTS, torch.device("cpu")) for _ in range(size)]
+
+    for stopped in range(1, 40):
+        first, second = after(range(stopped), new()), new()
+        state = first[0].state_dict(One(0, first))
+        for rank, meters in enumerate(second):
+            meters.load_state_dict(state, One(rank, second))
+        whole = after(range(40), new())
+        after(range(stopped, 40), second)
+        assert second[0].take(One(0, second)).loss == whole[0].take(One(0, whole)).loss
+
+
 def test_a_bad_step_survives_saving():
     first = meters_after(output(), output(float("nan")))
     second = Meters(SLOTS, torch.device("cpu"))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from numba import njit
 from numba.extending import intrinsic
 
+from caco.compiled_code import kept
 from caco.cpu_kernels import bfloat16
 from caco.cpu_kernels.products import panel_width
 from caco.cpu_kernels.vectors import load, store, zeros
@@ -29,7 +29,7 @@ def neighbours(typing, first, second):
     return first(first, second), lambda context, builder, signature, given: bfloat16.neighbours(builder, *given)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def pair_rows(matrix, at, panel_size, rows, columns, target, target_panel):
     """Fill a matrix of which each row is two of the given one's, for products along its rows; an odd last one is beside zeros.
@@ -48,7 +48,7 @@ def pair_rows(matrix, at, panel_size, rows, columns, target, target_panel):
             into += width
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def pair_columns(matrix, at, panel_size, rows, columns, target, target_panel):
     """Fill a matrix of which each column is two neighbouring ones, for products along them, half as wide; as `pair_rows`."""

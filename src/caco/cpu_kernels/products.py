@@ -10,6 +10,7 @@ from typing import no_type_check
 from numba import njit
 from numba.extending import register_jitable
 
+from caco.compiled_code import kept
 from caco.cpu_kernels.processor import BYTES
 from caco.cpu_kernels.vectors import (
     add_all,
@@ -39,7 +40,7 @@ def position(row, column, rows, width):
     return (column // width * rows + row) * width + column % width
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def multiply(
     left, left_at, left_panel,
@@ -75,7 +76,7 @@ def multiply(
                     store_all(result, c, lanes, sums)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def multiply_transposed(
     left, left_at, left_panel,

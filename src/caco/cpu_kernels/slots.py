@@ -11,8 +11,8 @@ import math
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
+from caco.compiled_code import kept
 from caco.cpu_kernels.formulas import exponential
 from caco.cpu_kernels.memory import aligned, inlined
 from caco.cpu_kernels.processor import BYTES
@@ -25,7 +25,7 @@ ROOM = SLOTS | 1
 """Rows of a panel of so many: an odd number, lest all panels use the same few lines of a cache."""
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def nearest(queries, weight, inverse_length, first, last, largest, indices):
     """Put for each query the largest cosine of slots `first` to `last`, and the first slot that has it.
@@ -53,7 +53,7 @@ def nearest(queries, weight, inverse_length, first, last, largest, indices):
                     indices[query] = start + (at - panel * ROOM * width) // width
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def softmax(queries, weight, inverse_length, first, last, largest, totals, slot_sums, with_mean):
     """Take slots `first` to `last` into each query's softmax: its largest logit, Σ exp(logit − largest), and Σ of that · slot.
@@ -99,7 +99,7 @@ def softmax(queries, weight, inverse_length, first, last, largest, totals, slot_
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def pulls_on_slots(queries, pulls, log_normalisers, weight, inverse_length, first, last, gradient):
     """Fill the gradient [K, D] of slots `first` to `last`: Σ p · pull over the queries, p of a slot, along the sphere.

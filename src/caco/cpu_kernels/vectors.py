@@ -15,13 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, overload, register_jitable, register_model
 
-from caco.compiled_code import find_place, remove_stale_code
 from caco.cpu_kernels.bfloat16 import are_pairs, computed, float32_of, integers, is_bfloat16, multiply_pairs, rounded
 from caco.cpu_kernels.processor import BYTES
-
-find_place()  # every module comes by here before it compiles anything
-remove_stale_code()
-
 
 FLAGS = ("contract", "reassoc", "nsz")
 """Multiply-adds may be fused and sums reordered; numbers that are not finite may come."""

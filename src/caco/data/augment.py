@@ -7,7 +7,7 @@ pixels to 1e-4 of full scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,11 +16,30 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from caco.compiled_code import has_numba
 from caco.data.parameters import ViewParameters, draw_parameters
 from caco.data.render import copy_to, render_with_torch
+from caco.own_kernels import works
 from caco.views import Augmentation, Interpolation
 
 __all__ = ["ViewParameters", "centre_view", "draw_parameters", "normalise", "render_views"]
+
+LARGEST_DEVIATION = 1e-4
+"""Mean deviation of compiled views from plain torch's, of full scale, that rounding explains."""
+_EVERYTHING = Augmentation(
+    size=24,
+    area=(0.2, 1.0),
+    flip_probability=0.5,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.2,
+    hue=0.1,
+    jitter_probability=0.8,
+    gray_probability=0.2,
+    blur_probability=0.5,
+    solarize_probability=0.5,
+)
+"""What compiled views are tried with."""
 
 Images = UInt8[Tensor, "B H W 3"] | list[NDArray[np.uint8]]
 """One tensor on any device, or arrays of any sizes."""
@@ -57,7 +76,25 @@ Renderer = Callable[[Images, ViewParameters, Sequence[float], Sequence[float], T
 
 def choose_renderer(device: torch.device) -> Renderer:
     """Return what renders views of images on this device."""
-    return render_with_numba if device.type == "cpu" and find_spec("numba") else render_with_torch
+    return render_with_numba if device.type == "cpu" and has_numba() and _numba_renders() else render_with_torch
+
+
+@lru_cache
+def _numba_renders() -> bool:
+    """Return whether compiled views are here what plain torch makes."""
+    return works("compiled views", _problem_of_numba)
+
+
+def _problem_of_numba() -> str:
+    """Return how far compiled views of some noise are from torch's, "" where that is rounding."""
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (16, 48, 40, 3), dtype=np.uint8))
+    drawn = draw_parameters(_EVERYTHING, 48, 40, seed=0, epoch=0, indices=np.arange(len(noise)), view=0)
+    shape = len(noise), 3, _EVERYTHING.size, _EVERYTHING.size
+    ours, plain = (torch.empty(shape, memory_format=torch.channels_last) for _ in range(2))
+    render_with_numba(noise, drawn, (0.0,) * 3, (1.0,) * 3, ours)
+    render_with_torch(noise, drawn, (0.0,) * 3, (1.0,) * 3, plain)
+    deviation = float((ours - plain).abs().mean())  # not the largest: a pixel may be solarized in one of them only
+    return "" if deviation < LARGEST_DEVIATION else f"they deviate by {deviation:.2g} of full scale from plain torch's"
 
 
 def render_with_numba(

@@ -109,9 +109,11 @@ class DatasetSource:
         try:
             numbers = np.asarray(given)
         except ValueError:  # lists of different lengths
-            numbers = np.empty(0)
-        if numbers.shape != (len(self._dataset),) or numbers.dtype.kind not in "iu":
-            raise UsageError(f"{self.name}: its labels must be {len(self._dataset)} whole numbers, one for each image")
+            return None, ()
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":  # boxes, or files that tell more
+            return None, ()
+        if len(numbers) != len(self._dataset):
+            raise UsageError(f"{self.name} has {len(numbers):,} labels for {len(self._dataset):,} images")
         return labels_by_number(numbers.astype(np.int64), tuple(map(str, getattr(self._dataset, "classes", ()))))
 
 

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
+from caco.compiled_code import has_numba
 from caco.errors import CacoError
 
 try:
@@ -138,7 +138,7 @@ def plain_jpeg(data: bytes, key: str) -> PlainJpeg | None:
 @lru_cache
 def _header_reader() -> Callable[[NDArray[np.uint8]], tuple[int, int, int]] | None:
     """Return what reads a header without Python's lock, None where there is no numba."""
-    if not find_spec("numba"):
+    if not has_numba():
         return None
     from caco.data.jpeg_header import plain_size
 

@@ -10,7 +10,7 @@ from typing import no_type_check
 import numpy as np
 from numba import njit, types
 
-from caco.compiled_code import find_place
+from caco.compiled_code import kept
 
 ODD = 0
 """Returned three times for a file that is not plain."""
@@ -68,10 +68,7 @@ def is_upright(data, start, stop):
     return True
 
 
-find_place()
-
-
-@njit(SIGNATURE, cache=True, nogil=True, error_model="numpy")
+@kept(SIGNATURE)
 @no_type_check
 def plain_size(data):
     """Return height, width and `suits_engine` (0 or 1) of a JPEG file that is plain (`decode.PlainJpeg`), or ODD for all."""

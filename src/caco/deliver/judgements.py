@@ -21,7 +21,7 @@ from caco.after_training import BASELINES, Judging, Knn, Linear
 from caco.data.source import ImageSource
 from caco.errors import CacoError
 from caco.evaluate.encoder import UsableEncoder
-from caco.files import replace_json
+from caco.files import holds_run, replace_json
 from caco.objects import NO_OBJECTS, Objects
 from caco.options import words
 from caco.seen import TrainedOn
@@ -96,7 +96,7 @@ def keep(result: Mapping[str, Any], options: Knn | Linear) -> None:
     A folder that refuses is named on stderr: the result is printed all the same.
     """
     judged = Path(options.run)
-    folders = [judged] if (judged / "config.json").is_file() else []
+    folders = [judged] if holds_run(judged) else []
     beside = Path(options.beside)
     if options.beside and not any(os.path.samefile(beside, folder) for folder in folders):
         folders.append(beside)

@@ -20,7 +20,7 @@ class ProcessShards:
     """All processes of a world hold an equal part of the slots each (`caco.slots.Shards`)."""
 
     def __init__(self, world: World) -> None:
-        self.size, self.rank = world.size, world.rank
+        self.size, self.rank, self.device = world.size, world.rank, world.device
         self.gather, self.sum, self.maximum = world.gather, world.sum, world.maximum
 
     def local_queries(self, rows: Tensor) -> Tensor:
@@ -45,6 +45,21 @@ class ProcessShards:
             _exchange(dist.irecv, part, rank)
             gathered[rank] = part
         return gathered.flatten(0, 1)
+
+    def divide_from_main(self, rows: Tensor) -> Tensor:
+        """Return this process's part of the rows [K, …] that the main one has; the others give none, [0, …], of the same type.
+
+        They go a part at a time, as they came.
+        """
+        count = torch.tensor(len(rows) // self.size, device=self.device)
+        dist.broadcast(count, src=0)
+        if self.rank > 0:
+            part = rows.new_empty(int(count), *rows.shape[1:], device=self.device)
+            _exchange(dist.irecv, part, 0)
+            return part
+        for rank in range(1, self.size):
+            _exchange(dist.isend, rows[rank * int(count) : (rank + 1) * int(count)].contiguous().to(self.device), rank)
+        return rows[: int(count)]
 
 
 def _exchange(operation: Callable[..., Any], rows: Tensor, peer: int) -> None:

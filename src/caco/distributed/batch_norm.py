@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.distributed.world import World
+from caco.errors import UsageError
 
 
 class _SyncNormalise(torch.autograd.Function):
@@ -97,7 +98,10 @@ def _synchronised(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
     elif hasattr(norm, "drop") and hasattr(norm, "act"):  # timm's BatchNormAct2d
         norm.__class__ = _SyncBatchNormAct
     else:
-        raise TypeError(f"do not know how to synchronise {kind.__name__}")
+        raise UsageError(
+            f"the backbone has a batch norm of a kind that cannot be synchronised over processes ({kind.__name__}): use one "
+            "process, or a batch norm of torch or timm"
+        )
     return norm
 
 

@@ -15,6 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from caco.device import choose_device, exact_products
 from caco.distributed.heartbeat import Heartbeat, say
+from caco.distributed.meeting import Meeting
 from caco.distributed.membership import Membership, count_restarts
 from caco.distributed.network import interface_towards, own_address_towards
 from caco.distributed.world import World, own_cores
@@ -60,7 +61,8 @@ def join(
             f"process {membership.rank} of {membership.size} did not meet the others at {membership.address}:{membership.port} "
             f"({str(error).splitlines()[0][:120]})"
         ) from error
-    return _know_the_others(World(device, membership.rank, membership.size), attempt), heartbeat
+    world = World(device, membership.rank, membership.size, meeting=Meeting(store, membership.size))
+    return _know_the_others(world, attempt), heartbeat
 
 
 def _own_device(membership: Membership, name: str) -> torch.device:

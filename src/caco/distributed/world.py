@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from caco.distributed.meeting import Meeting
+
 T = TypeVar("T")
 
 PIECE = 2**26
@@ -34,6 +36,8 @@ class World:
     """Processes of this run on this machine: they share its main memory."""
     sharing_cores: int = 1
     """Processes of this run that may use the same cores as this one."""
+    meeting: Meeting | None = None
+    """Where several processes wait for each other."""
 
     @property
     def is_main(self) -> bool:
@@ -90,12 +94,16 @@ class World:
         parts = self.gather(padded.to(self.device)).to(rows.device).split(max(counts))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
-    def decide_in_main(self, make: Callable[[], T]) -> T:
-        """Return what `make` returns in the main process; only there it is called."""
+    def decide_in_main(self, make: Callable[[], T], for_others: Callable[[T], T] = lambda made: made) -> T:
+        """Return what `make` returns in the main process; only there it is called, and may take as long as it likes.
+
+        for_others: what the other processes get instead.
+        """
         if self.size == 1:
             return make()
         made = make() if self.is_main else None
-        content = self._from_main(pickle.dumps(made) if self.is_main else b"")
+        self.wait()
+        content = self._from_main(pickle.dumps(for_others(made)) if self.is_main else b"")  # type: ignore[arg-type]
         return made if self.is_main else pickle.loads(content)  # type: ignore[return-value]
 
     def _from_main(self, content: bytes) -> bytearray:
@@ -111,9 +119,10 @@ class World:
         return gathered
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process is here, without a deadline."""
         if self.size > 1:
-            dist.barrier()
+            assert self.meeting is not None
+            self.meeting.wait()
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         if self.size == 1:

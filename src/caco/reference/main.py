@@ -15,6 +15,7 @@ from caco.checks import check
 from caco.cli import exit_status
 from caco.config import Pretrain
 from caco.errors import UsageError
+from caco.files import holds_run
 from caco.options import flatten, override
 from caco.recipes import imagenet_200_b1024
 from caco.reference.command import machines, nearest_recipe, pretrain_command, resources
@@ -202,7 +203,9 @@ def start_from_file(config: Pretrain) -> Pretrain:
 
 def go_on(config: Pretrain) -> Pretrain:
     """Return the configuration, resuming the run of the same settings that its folder holds, as the published code does."""
-    if not Path(config.out, "config.json").exists():
+    if not holds_run(Path(config.out)):
         return config
     print(f"main.py: {config.out} holds a run of the same settings, which goes on", file=sys.stderr)
-    return replace(config, resume=True)
+    from caco.train.run_folder import as_decided, read_config
+
+    return as_decided(replace(config, resume=True), read_config(Path(config.out)))

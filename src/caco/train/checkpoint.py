@@ -19,7 +19,7 @@ import torch
 
 from caco.data.source import ImageSource
 from caco.errors import CacoError, UsageError
-from caco.files import replacing
+from caco.files import PLACES, TEMPORARY, replacing
 from caco.weights import load_torch
 
 FORMAT = "caco-checkpoint-1"
@@ -91,18 +91,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def identity(source: ImageSource) -> dict[str, Any]:
     """Return what a checkpoint says of its run's images: how many, and a digest of their names in their order.
 
-    Without the folders they are in: those may move.
+    With their folders below the one that is named, which may move itself.
     """
-    names = (source.key(index).rpartition("/")[2] for index in range(len(source)))
+    names = (source.key(index) for index in range(len(source)))
     digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
-    return {"images": len(source), "names": digest}
+    return {"images": len(source), "keys": digest}
 
 
 def check_same_images(checkpoint: Mapping[str, Any], now: Mapping[str, Any], data: str) -> None:
     """Raise UsageError where a run would go on with other images than it began with. now: as `identity` says it."""
     if checkpoint["images"] != now["images"]:
         difference = f"with {checkpoint['images']:,} images, {data} now has {now['images']:,}"
-    elif checkpoint.get("names", now["names"]) != now["names"]:  # older checkpoints do not say
+    elif checkpoint.get("keys", now["keys"]) != now["keys"]:  # older checkpoints do not say
         difference = f"with images of other names, or in another order, than {data} has now"
     else:
         return
@@ -110,7 +110,19 @@ def check_same_images(checkpoint: Mapping[str, Any], now: Mapping[str, Any], dat
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a killed process left behind."""
-    for path in folder.rglob(".*.tmp"):
-        if path.name.split(".")[-2] != str(os.getpid()):
+    """Remove temporary files that killed processes left behind; a living one may be writing a report there."""
+    for path in (path for place in PLACES for path in (folder / place).glob(TEMPORARY)):
+        number = path.name.split(".")[-2]
+        if number.isdecimal() and not _is_alive(int(number)):
             path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Return whether a process of that number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True

@@ -32,8 +32,11 @@ class Bar(tqdm):  # type: ignore[misc]
 class Journal:
     """The files of one run, appended to as it goes on. Raises CacoError, with the file, when the system refuses."""
 
-    def __init__(self, folder: Path, keep_bytes: int = 0, tensorboard: bool = False) -> None:
-        """keep_bytes: length of metrics.jsonl at the checkpoint resumed from; what came later is done again."""
+    def __init__(
+        self, folder: Path, keep_bytes: int = 0, tensorboard: bool = False, first_step: int | None = None
+    ) -> None:
+        """keep_bytes: length of metrics.jsonl at the checkpoint resumed from; what came later is done again. first_step: of
+        a resumed run, from which on TensorBoard is to forget what it has been told."""
         with contextlib.ExitStack() as opened:  # where one is refused, those before it are closed again
             self._metrics = opened.enter_context(_open(folder / "metrics.jsonl", "ab"))
             with _refusals(folder / "metrics.jsonl"):
@@ -43,7 +46,7 @@ class Journal:
             self._speed = opened.enter_context(_open(folder / "speed.jsonl", "a", encoding="utf-8"))
             log = _open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
             self._log = opened.enter_context(log)
-            self._events = _event_writer(folder) if tensorboard else None
+            self._events = _event_writer(folder, first_step) if tensorboard else None
             opened.pop_all()  # open as long as the run
 
     def record(self, kind: str, step: int, **values: Any) -> None:
@@ -131,8 +134,8 @@ class SilentJournal(Journal):
         """Close nothing."""
 
 
-def _event_writer(folder: Path) -> Any:
+def _event_writer(folder: Path, first_step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # an extra; `checks.check` has told if it is missing
 
     with _refusals(folder):
-        return SummaryWriter(str(folder))
+        return SummaryWriter(str(folder), purge_step=first_step)

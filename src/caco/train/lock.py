@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import IO
 
 from caco.errors import UsageError
+from caco.files import holds_run
 
 LOCK = ".lock"
 PATIENCE = 5.0
@@ -31,9 +32,9 @@ class RunLock:
     def take(self, folder: Path) -> None:
         """Take the folder for this process, once. Raises UsageError, with the other's number, when it is taken.
 
-        Without effect where the system or the file system has no locks.
+        Without effect where the system or the file system has no locks, and in a folder that no run may use.
         """
-        if self._file is not None:
+        if self._file is not None or is_of_others(folder):
             return
         try:
             import fcntl
@@ -61,3 +62,8 @@ class RunLock:
         file.write(f"{os.getpid()} on {os.uname().nodename}\n")
         file.flush()
         self._file = file
+
+
+def is_of_others(folder: Path) -> bool:
+    """Return whether a folder holds something, and no run: nothing is written there, which `check_run_folder` tells."""
+    return folder.is_dir() and not holds_run(folder) and any(path.name != LOCK for path in folder.iterdir())

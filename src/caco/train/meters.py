@@ -81,7 +81,8 @@ class Meters:
     def state_dict(self, world: World) -> dict[str, Tensor | int]:
         """Return everything, over all processes, for a checkpoint."""
         return {
-            "sums": world.sum(self.sums) / world.size,
+            "sums": world.sum(self.sums),
+            "processes": world.size,
             "steps": self.steps,
             "recent_choices": world.sum(self.recent_choices.counts),
             "epoch_choices": world.sum(self.epoch_choices.counts),
@@ -89,10 +90,11 @@ class Meters:
         }
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
-        """Take over what `state_dict` returned; counts go to the main process, so that their sum stays what it was."""
+        """Take over what `state_dict` returned; sums and counts go to the main process, so that their sum stays what it was."""
         self.steps = state["steps"]
-        self.sums.copy_(state["sums"])
         self.first_bad_step.copy_(state["first_bad_step"])
         if world.is_main:
+            # Of as many processes as there are now; of the same number nothing is rounded. (Older checkpoints have means.)
+            self.sums.copy_(state["sums"] * world.size / state.get("processes", 1))
             self.recent_choices.counts.copy_(state["recent_choices"])
             self.epoch_choices.counts.copy_(state["epoch_choices"])

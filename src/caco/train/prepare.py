@@ -76,8 +76,9 @@ def prepare(world: World, config: Pretrain, objects: Objects, index: Path) -> Pr
     source = objects.data if objects.data is not None else _open(config, config.data, world, index_cache=index)
     if world.is_main:
         say_left_out(source)
-    check_batch_size(source, config.batch_size, world.size)
     val = _open_val(config, objects.val, world)
+    world.wait()  # to list or unpack images may take one machine much longer than another
+    check_batch_size(source, config.batch_size, world.size)
     config = _resolve_epochs(config, len(source) // config.batch_size)
     steps = (int(config.epochs) - config.start_epoch) * (len(source) // config.batch_size)
     config, why = _choose_engine(config, backbone, world, steps)

@@ -22,13 +22,14 @@ from typing import Any
 from caco.config import Pretrain
 from caco.distributed.membership import job_name
 from caco.errors import UsageError, command_line
-from caco.files import check_writable, holds_run, replace_json
+from caco.files import PLACES, TEMPORARY, check_writable, holds_run, replace_json
 from caco.options import flatten, from_dictionary, override
-from caco.train.lock import LOCK, RunLock
+from caco.train.lock import LOCK, RunLock, is_of_others
 
 # What a resumed run may change: these have no part in the mathematics.
 FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download", "data", "val")
 FREE_GROUPS = ("engine.", "monitor.", "distributed.")
+NOT_FREE = ("engine.decoder",)  # another decoder's pixels are others
 
 CONDEMNED = ".overwrite"
 """In the folder of a run that is to be deleted, until it is: preparing the new one may take minutes, and be interrupted."""
@@ -38,8 +39,9 @@ RESOLVED = ("epochs", "precision", "engine.layout", "engine.convolution", "engin
 
 WRITTEN = (
     *("environment.json", "metrics.jsonl", "speed.jsonl", "train.log", "index.npz", "skipped.txt"),
-    *("checkpoints/step-*.pt", "checkpoints/best.pt", "checkpoints/.*.tmp", "export/backbone.safetensors", ".*.tmp"),
-    *("results/knn-*.json", "results/linear-*.json", "results/.*.tmp"),
+    *("checkpoints/step-*.pt", "checkpoints/best.pt", "export/backbone.safetensors"),
+    *("results/knn-*.json", "results/linear-*.json"),
+    *(f"{place}{TEMPORARY}" for place in PLACES),
     *("report.html", "gallery.png", "demo.json", "checkpoint_*.pth.tar", "events.out.tfevents.*"),
     CONDEMNED,
     "config.json",  # last: it is what makes a folder a run's
@@ -75,7 +77,7 @@ def check_run_folder(config: Pretrain) -> None:
     is_run = holds_run(folder)
     if config.resume and not is_run:
         raise UsageError(f"--resume: there is no run in {folder}; leave --resume out to start one")
-    if folder.is_file() or (folder.is_dir() and not is_run and any(path.name != LOCK for path in folder.iterdir())):
+    if folder.is_file() or is_of_others(folder):
         raise UsageError(f"--out {folder} exists and is not a run of caco; choose another folder")
     if is_run and not config.resume and not config.overwrite:
         raise UsageError(f"--out {folder} holds a run; go on with --resume, or delete it with --overwrite")
@@ -158,7 +160,7 @@ def check_same_mathematics(saved: Pretrain, wanted: Pretrain) -> None:
     changed = [
         f"--{name.replace('_', '-')} {after[name]} (the run has {before[name]})"
         for name in before
-        if after[name] != before[name] and name not in FREE_TO_CHANGE and not name.startswith(FREE_GROUPS)
+        if after[name] != before[name] and not _is_free_to_change(name)
     ]
     if changed:
         longer = ""
@@ -172,6 +174,10 @@ def check_same_mathematics(saved: Pretrain, wanted: Pretrain) -> None:
                 anew = f"caco.pretrain(..., backbone=module, {same}) in Python"
             longer = f"; to train a finished run for longer: {anew}"
         raise UsageError(f"--resume cannot change {'; '.join(changed)}; start a new run for that{longer}")
+
+
+def _is_free_to_change(option: str) -> bool:
+    return option in FREE_TO_CHANGE or (option.startswith(FREE_GROUPS) and option not in NOT_FREE)
 
 
 def is_of_job(folder: Path, job: str) -> bool:

@@ -63,12 +63,16 @@ class TrainingState:
         return bool(torch.isfinite(torch.stack(ends)).all())
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
-        """Take over what `state_dict` returned. Raises UsageError when it is of another model."""
+        """Take over what `state_dict` returned, in all processes; the bank's rows are the main one's where each holds a part.
+
+        Raises UsageError when it is of another model.
+        """
+        bank = self.model.bank
         try:
-            self.model.load_state_dict(_bank_rows(state["model"], "bank.weight", self.model.bank.local_rows))
+            self.model.load_state_dict(_bank_rows(state["model"], "bank.weight", bank.rows_from_main))
             self.optimizer.load_state_dict(state["optimizer"])
             own = [group["fused"] for group in self.bank_optimizer.param_groups]  # what suits this device
-            self.bank_optimizer.load_state_dict(_velocity(state["bank_optimizer"], self.model.bank.local_rows))
+            self.bank_optimizer.load_state_dict(_velocity(state["bank_optimizer"], bank.rows_from_main))
             for group, fused in zip(self.bank_optimizer.param_groups, own, strict=True):
                 group["fused"] = fused
         except (RuntimeError, ValueError, KeyError) as error:
@@ -78,6 +82,16 @@ class TrainingState:
         self.best_knn, self.knn_is_owed = state["best_knn"], state.get("knn_is_owed", False)
         if len(state["random"]) == world.size:  # else: another number of processes, whose random states start anew
             set_random_state(state["random"][world.rank], world.device)
+
+
+def without_bank(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what `TrainingState.state_dict` returned, without a row of the bank and its velocity."""
+
+    def none_of(rows: Tensor) -> Tensor:
+        return rows[:0].clone()  # a part of a tensor is pickled with the whole
+
+    model = _bank_rows(state["model"], "bank.weight", none_of)
+    return {**state, "model": model, "bank_optimizer": _velocity(state["bank_optimizer"], none_of)}
 
 
 def _bank_rows(state: dict[str, Any], name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from caco.train.journal import Journal, SilentJournal
 from caco.train.monitor import knn_is_due
 from caco.train.prepare import Prepared
 from caco.train.progress import Forecast, ProgressBar, Stopwatch
+from caco.train.state import without_bank
 from caco.train.step import (
     Rates,
     compute_gradients,
@@ -37,6 +38,8 @@ from caco.train.step import (
 
 WARM_START_EPOCH = 1_000_000
 """The warm start's passes over the images are numbered from here, so that they share no view with an epoch."""
+EARLY = 100
+"""Training steps before which no advice is given: an encoder begins with embeddings that hardly differ."""
 
 
 class Trainer:
@@ -64,7 +67,8 @@ class Trainer:
         metrics_bytes, problems = self._resume() if self.config.resume else (0, ())
         self.state.knn_is_owed &= run.monitor is not None  # it can have been switched off meanwhile
         tensorboard = self.config.monitor.tensorboard
-        self.journal = Journal(folder, metrics_bytes, tensorboard) if world.is_main else SilentJournal()
+        first = self.state.step + 1 if self.config.resume else None
+        self.journal = Journal(folder, metrics_bytes, tensorboard, first) if world.is_main else SilentJournal()
         for problem in problems:
             self.journal.say(f"an earlier checkpoint is taken: {problem}")
 
@@ -215,6 +219,8 @@ class Trainer:
         usage = self.state.meters.take_epoch_usage(self.world)
         used, perplexity, choices = int(usage.used), float(usage.perplexity), int(usage.choices)
         self.journal.record("epoch", self.state.step, epoch=epoch, slots_used=used, slot_perplexity=perplexity)
+        if self.state.step - self.first_step < EARLY:
+            return used
         findings = faults(
             slots=self.config.bank_size, used=used, perplexity=perplexity, choices=choices, spread=self.last_spread
         )
@@ -300,11 +306,15 @@ class Trainer:
 
         Return the length metrics.jsonl had then, and why newer checkpoints cannot be read.
         """
-        latest: Latest = self.world.decide_in_main(self.checkpoints.latest)
+        latest: Latest = self.world.decide_in_main(self.checkpoints.latest, self._for_others)
         contents = latest.content
         check_same_images(contents, self.images, self.config.data)
         self.state.load_state_dict(contents, self.world)
         return int(contents["metrics_bytes"]), latest.problems
+
+    def _for_others(self, latest: Latest) -> Latest:
+        """Return what processes but the main one need of its checkpoint: of a divided bank each gets its part later."""
+        return latest._replace(content=without_bank(latest.content)) if self.config.bank.sharded else latest
 
     def _stop_if_not_finite(self, step: int | None, what: str = "loss is") -> None:
         if step is not None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from numba import njit
-
+from caco.compiled_code import kept
 from caco.cpu_kernels.memory import aligned, is_large, write
 from caco.cpu_kernels.processor import BYTES
 from caco.cpu_kernels.products import panel_width, position
@@ -19,7 +18,7 @@ ROWS_AT_A_TIME = 16
 """Rows of a panel that are read or written in one go at each place: memory is fast where neighbours follow each other."""
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def filters_to_places(stride, filters, transposed, matrices, first, last):
     """Fill each place's matrix, [columns / w, rows, w] as `products.py` has it, in its rows `first` to `last`.
@@ -56,7 +55,7 @@ def filters_to_places(stride, filters, transposed, matrices, first, last):
                     write(target, place * distance + start + number, load(some, place * room + number), past)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def places_to_filters(stride, parts, filters, first, last):
     """Fill the filters with the transpose of `filters_to_places` of the sum of parts [parts, places, N]."""

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from numba import njit
-
+from caco.compiled_code import kept
 from caco.cpu_kernels.memory import aligned, is_large, write
 from caco.cpu_kernels.processor import BYTES
 from caco.cpu_kernels.vectors import computed_bytes, load, store, where_positive
 from caco.winograd.strips import clear
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def join(maps, factors, shortcut, shortcut_factors, results, first, last):
     """Fill the results of images `first` to `last`: factors[0] · maps + factors[1] + shortcut, rectified.
@@ -37,7 +36,7 @@ def join(maps, factors, shortcut, shortcut_factors, results, first, last):
             write(target, at, where_positive(value, value), past)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def part(
     maps, factors, shortcut, shortcut_factors, results, pulls, maps_gradient, shortcut_gradient, sums, first, last

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from caco.compiled_code import has_numba
+from caco.winograd.agreement import agrees
 from caco.winograd.convolution import PLACES, convolve
 from caco.winograd.residual import residual_block
 
@@ -38,7 +39,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what nn.Conv2d returns, with other rounding (docs/performance.md)."""
-        if not (self.suits(input) and self.pays(*input.shape[2:])):
+        if not (self.suits(input) and self.pays(*input.shape[2:]) and agrees(computed_as(input))):
             return super().forward(input)
         output = convolve(input.to(computed_as(input)), self.weight, self.stride[0])
         return output if self.bias is None else output + self.bias[:, None, None].to(output.dtype)
@@ -132,6 +133,7 @@ def _suits_block(block: Any, maps: Tensor) -> bool:
         and computed_as(maps) == maps.dtype  # else torch adds the shortcut in float32
         and block.conv1.pays(*maps.shape[2:])
         and block.conv2.pays(*(-(-side // stride) for side in maps.shape[2:]))
+        and agrees(maps.dtype)
     )
 
 
@@ -170,8 +172,8 @@ def use_direct(network: nn.Module) -> None:
 
 
 def can_use_winograd() -> bool:
-    """Return whether what it needs is installed."""
-    return find_spec("numba") is not None
+    """Return whether it has what it needs."""
+    return has_numba()
 
 
 def suits_winograd(network: nn.Module) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
 
+from caco.compiled_code import kept
 from caco.cpu_kernels.memory import aligned, inlined, is_large
 from caco.cpu_kernels.pairs import pair_columns, pair_rows
 from caco.cpu_kernels.products import multiply, multiply_transposed, panel_width
@@ -24,7 +24,7 @@ LARGE_FILTERS = 2**16
 """Filters from which on a block is large."""
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def forward(maps, factors, of_all, of_samples, first, last, stride):
     """Convolve images `first` to `last` of the maps [B, H, W, C], read with factors (`cut_out`).
@@ -70,7 +70,7 @@ def forward(maps, factors, of_all, of_samples, first, last, stride):
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def backward(
     maps, factors, of_all, of_samples, maps_gradient, added, factors_gradient, pairs, first, last, stride, to_maps, to_filters
@@ -179,7 +179,7 @@ def to_inputs_of_place(
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def pair_filters(filters, outputs, channels, pairs, first, last):
     """Fill pairs of each two outputs of the filters [places, N], [C / w, O, w] of each place, of places `first` to `last`."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-from numba import njit
-
+from caco.compiled_code import kept
 from caco.cpu_kernels.memory import CACHE_LINE, aligned, inlined
 from caco.cpu_kernels.processor import BYTES
 from caco.cpu_kernels.products import ROWS, panel_width, position
@@ -21,7 +20,7 @@ from caco.winograd.strips import PIXELS, STEP, begin, begin_sums, cut_out, end_s
 from caco.winograd.transforms import SIDE, back, back_added, there
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def maps_to_tiles(kind, maps, factors, others, first, last, strip, tiles, room):
     """Fill the tiles with the transform of the maps' rows of tiles `first` to `last`, counted through all images.
@@ -41,7 +40,7 @@ def maps_to_tiles(kind, maps, factors, others, first, last, strip, tiles, room):
             tile += 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kept()
 @no_type_check
 def tiles_to_maps(kind, tiles, room, maps, added, factors, others, sums, first, last, strip):
     """Fill the maps' rows of tiles with the transpose of `maps_to_tiles`: where tiles overlap, sums.

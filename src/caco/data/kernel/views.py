@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import threading
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numpy as np
-from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from caco.compiled_code import find_place
+from caco.compiled_code import kept
 from caco.data import parameters as p
-from caco.data.kernel import blur, colours, compilation, resize
+from caco.data.kernel import blur, colours, resize
 from caco.data.kernel.compilation import CHUNK, OPTIONS, ZERO
-
-STAGES = (p, compilation, resize, colours, blur)
-"""All modules whose code and constants are compiled into the kernel."""
-
 
 SIGNATURE = types.void(
     types.int64[:, ::1],
@@ -45,53 +38,36 @@ def pixels_at(context, address):
     return types.CPointer(types.uint8)(types.int64), generate
 
 
-def hash_sources(modules: Sequence[ModuleType]) -> str:
-    """Return a hash of the modules' source code."""
-    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
+@kept(SIGNATURE, **OPTIONS)
+@no_type_check
+def render_rows(places, table, scale, offset, scratch, views):
+    """Render one view of each image, of which `places`, [B, 3], has address, height and width, to float32 [B, S, 3 S]."""
+    size = views.shape[1]
+    pixels = size * size
+    for sample in range(len(places)):
+        parameters, view = table[sample], views[sample]
+        image = carray(pixels_at(places[sample, 0]), (places[sample, 1], 3 * places[sample, 2]))
+        sigma = parameters[p.SIGMA]
+        margin = blur.blur_margin(sigma)
+        plane_size = (size + 2 * margin) * size
+        planes = scratch[: 3 * plane_size].reshape(3, plane_size)
+        rest = scratch[3 * plane_size :]
+        # One slice a plane: a slice of all three would not be contiguous, and no loop over it a vector loop.
+        start, stop = margin * size, margin * size + pixels
+        red, green, blue = planes[0, start:stop], planes[1, start:stop], planes[2, start:stop]
+        resize.resize_crop(image, parameters, size, rest, red, green, blue)
+        colours.change_colours(red, green, blue, parameters)
+        solarize = parameters[p.SOLARIZE] > ZERO
+        if sigma > ZERO:
+            weights = np.empty(margin + blur.PAIRS, np.float32)
+            radius = blur.gaussian(sigma, weights)
+            block = max(1, CHUNK // size) * (size + 2 * margin)
+            lines = rest[: 5 * block].reshape(5, block)
+            blur.blur_and_finish(planes, size, margin, weights, radius, solarize, scale, offset, lines, view)
+        else:
+            colours.finish(red, green, blue, solarize, scale, offset, view.reshape(3 * pixels))
 
 
-def compile_renderer(sources: str) -> Any:
-    """Compile the kernel, or load what an earlier process compiled from the same sources.
-
-    By itself numba would go on loading it after a change of a stage: it looks at this file only. But what a function has
-    in its closure is part of the key under which numba keeps it: that is all the hash of the sources is for.
-    """
-
-    @njit(SIGNATURE, cache=True, **OPTIONS)
-    @no_type_check
-    def render_rows(places, table, scale, offset, scratch, views):
-        """Render one view of each image, of which `places`, [B, 3], has address, height and width, to float32 [B, S, 3 S]."""
-        _ = sources  # what is not used is not in the closure
-        size = views.shape[1]
-        pixels = size * size
-        for sample in range(len(places)):
-            parameters, view = table[sample], views[sample]
-            image = carray(pixels_at(places[sample, 0]), (places[sample, 1], 3 * places[sample, 2]))
-            sigma = parameters[p.SIGMA]
-            margin = blur.blur_margin(sigma)
-            plane_size = (size + 2 * margin) * size
-            planes = scratch[: 3 * plane_size].reshape(3, plane_size)
-            rest = scratch[3 * plane_size :]
-            # One slice a plane: a slice of all three would not be contiguous, and no loop over it a vector loop.
-            start, stop = margin * size, margin * size + pixels
-            red, green, blue = planes[0, start:stop], planes[1, start:stop], planes[2, start:stop]
-            resize.resize_crop(image, parameters, size, rest, red, green, blue)
-            colours.change_colours(red, green, blue, parameters)
-            solarize = parameters[p.SOLARIZE] > ZERO
-            if sigma > ZERO:
-                weights = np.empty(margin + blur.PAIRS, np.float32)
-                radius = blur.gaussian(sigma, weights)
-                block = max(1, CHUNK // size) * (size + 2 * margin)
-                lines = rest[: 5 * block].reshape(5, block)
-                blur.blur_and_finish(planes, size, margin, weights, radius, solarize, scale, offset, lines, view)
-            else:
-                colours.finish(red, green, blue, solarize, scale, offset, view.reshape(3 * pixels))
-
-    return render_rows
-
-
-find_place()
-render_rows = compile_renderer(hash_sources(STAGES))
 _scratch = threading.local()
 
 
