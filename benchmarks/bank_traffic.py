@@ -4,7 +4,7 @@ Real gloo processes on this machine take the method's real steps (positives, los
 encoder that has nothing to learn. Every collective is wrapped and its tensors are counted, so the bytes are those of the
 algorithm, not of a network card. Run:
 
-    python benchmarks/bank_traffic.py --out runs/bank-traffic
+    python benchmarks/bank_traffic.py --out results/bank-traffic
     python benchmarks/bank_traffic.py --quick
 
 A row says, for each process: `received` and `reduced` bytes in a step (all_gather: what comes from the others; all_reduce:

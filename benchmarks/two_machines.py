@@ -1,6 +1,6 @@
 """Two "machines" for real: network namespaces with their own addresses, joined by a pair of virtual network cards.
 
-    python benchmarks/two_machines.py --out runs/two-machines      (Linux, root, the `ip` command)
+    python benchmarks/two_machines.py --out results/two-machines      (Linux, root, the `ip` command)
 
 Five scenes, each a whole `caco pretrain` on the same pictures; their commands, logs and outcome are written to --out:
 

@@ -141,7 +141,7 @@ def test_help_lists_every_option_with_its_default(name, kind, capsys):
         ("pretrain --data {tmp} --out {tmp}/r --resume --overwrite", "there is no run"),
         ("pretrain --data {tmp} --out {tmp}/r --batch-size 1", "at least 2 images"),
         ("pretrain --data {tmp} --out {tmp}/r --batch-size 0", "--batch-size 0: must be at least 1"),
-        ("pretrain --data {tmp} --out {tmp}/r --bank-size 0", "--bank-size 0: must be at least 1"),
+        ("pretrain --data {tmp} --out {tmp}/r --bank-size 1", "--bank-size 1: must be at least 2"),
         ("pretrain --data {tmp} --out {tmp}/r --epochs 0", "--epochs 0: must be at least 1"),
         ("pretrain --data {tmp} --out {tmp}/r --seed -1", "--seed -1: must be at least 0"),
         ("pretrain --data {tmp} --out {tmp}/r --lr nan", "--lr nan: must be a finite number"),

@@ -236,13 +236,36 @@ def test_a_size_that_the_encoder_does_not_take(val, tmp_path, capsys):
     for name, size in (("test_vit", 40), ("test_vit_relpos", 48)):
         file = tmp_path / f"{name}.safetensors"
         save_backbone(file, create_backbone(name, 32), BackboneCard(name, size=32, resize=32))
-        words = ["embed", str(file), "--data", str(val), "--out", str(tmp_path / "f.npz")]
+        words = ["embed", str(file), "--data", str(val), "--out", str(tmp_path / f"{name}.npz")]
         refused = name == "test_vit"
         assert main([*words, "--size", str(size)]) == (2 if refused else 0)
         said = capsys.readouterr().err
         assert said.endswith("; leave --size out: it takes its own, 32 px\n") is refused
         assert ("--size 40: the backbone does not take pictures of 40 x 40 pixels" in said) is refused
-        assert main([*words, "--size", "32"]) == 0
+        assert main([*words, "--size", "32", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("embed RUN --data VAL", "features.npz"),
+        ("knn RUN --data VAL", "result.json"),
+        ("linear RUN --data VAL --epochs 1", "result.json"),
+        ("export RUN", "weights.pth"),
+    ],
+)
+def test_files_are_replaced_only_when_told(run, val, tmp_path, capsys, command, name):
+    """A user's own weights may have the name that comes to mind."""
+    out = tmp_path / name
+    out.write_text("mine")
+    words = [{"RUN": str(run), "VAL": str(val)}.get(word, word) for word in command.split()]
+    assert main([*words, "--out", str(out)]) == 2
+    assert (
+        f"--out {out} is there already; choose another name, or replace it with --overwrite" in capsys.readouterr().err
+    )
+    assert out.read_text() == "mine"
+    assert main([*words, "--out", str(out), "--overwrite"]) == 0
+    assert out.stat().st_size > 4
 
 
 def test_unlabelled_and_broken_images_are_embedded_as_far_as_they_go(run, tmp_path, capsys):

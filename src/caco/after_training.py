@@ -29,6 +29,8 @@ class Evaluation:
     """Images: a folder, Parquet or tar files (globs allowed), a torchvision set by name, or textures."""
     out: str = ""
     """File for the result."""
+    overwrite: bool = False
+    """Replace files that are there by --out (and --head)."""
     backbone: str = ""
     """timm name, for a FILE that does not say it, or for random; NAME.TAG also says how pictures are prepared."""
     size: int = 0
@@ -114,6 +116,8 @@ class Export:
     """timm, torchvision: a state dict of the backbone; reference: the published checkpoint, with bank and projector."""
     out: str = ""
     """File to write: .safetensors or .pth; reference: .pth.tar."""
+    overwrite: bool = False
+    """Replace the file that is there by --out."""
     backbone: str = ""
     """timm name, for a FILE that does not say it; NAME.TAG also says how pictures are prepared."""
 

@@ -26,7 +26,7 @@ _LEAST: dict[str, float] = {
     "distributed.machines": 1,
     "distributed.machine": 0,
     "distributed.timeout": 1,
-    "bank_size": 1,
+    "bank_size": 2,
     "epochs": 1,
     "start_epoch": 0,
     "seed": 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from caco.after_training import Embed, Export, Report
@@ -54,7 +55,7 @@ def _may_be_labelled(options: Pretrain) -> bool:
 
 def embed(options: Embed, objects: Objects = NO_OBJECTS) -> Path | None:
     """Write the features of every image to --out and return its path (None but in the main process)."""
-    check_features_path(options.out)
+    check_features_path(options.out, options.overwrite)
     return launch(_embed, options.distributed, options.device, options, objects)
 
 
@@ -75,7 +76,7 @@ def _embed(world: World, options: Embed, objects: Objects) -> Path | None:
 
 def export(options: Export) -> Path:
     """Write the encoder in another format; say how to load it, and return the file's path."""
-    path = check_export_path(options.out, options.format)
+    path = check_export_path(options.out, options.format, options.overwrite)
     how = export_encoder(Path(options.run), options.format, path, options.backbone)
     if options.format != "reference":  # which says itself how many epochs are done
         say_unfinished(options.run)
@@ -90,7 +91,11 @@ def report(options: Report) -> Path:
     check_writable("RUN", Path(options.run) / "report.html")
     world = World(choose_device(options.device))
     path = write_report(
-        Path(options.run), images=options.images, device=world.device, workers=world.worker_count("auto")
+        Path(options.run),
+        images=options.images,
+        device=world.device,
+        workers=world.worker_count("auto"),
+        say=lambda text: print(text, file=sys.stderr),
     )
     print(f"The page is {path}")
     return path

@@ -140,6 +140,13 @@ def check_encoder_is_there(path: Path, names: Sequence[str] = ()) -> None:
         raise UsageError(f"there is no run folder or file {path}{near and '.' + near}")
 
 
+def check_output(option: str, path: Path, overwrite: bool) -> None:
+    """Raise UsageError when a command's file cannot be written at `path`, or one is there that it is not to overwrite."""
+    if path.is_file() and not overwrite:
+        raise UsageError(f"{option} {path} is there already; choose another name, or replace it with --overwrite")
+    check_writable(option, path)
+
+
 def check_writable(option: str, path: Path) -> None:
     """Raise UsageError when a file cannot be written at `path`; tried in the nearest folder that is there already.
 

@@ -27,7 +27,7 @@ from caco.evaluate.features import labels_of
 from caco.evaluate.knn import Voting, held_out_split, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, LinearResult, check_choice, linear_probe
 from caco.evaluate.reference_probe import ProbeSettings, train_reference_probe
-from caco.files import check_writable, replace_file, replace_json
+from caco.files import check_output, replace_file, replace_json
 from caco.given import open_encoder, open_images, prepared_as, say_broken
 from caco.objects import NO_OBJECTS, Objects
 from caco.seen import say_shared
@@ -38,7 +38,7 @@ def knn(options: Knn, objects: Objects = NO_OBJECTS) -> dict[str, Any] | None:
 
     Returns None but in the main process.
     """
-    _check_result_path(options.out)
+    _check_result_path(options)
     check_beside(options)
     return launch(_knn, options.distributed, options.device, options, objects)
 
@@ -83,12 +83,12 @@ def linear(options: Linear, objects: Objects = NO_OBJECTS) -> dict[str, Any] | N
 
     Returns None but in the main process.
     """
-    _check_result_path(options.out)
+    _check_result_path(options)
     check_beside(options)
     if options.head and Path(options.head).suffix != ".safetensors":
         raise UsageError(f"--head {options.head}: the classifier is written as .safetensors")
     if options.head:
-        check_writable("--head", Path(options.head))
+        check_output("--head", Path(options.head), options.overwrite)
     return launch(_linear, options.distributed, options.device, options, objects)
 
 
@@ -234,11 +234,11 @@ def _counts_line(report: dict[str, Any]) -> str:
     return f"{counted(report['val_images'], 'image')} judged by {report['train_images']:,}, at {report['size']} px"
 
 
-def _check_result_path(path: str) -> None:
-    if path and Path(path).suffix != ".json":
-        raise UsageError(f"--out {path}: the result is written as .json")
-    if path:
-        check_writable("--out", Path(path))
+def _check_result_path(options: Knn | Linear) -> None:
+    if options.out and Path(options.out).suffix != ".json":
+        raise UsageError(f"--out {options.out}: the result is written as .json")
+    if options.out:
+        check_output("--out", Path(options.out), options.overwrite)
 
 
 def _deliver(report: dict[str, Any], options: Knn | Linear, repeat: dict[str, Any]) -> dict[str, Any]:

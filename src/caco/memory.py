@@ -86,7 +86,9 @@ def out_of_memory_is_told() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "DefaultCPUAllocator")
+    )
 
 
 def _attempt(message: str) -> str:

@@ -228,7 +228,10 @@ def load_torch(path: Path) -> dict[Any, Any]:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged pickles raise nearly anything: IndexError, struct.error, AssertionError, ...
         if is_pickle and isinstance(error, pickle.UnpicklingError):
-            raise UsageError(f"{path} is refused: it holds more than tensors, and loading it could run code") from error
+            raise UsageError(
+                f"{path} is refused: it holds more than tensors, and loading it could run code. Where it was made, save the "
+                "weights alone: torch.save(model.state_dict(), FILE)"
+            ) from error
         raise UsageError(f"{path} is not a torch file, or is damaged") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")

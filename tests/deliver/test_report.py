@@ -193,7 +193,7 @@ def test_at_most_so_many_images_are_looked_at(run):
         caco.report(run, images=1)
 
 
-def test_a_run_of_metrics_alone(run):
+def test_a_run_of_metrics_alone(run, capsys):
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(run / "export")
     for name in ("environment.json", "speed.jsonl", "skipped.txt"):
@@ -203,10 +203,12 @@ def test_a_run_of_metrics_alone(run):
     (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tra')  # killed while writing
     page = caco.report(run, device="cpu").read_text(encoding="utf-8")
     Checker(page)
+    told = "the page is without pictures, neighbours and slots: the run has written no checkpoint yet"
+    assert told in capsys.readouterr().err
     for name in ("neighbours", "slots", "map"):
         assert "the run has written no checkpoint yet" in part(page, name)
     assert part(page, "curves").count('<svg class="chart"') == 5
-    assert "was not measured" in part(page, "curves")
+    assert "Nearest neighbours were not judged during the training" in part(page, "curves")
     assert "kNN top-1" not in page
     assert "not finished: 6 of 6 steps" in page
     assert 'id="broken"' not in page

@@ -134,6 +134,10 @@ def test_none_that_can_be_read(tmp_path):
     checkpoints = CheckpointFolder(tmp_path, 2)
     with pytest.raises(CacoError, match=r"no checkpoint to resume from: .* is empty\. Use --overwrite"):
         checkpoints.latest()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "backbone.safetensors").touch()
+    with pytest.raises(CacoError, match=r"anew \(which deletes its finished backbone, too: .*backbone.safetensors\)\."):
+        CheckpointFolder(tmp_path / "checkpoints", 1).latest()
     with pytest.raises(CacoError, match="no checkpoint to resume from"):
         CheckpointFolder(tmp_path / "none", 2).latest()
     truncate(checkpoints.save(state(1), 1))

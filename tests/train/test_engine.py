@@ -332,3 +332,16 @@ def test_the_heap_is_kept():
         for mode in ("give back", "keep")
     }
     assert faults["keep"] < faults["give back"] / 10
+
+
+def test_why_the_fastest_is_not_taken_is_said():
+    usual, half, winograd = (
+        Trial("fp32", "channels_last"),
+        Trial("bf16", "channels_last"),
+        Trial("fp32", "channels_last", "winograd"),
+    )
+    choices = [usual, half, winograd]
+    assert engine._unless_fastest(winograd, choices, [2.0, 1.5, 1.0]) == ""
+    words = engine._unless_fastest(winograd, choices, [2.0, 0.9, 1.0])
+    assert words == " (bf16 must be 1.5 times as fast; --precision bf16 asks for it)"
+    assert "faster by more than noise is" in engine._unless_fastest(usual, choices, [1.0, 2.0, 0.95])

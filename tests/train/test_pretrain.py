@@ -21,6 +21,9 @@ from PIL import Image
 from torch import nn
 
 import caco
+import caco.train.prepare as prepare_module
+from caco.backbone import create_backbone
+from caco.config import EncoderOptions, Pretrain, Views
 from caco.data.arrays import ArraySource
 from caco.data.order import epoch_order
 from caco.data.source import open_source
@@ -507,3 +510,19 @@ def test_skipped_images_and_an_unfinished_run_are_told(tmp_path, capfd):
     assert "run is not finished: its latest checkpoint is used, step-" in capfd.readouterr().err
     caco.export(tmp_path / "run", out=tmp_path / "backbone.safetensors")
     assert "run is not finished: its latest checkpoint is used, step-" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stem", "is_said"),
+    [
+        ("resnet18", 64, "auto", True),
+        ("resnet18", 32, "auto", False),
+        ("resnet18", 96, "auto", False),
+        ("resnet18", 64, "small", False),
+        ("resnet10_narrow", 64, "auto", False),
+    ],
+)
+def test_a_stem_that_costs_much_is_told(name, size, stem, is_said, capsys):
+    config = Pretrain(backbone=name, views=Views(size=size), encoder=EncoderOptions(stem=stem))
+    prepare_module._say_stem(config, create_backbone(name, size, stem))
+    assert ("--encoder.stem standard" in capsys.readouterr().err) is is_said

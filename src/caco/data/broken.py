@@ -59,7 +59,8 @@ class BrokenImages:
             where = f"those seen so far are in {self.path}" if self.path else f"among them {key}: {reason}"
             raise CacoError(
                 f"at least {count:,} of {self.total:,} images are broken, more than the share of {self.largest_share:g} "
-                f"that --monitor.broken-share allows, so the run stops before it has seen them all; {where}"
+                f"that --monitor.broken-share allows, so the run stops before it has seen them all; {where}. Mend or remove "
+                "them, or allow more; a run that has begun goes on with --resume"
             )
 
     def forget(self, key: str) -> None:

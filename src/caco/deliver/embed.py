@@ -8,22 +8,22 @@ import numpy as np
 
 from caco.errors import UsageError
 from caco.evaluate.features import Features
-from caco.files import check_writable, replacing
+from caco.files import check_output, replacing
 
 ENDINGS = (".npz", ".parquet")
 ROW_GROUP = 4096
 """Rows that Parquet encodes at a time, which takes as much memory as they have, and more."""
 
 
-def check_features_path(path: str) -> Path:
-    """Return the path if features can be written to it. Raises UsageError."""
+def check_features_path(path: str, overwrite: bool = False) -> Path:
+    """Return the path if features can be written to it, in place of a file only if told so. Raises UsageError."""
     if not path:
         raise UsageError("--out is missing: name a file that ends in .npz or .parquet")
     if Path(path).suffix not in ENDINGS:
         raise UsageError(f"--out {path}: features are written as .npz or .parquet")
     if Path(path).suffix == ".parquet":
         _pyarrow()
-    check_writable("--out", Path(path))
+    check_output("--out", Path(path), overwrite)
     return Path(path)
 
 

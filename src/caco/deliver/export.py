@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from caco.backbone import torchvision_code, torchvision_model
 from caco.errors import CacoError, UsageError
 from caco.evaluate.encoder import find_weights
-from caco.files import check_encoder_is_there, check_writable, replacing
+from caco.files import check_encoder_is_there, check_output, replacing
 from caco.reference.checkpoint import Snapshot, read_snapshot, write_published
 from caco.train.checkpoint import CheckpointFolder
 from caco.weights import BackboneCard, load_backbone, read_weights, save_backbone
@@ -19,15 +19,15 @@ from caco.weights import BackboneCard, load_backbone, read_weights, save_backbon
 TENSOR_FILES = (".safetensors", ".pth", ".pt")
 
 
-def check_export_path(path: str, kind: str) -> Path:
-    """Return the path of the file to be written. Raises UsageError for one that does not suit the format."""
+def check_export_path(path: str, kind: str, overwrite: bool = False) -> Path:
+    """Return the path of the file to be written. Raises UsageError for one that does not suit the format, or is there."""
     if not path:
         raise UsageError("--out is missing: name the file to write, for example --out backbone.safetensors")
     if kind != "reference" and not path.endswith(TENSOR_FILES):
         raise UsageError(f"--out {path}: the format {kind} is written as {', '.join(TENSOR_FILES)}")
     if kind == "reference" and path.endswith(".safetensors"):
         raise UsageError(f"--out {path}: the published checkpoint is a torch file, for example checkpoint.pth.tar")
-    check_writable("--out", Path(path))
+    check_output("--out", Path(path), overwrite)
     return Path(path)
 
 
@@ -61,8 +61,13 @@ def export(run: Path, kind: str, out: Path, backbone: str = "") -> str:
     else:
         with replacing(out) as file:
             torch.save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
-    read = "safetensors.torch.load_file(" if out.suffix == ".safetensors" else "torch.load("
-    return f"{model}; model.load_state_dict({read}{str(out)!r}))"
+    library = "torchvision" if kind == "torchvision" else "timm"
+    with_torch = "import torch, " if out.suffix != ".safetensors" or "torch.nn" in model else "import "
+    reader, modules = (
+        ("torch.load", "") if out.suffix != ".safetensors" else ("safetensors.torch.load_file", ", safetensors.torch")
+    )
+    imports = f"{with_torch}{library}{modules}"
+    return "\n  ".join([imports, *model.split("; "), f"model.load_state_dict({reader}({str(out)!r}))"])
 
 
 def latest_snapshot(run: Path) -> Snapshot:

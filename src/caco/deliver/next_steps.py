@@ -29,7 +29,7 @@ def next_steps(options: Pretrain, own_backbone: bool = False, images: ImageSourc
     elif val:
         judged = ["--data", val]
     else:
-        hint = "To judge it, name labelled images, a folder for each class: caco knn RUN --data FOLDER"
+        hint = f"To judge it, name labelled images, a folder for each class: {command_line('knn', run)} --data FOLDER"
         return "\n".join([f"  {embed}", f"  {command_line('report', run)}", hint])
     compared = commands_to_compare(run, judged)
     lines = [*compared, command_line("linear", run, *judged), embed, command_line("report", run)]

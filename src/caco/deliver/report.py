@@ -29,11 +29,18 @@ LARGEST_GALLERY = 300_000
 """Bytes that the gallery's PNG may have: it is meant for a README."""
 
 
-def write_report(folder: Path, *, images: int, device: torch.device, workers: int) -> Path:
+def write_report(
+    folder: Path,
+    *,
+    images: int,
+    device: torch.device,
+    workers: int,
+    say: Callable[[str], object] = lambda text: None,
+) -> Path:
     """Write report.html (and gallery.png, where there are pictures) into a run's folder; return the page's path.
 
     images: looked at for the galleries, at most. Raises UsageError when the folder holds no run. Everything else that
-    is missing (data that has moved, no checkpoint yet, no labels, no kNN) leaves its part out.
+    is missing (data that has moved, no checkpoint yet, no labels, no kNN) leaves its part out; say: told that of pictures.
     """
     if images < 2:
         raise UsageError(f"--images {images}: must be at least 2")
@@ -50,6 +57,8 @@ def write_report(folder: Path, *, images: int, device: torch.device, workers: in
         preparation = config.views.preparation()
         encode = partial(encode_images, source, trained, preparation, images=images, device=device, workers=workers)
         encoded = _attempt(encode)
+    if isinstance(encoded, Missing):
+        say(f"the page is without pictures, neighbours and slots: {encoded}")
     neighbours, slots = galleries.neighbours(encoded), galleries.slots(encoded, trained)
     name, summary, comparisons = folder.resolve().name, summarise(records, config), read_comparisons(folder)
     body = [

@@ -158,7 +158,7 @@ def curves(records: Sequence[Record], speed: Sequence[Record], config: Pretrain)
         return page.section("curves", title, "Nothing has been recorded yet.")
     lead = "From metrics.jsonl, the run's own record. Point at a curve to read its values."
     if not any(record.get("kind") == "knn" for record in records):
-        lead += " Nearest-neighbour accuracy was not measured: that takes labels and --monitor.knn-epochs above 0."
+        lead += " Nearest neighbours were not judged during the training: that takes labels and --monitor.knn-epochs above 0."
     return page.section("curves", title, lead, f'<div class="charts">{"".join(drawn)}</div>')
 
 

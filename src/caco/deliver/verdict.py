@@ -12,7 +12,7 @@ from caco.deliver.judgements import Comparison
 from caco.deliver.records import RunSummary, uninformed_loss
 from caco.errors import counted
 from caco.evaluate.confidence import is_above
-from caco.evaluate.health import Finding, faults
+from caco.evaluate.health import EARLY, Finding, faults
 from caco.seen import TrainedOn
 from caco.train.step import remarks_on_rates
 
@@ -60,14 +60,18 @@ def verdict_of(
     """
     if summary.feature_spread is None:
         return Verdict("unknown", "No training step has been recorded yet.", ())
-    findings: tuple[Finding, ...] = faults(
-        slots=config.bank_size,
-        used=summary.slots_used,
-        perplexity=summary.slot_perplexity,
-        choices=summary.choices,
-        spread=summary.feature_spread,
-        rank=rank,
-        dimensions=dimensions,
+    findings: tuple[Finding, ...] = (
+        ()
+        if summary.step < EARLY
+        else faults(
+            slots=config.bank_size,
+            used=summary.slots_used,
+            perplexity=summary.slot_perplexity,
+            choices=summary.choices,
+            spread=summary.feature_spread,
+            rank=rank,
+            dimensions=dimensions,
+        )
     )
     evidence = _evidence(summary, config, agreement, comparisons)
     so_far: tuple[str, ...] = () if summary.finished else (f"{summary.epoch:,} of {summary.epochs} epochs are done",)

@@ -93,6 +93,8 @@ class Finding:
         return f"{self.seen}; {self.advice}"
 
 
+EARLY = 100
+"""Training steps before which nothing can be found wrong: an encoder begins with embeddings that hardly differ."""
 # Beyond these a finding is reported. A healthy small run (16-channel ResNet, K = 1,024) chose 300 slots, a bad one 11-40.
 LOW_USAGE = 0.1
 LEAST_CHOICES = 100

@@ -87,6 +87,7 @@ def translate(flags: Flags, gpus: int, cores: int) -> Linear:
         data=str(Path(flags.data) / "train"),
         val=str(Path(flags.data) / "val"),
         out=str(folder / "result.json"),
+        overwrite=True,  # as the published program does
         head=str(folder / "head.safetensors"),
         backbone=flags.arch if "arch" in flags.given or not flags.pretrained else "",
         size=flags.size,

@@ -75,7 +75,9 @@ class CheckpointFolder:
             except UsageError as error:
                 problems.append(str(error))
         reason = "; ".join(problems) or f"{self.folder} is empty"
-        raise CacoError(f"no checkpoint to resume from: {reason}. Use --overwrite to start anew.")
+        backbone = self.folder.parent / "export" / "backbone.safetensors"
+        kept = f" (which deletes its finished backbone, too: {backbone})" if backbone.exists() else ""
+        raise CacoError(f"no checkpoint to resume from: {reason}. Use --overwrite to start anew{kept}.")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def choose_engine(
             times = measure(backbone, choices, device, config.views.size, tried, captured)
             chosen = fastest(choices, times)
             work = times[choices.index(chosen)] * trials
-            why = f"{_speeds(choices, times, tried)}; taken: {chosen}"
+            why = f"{_speeds(choices, times, tried)}; taken: {chosen}{_unless_fastest(chosen, choices, times)}"
         compiled = config.engine.compile == "on"
         may_compile = config.engine.compile == "auto" and chosen.convolution == "direct"
         if may_compile and work > _long_run(device) and can_compile(device):
@@ -131,6 +131,16 @@ def fastest(choices: Sequence[Trial], times: Sequence[float]) -> Trial:
         )
 
     return choices[min(range(len(choices)), key=handicapped)]
+
+
+def _unless_fastest(chosen: Trial, choices: Sequence[Trial], times: Sequence[float]) -> str:
+    """Return why a choice that is not the fastest was taken, in words; "" if it is."""
+    first = choices[min(range(len(choices)), key=times.__getitem__)]
+    if first == chosen:
+        return ""
+    if first.precision == chosen.precision:
+        return " (another must be faster by more than noise is)"
+    return f" ({first.precision} must be {WORTH['bf16']:g} times as fast; --precision {first.precision} asks for it)"
 
 
 def _speeds(choices: Sequence[Trial], times: Sequence[float], images: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from caco.backbone import adopt_backbone, create_backbone, create_encoder, stem_of, try_size
+from caco.backbone import SMALL_VIEW, adopt_backbone, create_backbone, create_encoder, stem_of, try_size
 from caco.bank import Bank
 from caco.checkpointing import checkpoint_blocks
 from caco.config import Pretrain
@@ -42,6 +42,8 @@ from caco.train.trials import compile_module
 from caco.weights import BackboneCard
 from caco.winograd.network import can_use_winograd
 
+SMALL_PICTURE = 32
+"""Side of views, in pixels, up to which nobody would want the usual stem."""
 RANDOM_STRIDE = 0x5851F42D4C957F2D
 """Between the seeds of two processes: no process of a run has the seed of another run that one may compare it with."""
 
@@ -76,6 +78,7 @@ def prepare(world: World, config: Pretrain, objects: Objects, index: Path) -> Pr
     source = objects.data if objects.data is not None else _open(config, config.data, world, index_cache=index)
     if world.is_main:
         say_left_out(source)
+        _say_stem(config, backbone)
     val = _open_val(config, objects.val, world)
     world.wait()  # to list or unpack images may take one machine much longer than another
     check_batch_size(source, config.batch_size, world.size)
@@ -104,10 +107,11 @@ def check_division(config: Pretrain, world: World) -> None:
     parts = world.size * config.accumulate
     if config.batch_size % parts:
         near = max(config.batch_size // parts, 1) * parts
-        raise UsageError(
-            f"--batch-size {config.batch_size} cannot be divided among {world.size} processes x --accumulate "
-            f"{config.accumulate}; {near} can"
+        among = " x ".join(
+            [f"{world.size} processes"] * (world.size > 1)
+            + [f"--accumulate {config.accumulate}"] * (config.accumulate > 1)
         )
+        raise UsageError(f"--batch-size {config.batch_size} cannot be divided among {among}; {near} can")
     if config.batch_size == config.accumulate:
         raise UsageError("--batch-size: batch norm needs at least 2 images at a time; lower --accumulate")
     if config.bank.sharded and config.bank_size % world.size:
@@ -224,6 +228,15 @@ def _start_backbone(config: Pretrain, module: nn.Module | None) -> nn.Module:
     if config.weights and not config.resume:
         load_start(backbone, config.weights)
     return backbone
+
+
+def _say_stem(config: Pretrain, backbone: nn.Module) -> None:
+    """Say which stem a ResNet was given where the views' size decides, and the other one is many times as fast."""
+    if config.encoder.stem == "auto" and config.views.size > SMALL_PICTURE and stem_of(backbone) == "small":
+        _say(
+            f"views of at most {SMALL_VIEW} px: the ResNet gets the stem for small pictures, with which a step takes many "
+            "times as long (--encoder.stem standard: the usual one)"
+        )
 
 
 def _open_val(config: Pretrain, val: ImageSource | None, world: World) -> ImageSource | None:

@@ -102,7 +102,8 @@ class Forecast:
         if left < self.LONG:
             return ""
         an_hour = int(round(3600 / (seconds * self._per_epoch), 3))
-        shorter = f"; --epochs {an_hour} takes about an hour" if self._new and an_hour else ""
+        can_be_shorter = self._new and an_hour and left > 1.5 * self.LONG
+        shorter = f"; --epochs {an_hour} takes about an hour" if can_be_shorter else ""
         return f"about {left / 3600:.0f} h to go at this speed; Ctrl-C saves, --resume goes on{shorter}"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from caco.distributed.data_parallel import data_parallel, unused_parameters
 from caco.distributed.world import World
 from caco.errors import CacoError, Interrupted, counted
-from caco.evaluate.health import faults
+from caco.evaluate.health import EARLY, faults
 from caco.model import WarmStart
 from caco.train.captured import Output, captured
 from caco.train.checkpoint import CheckpointFolder, Latest, check_same_images, identity
@@ -38,8 +38,6 @@ from caco.train.step import (
 
 WARM_START_EPOCH = 1_000_000
 """The warm start's passes over the images are numbered from here, so that they share no view with an epoch."""
-EARLY = 100
-"""Training steps before which no advice is given: an encoder begins with embeddings that hardly differ."""
 
 
 class Trainer:
@@ -319,8 +317,9 @@ class Trainer:
     def _stop_if_not_finite(self, step: int | None, what: str = "loss is") -> None:
         if step is not None:
             kept = [path.name for path in self.checkpoints.paths()]
+            other = "" if self.config.precision == "fp32" else ", or --precision fp32"
             raise CacoError(
                 f"the {what} not finite at {self._in_words(step)}; the run stops. Last good checkpoint: "
-                f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Try a lower --lr or --bank.lr, "
-                "or --precision fp32."
+                f"{kept[-1] if kept else 'none yet'} in {self.checkpoints.folder}. Begin again, with --overwrite or another "
+                f"--out, and a lower --lr or --bank.lr{other}."
             )
