@@ -8,7 +8,8 @@ linear   an epoch of `train_heads`, ten learning rates at once, against an epoch
          torch.optim.SGD.
 extract  `extract` (decode, resize, normalise, forward, collect) of 224 px pictures against the bare forward pass of the
          same backbone on batches that are ready, at the same precision and with the same threads, in batches of two
-         sizes. --data: real pictures; without it, made ones in memory.
+         sizes. On a CPU in fp32 also with Winograd's convolutions, as the commands take them for many pictures. --data: real
+         pictures; without it, made ones in memory.
 
 In each part the contestants take turns in one process; times are medians over the rounds.
 """
@@ -16,6 +17,7 @@ In each part the contestants take turns in one process; times are medians over t
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +37,9 @@ from caco.evaluate.features import extract
 from caco.evaluate.knn import Voting, knn_accuracy
 from caco.evaluate.linear import LEARNING_RATES, train_heads
 from caco.precision import PRECISIONS
+from caco.train.heap import keep_heap
 from caco.views import Preparation
+from caco.winograd.network import can_use_winograd, use_winograd
 
 NEIGHBOURS, CLASSES = 20, 100
 
@@ -147,6 +151,8 @@ def linear(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 def embed(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Extract features of 224 px pictures."""
     result = {}
+    if device.type == "cpu":
+        keep_heap()  # as the commands do; for all contestants
     for name in ("resnet18",) if options.quick else ("resnet18", "resnet50"):
         for precision in ("fp32", "bf16"):
             result[f"{name} {precision}"] = embed_with(name, precision, options, device)
@@ -155,7 +161,7 @@ def embed(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def embed_with(name: str, precision: Any, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Extract with one backbone at one precision."""
-    size, count = 224, (16 if options.quick else 64) * (16 if device.type == "cuda" else 1)
+    size, count = 224, (16 if options.quick else 128) * (16 if device.type == "cuda" else 1)
     torch.manual_seed(0)
     backbone, bare = (create_backbone(name, size).to(device).eval() for _ in range(2))
     backbone.to(memory_format=torch.channels_last)
@@ -163,10 +169,10 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
     images = torch.randn(min(count, 256), 3, size, size, device=device)
     rounds = 2 if options.quick else options.rounds
 
-    def ours() -> object:
+    def ours(network: nn.Module) -> object:
         workers = World(device).worker_count("auto")
         views = CentreViews(source, Preparation(size, resize=256), np.arange(count), workers=workers)
-        return extract(backbone, views, device=device, precision=PRECISIONS[precision])
+        return extract(network, views, device=device, precision=PRECISIONS[precision])
 
     def forward(batch: int) -> Callable[[], None]:
         @torch.no_grad()
@@ -178,14 +184,18 @@ def embed_with(name: str, precision: Any, options: argparse.Namespace, device: t
 
         return run
 
-    contestants: dict[str, Callable[[], object]] = {"caco extract": ours}
+    contestants: dict[str, Callable[[], object]] = {"caco extract": lambda: ours(backbone)}
+    if device.type == "cpu" and precision == "fp32" and can_use_winograd():
+        winograd = copy.deepcopy(backbone)
+        use_winograd(winograd)
+        contestants["caco extract, Winograd's convolutions"] = lambda: ours(winograd)
     contestants |= {
         f"bare forward, batches of {batch}": forward(batch)
         for batch in ((64, 256) if device.type == "cuda" else (16, 64))
     }
     times = take_turns(contestants, rounds, device=device)
     print(f"\nExtraction, {name}, {size} px, {precision}, {count} pictures ({options.data or 'made, in memory'})\n")
-    fastest = min(seconds.median for name, seconds in times.items() if name != "caco extract")
+    fastest = min(seconds.median for name, seconds in times.items() if name.startswith("bare"))
     rows = [
         (title, f"{count / seconds.median:,.1f}", f"{fastest / seconds.median:.2f}") for title, seconds in times.items()
     ]

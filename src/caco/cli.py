@@ -43,7 +43,7 @@ def wait_briefly() -> None:
     """Let torch's threads wait for each other without keeping a core busy for long; called before torch is loaded.
 
     Where other programs run, too, a thread that spins keeps the one it waits for from its core: a run can take many
-    times as long. Alone it makes no difference (docs/performance.md). What the user has set stays.
+    times as long. Alone it makes no difference (docs/what-paid.md). What the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

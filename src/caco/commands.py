@@ -62,7 +62,7 @@ def embed(options: Embed, objects: Objects = NO_OBJECTS) -> Path | None:
 def _embed(world: World, options: Embed, objects: Objects) -> Path | None:
     path = Path(options.out)
     source = open_images(options, objects.data, options.data, "train")
-    features = open_encoder(world, options, objects.backbone).features(source)
+    features = open_encoder(world, options, objects.backbone, len(source)).features(source)
     if not world.is_main:
         return None
     say_left_out(source)

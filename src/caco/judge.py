@@ -127,9 +127,11 @@ def _prepare(world: World, options: Knn | Linear, objects: Objects) -> tuple[Usa
     train = open_images(options, objects.data, options.data, "train")
     if train.labels is None:
         raise UsageError(f"--data {options.data} has no labels ({where_labels_come_from(train)}); judging needs them")
-    encoder = open_encoder(world, options, objects.backbone)
-    if options.val:
-        val = open_images(options, objects.val, options.val, "val")
+    val = open_images(options, objects.val, options.val, "val") if options.val else None
+    times = options.epochs if isinstance(options, Linear) and options.protocol == "reference" else 1
+    images = times * len(train) + (0 if val is None else len(val))
+    encoder = open_encoder(world, options, objects.backbone, images)
+    if val is not None:
         if world.is_main:
             say_shared(train, val)
         return encoder, train, Relabelled(val, train.classes)

@@ -156,7 +156,7 @@ def test_a_few_images_at_a_time_give_the_same(backbone, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     for pixels, at_a_time in ((4 * 32 * 32, 8), (10**9, 32), (0, 2)):
         monkeypatch.setattr("caco.evaluate.features.PIXELS_A_THREAD", pixels)
-        assert features._at_a_time(images) == at_a_time
+        assert features._at_a_time(backbone, images) == at_a_time
         with evaluation_mode(backbone), torch.no_grad():
             whole, parts = backbone(images), backbone_features(backbone, images, torch.float32)
         assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()

@@ -17,12 +17,16 @@ from caco.distributed.world import World
 from caco.errors import CacoError
 from caco.evaluate.centre_views import CentreViews
 from caco.precision import autocast
+from caco.winograd.network import uses_winograd
 
 BATCHES_ON_DEVICE = 32  # features are fetched from the device this many batches at a time
 
 PIXELS_A_THREAD, IMAGES_A_THREAD = 4 * 224**2, 16
 """On a CPU so much, at most, goes through a backbone at a time: then a layer finds its input still in the cache.
 Speed: `python benchmarks/evaluate.py --parts extract`."""
+MANY_PIXELS = 64 * 224**2
+"""Pixels that go through one with Winograd's convolutions, if that is more: their filters are made anew each time, and they take
+an image through by tiles themselves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +150,7 @@ def backbone_features(
 ) -> Float[Tensor, "B F"]:
     """Return the backbone's float32 features of one batch, without gradient. Raises CacoError on another shape."""
     with autocast(images.device, precision):
-        outputs = [backbone(part) for part in images.split(_at_a_time(images))]
+        outputs = [backbone(part) for part in images.split(_at_a_time(backbone, images))]
     for output in outputs:
         if not isinstance(output, Tensor) or output.ndim != 2:
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -157,12 +161,13 @@ def backbone_features(
     return features.float()
 
 
-def _at_a_time(images: Float[Tensor, "B 3 S S"]) -> int:
+def _at_a_time(backbone: nn.Module, images: Float[Tensor, "B 3 S S"]) -> int:
     """Return how many images go through the backbone at a time: all of them on a GPU."""
     if images.device.type != "cpu":
         return len(images)
-    share = PIXELS_A_THREAD // images[0, 0].numel()
-    return torch.get_num_threads() * min(max(share, 1), IMAGES_A_THREAD)
+    pixels = images[0, 0].numel()
+    few = torch.get_num_threads() * min(max(PIXELS_A_THREAD // pixels, 1), IMAGES_A_THREAD)
+    return max(few, MANY_PIXELS // pixels) if uses_winograd(backbone) else few
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -64,12 +64,13 @@ def evaluate_classifier(path: Path, config: Linear) -> tuple[float, float]:
     if "card" not in content and known_card(content, tensors) is None:
         raise UsageError(f"--evaluate: {path} is of an unknown backbone ({content.get('arch')!r})")
     world = World(choose_device(config.device))
-    encoder = open_encoder(world, replace(config, run=str(path), backbone=""), None)
+    images = open_source(config.val, split="val")
+    encoder = open_encoder(world, replace(config, run=str(path), backbone=""), None, len(images))
     weight, bias = (tensors[name].to(world.device) for name in HEAD)
     classes = tuple(content["classes"]) if "classes" in content else tuple(open_source(config.data).classes)
     if len(bias) != len(classes):
         raise UsageError(f"--evaluate: {path} is a classifier of {len(bias)} classes, {config.data} has {len(classes)}")
-    val = Relabelled(open_source(config.val, split="val"), classes)
+    val = Relabelled(images, classes)
     features = encoder.features(val)
     say_broken(val, features.broken)
     result = judge_head(

@@ -2,7 +2,7 @@
 
 glibc gives large blocks back at once, and the system clears every page anew at the next step: a fifth of a step of
 ResNet-18. The price is gaps that the next tensors do not fit into. Most of them are there because glibc keeps small blocks
-apart which lie between large ones; it can be told not to, but only before a program begins (docs/performance.md).
+apart which lie between large ones; it can be told not to, but only before a program begins (docs/what-paid.md).
 """
 
 from __future__ import annotations

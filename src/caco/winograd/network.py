@@ -154,9 +154,8 @@ def use_winograd(network: nn.Module) -> None:
 
     Only classes change, so parameters, names, hooks and what an optimizer holds of them stay.
     """
-    for module in network.modules():
-        if _fits(module):
-            module.__class__ = Convolution
+    for module in suited(network):
+        module.__class__ = Convolution
     for module in network.modules():
         if (type(module).__module__, type(module).__name__) in BLOCKS:
             module.__class__ = _with_block(type(module))
@@ -178,7 +177,17 @@ def can_use_winograd() -> bool:
 
 def suits_winograd(network: nn.Module) -> bool:
     """Return whether `use_winograd` would change, or has changed, anything in the network."""
-    return any(_fits(module) or type(module) is Convolution for module in network.modules())
+    return uses_winograd(network) or bool(suited(network))
+
+
+def uses_winograd(network: nn.Module) -> bool:
+    """Return whether `use_winograd` has changed anything in the network."""
+    return any(type(module) is Convolution for module in network.modules())
+
+
+def suited(network: nn.Module) -> list[nn.Module]:
+    """Return the convolutions that `use_winograd` would change."""
+    return [module for module in network.modules() if _fits(module)]
 
 
 def _fits(module: nn.Module) -> bool:
