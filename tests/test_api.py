@@ -238,7 +238,7 @@ def test_own_images_are_judged_as_the_same_pictures_in_folders(command, options,
         (train.source(), val.source(), ("array", "array")),
         (folders[0], val, (str(folders[0]), "Sorted")),
     ]:
-        result = judge(tmp_path / "run", data, val=queries, out=tmp_path / "result.json", **options)
+        result = judge(tmp_path / "run", data, val=queries, out=tmp_path / "result.json", overwrite=True, **options)
         assert (result["data"], result["val"]) == named
         assert result == json.loads((tmp_path / "result.json").read_text())
         assert {**result, "data": 0, "val": 0} == {**wanted, "data": 0, "val": 0}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco.errors import UsageError, did_you_mean
+from caco.memory import is_out_of_memory
 
 SMALL_VIEW = 64
 """Views of at most this many pixels get the small stem by default."""
@@ -270,12 +271,17 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def try_size(module: nn.Module, size: int) -> Any:
-    """Return what a module makes of two black pictures, in eval mode. Raises UsageError when it does not take the size."""
+    """Return what a module makes of two black pictures, in eval mode. Raises UsageError when it does not take the size.
+
+    What is raised where memory does not suffice for them stays as it is.
+    """
     try:
         with evaluation_mode(module), torch.no_grad():
             where = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
             return module(torch.zeros(2, 3, size, size, device=where))
     except Exception as error:  # any code may stand there
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"the backbone does not take pictures of {size} x {size} pixels: {reason}") from error
 

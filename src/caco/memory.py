@@ -80,12 +80,13 @@ def out_of_memory_is_told() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise CacoError(f"out of memory{_attempt(str(error))}. {ADVICE}") from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether torch, numpy or Python says so that memory has run out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(error) for words in ("can't allocate memory", "DefaultCPUAllocator")
     )
