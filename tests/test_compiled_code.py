@@ -113,11 +113,11 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, caplog):
     use_winograd(layer)
     assert layer(maps).sub(true).abs().amax() > 0  # of another rounding, so these are ours
     monkeypatch.setattr(agreement, "residual_block", lambda maps, *others: residual_block(maps, *others) * 1.01)
-    agreement.agrees.cache_clear()
+    agreement._agrees.cache_clear()
     try:
         assert torch.equal(layer(maps), true)
     finally:
-        agreement.agrees.cache_clear()
+        agreement._agrees.cache_clear()
     assert "Winograd's convolutions of torch.float32 are not used, which is slower: they deviate by 0.0" in caplog.text
 
 
@@ -146,3 +146,51 @@ def test_without_a_numba_that_works_all_is_plain_torch(tmp_path, variables):
     assert done.stdout.split() == ["render_with_torch", "None", "False"]
     told = done.stderr.count("numba is not used, which is slower: ImportError: Numba needs NumPy 2.2 or less.")
     assert told == ("PYTHONPATH" in variables)
+
+
+HOMELESS = """
+import os, pwd
+pwd.getpwuid = lambda number: (_ for _ in ()).throw(KeyError(number))
+from caco.data.jpeg_header import plain_size
+import numpy
+print(plain_size(numpy.zeros(99, numpy.uint8)))
+"""
+
+
+def test_a_user_without_a_home():
+    """As in a container with --user 12345: there is no entry for it."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run([sys.executable, "-c", HOMELESS], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["(0,", "0,", "0)"], done.stderr
+
+
+CHECKPOINTED = """
+import logging
+logging.basicConfig()
+import torch
+from caco.backbone import create_backbone
+from caco.checkpointing import checkpoint_blocks
+from caco.winograd.network import use_winograd
+torch.manual_seed(0)
+network = create_backbone("resnet18", 32).train()
+checkpoint_blocks(network)
+use_winograd(network)
+with torch.autocast("cpu", dtype=torch.bfloat16, enabled=AUTOCAST):
+    network(torch.randn(2, 3, 32, 32)).float().sum().backward()
+from caco.winograd import agreement
+print(agreement._agrees.cache_info().currsize, agreement.agrees(torch.bfloat16 if AUTOCAST else torch.float32))
+"""
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_first_use_may_be_inside_a_checkpointed_block(autocast):
+    """Whose hooks would take what the comparison keeps for its own gradient."""
+    done = run(CHECKPOINTED.replace("AUTOCAST", str(autocast)))
+    assert done.stdout.split() == ["1", "True"], done.stderr
+    assert "not used" not in done.stderr
+
+
+def test_the_comparison_leaves_random_numbers_alone():
+    before = torch.get_rng_state()
+    assert agreement._problem(torch.float32) == ""
+    assert torch.equal(torch.get_rng_state(), before)

@@ -15,12 +15,12 @@ from typing import Any
 
 from caco.after_training import BASELINES, Embed, Evaluation, Export, Judging, Knn, Linear, Report
 from caco.checks import check, check_judged, check_numbers
-from caco.config import Demo, Pretrain
+from caco.config import Demo, DistributedOptions, Pretrain
 from caco.errors import CacoError, UsageError, did_you_mean
 from caco.files import check_encoder_is_there, print_any_name, refused
 from caco.options import parse
 from caco.recipes import find_recipe, listing, whole
-from caco.train.heap import begin_anew_with_few_gaps
+from caco.train.heap import begin_anew_with_few_gaps, keep_heap
 
 OVERVIEW = """\
 usage: caco COMMAND [options]
@@ -131,11 +131,16 @@ def _dispatch(arguments: list[str]) -> int:
 def _pretrain(arguments: list[str]) -> None:
     config = parse(Pretrain, arguments, "caco pretrain", pretrain_start)
     check(config)
-    if not config.resume:  # a finished run needs its images no more
+    if not config.resume and not _has_others(config.distributed):  # a finished run needs its images no more
         _look_for_images(config.data, config.val)
     from caco import commands
 
     commands.pretrain(config)
+
+
+def _has_others(options: DistributedOptions) -> bool:
+    """Return whether processes are started elsewhere, too: they would wait for one that ends before it has met them."""
+    return options.machines > 1 or bool({"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ))
 
 
 def _look_for_images(*names: str) -> None:
@@ -179,11 +184,16 @@ def _command(kind: type, module: str) -> Callable[[list[str]], None]:
         config = parse(kind, arguments, f"caco {name}", lambda given: kind())
         if isinstance(config, (Evaluation, Export)):
             config = check_judged(config)
-            _look_for_encoder(config.run)
         else:
             check_numbers(config)
+        if isinstance(config, Export):
+            _look_for_encoder(config.run)
         if isinstance(config, Evaluation):
-            _look_for_images(config.data, config.val if isinstance(config, Judging) else "")
+            if not _has_others(config.distributed):
+                _look_for_encoder(config.run)
+                _look_for_images(config.data, config.val if isinstance(config, Judging) else "")
+            if not os.path.exists("/dev/nvidiactl"):
+                keep_heap()  # of this process, which does nothing else
         getattr(importlib.import_module(module), name)(config)
 
     return run

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
@@ -19,6 +20,8 @@ from typing import Any
 
 SOURCES = ("cpu_kernels/*.py", "winograd/*.py", "data/kernel/*.py", "data/parameters.py", "data/jpeg_header.py")
 """All files whose code and constants are compiled."""
+OLD = 30 * 24 * 3600.0
+"""Seconds."""
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -57,7 +60,7 @@ def kept(signature: Any = None, **options: Any) -> Callable[[Callable[..., Any]]
 
 @contextlib.contextmanager
 def _in_place(config: Any) -> Iterator[None]:
-    """Let numba, of which this is the configuration, keep in our place what is decorated meanwhile, and nothing of others."""
+    """Let numba, of which this is the configuration, keep in our place what is decorated meanwhile, and later nothing else."""
     with _ONE_AT_A_TIME:
         others = config.CACHE_DIR
         config.CACHE_DIR = _place(others)
@@ -74,18 +77,27 @@ def _place(asked: str) -> str:
     In a container, all may be read-only: then it is a temporary folder, also for the processes that this one will start.
     """
     name = f"caco-{hash_of_sources(Path(__file__).parent)}"
-    homes = [Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "caco" / "compiled"]
-    folders = [Path(asked)] if asked else [Path(__file__).parent / "__pycache__", *homes]
-    for folder in folders:
+    home = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "caco", "compiled")
+    folders = [Path(asked)] if asked else [Path(__file__).parent / "__pycache__", home]
+    for folder in (folder for folder in folders if folder.parts[0] != "~"):  # of a user without a home
         with contextlib.suppress(OSError):
             (folder / name).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder / name):
+                _remove_old(folder)
                 return str(folder / name)
     # Of an unguessable name: code that another user has put there would be run.
     temporary = tempfile.mkdtemp(prefix="caco-compiled-")
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     os.environ["NUMBA_CACHE_DIR"] = temporary
-    return temporary
+    return os.path.join(temporary, name)
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove what was compiled of other sources, and has not grown for weeks."""
+    for path in folder.glob("caco-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > OLD:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def hash_of_sources(package: Path) -> str:

@@ -16,23 +16,23 @@ from caco.evaluate.encoder import UsableEncoder, find_weights, load_encoder
 from caco.evaluate.fast_convolutions import use_fast_convolutions
 from caco.foreign import named_preparation
 from caco.precision import choose_precision
-from caco.train.heap import keep_heap
 from caco.views import Preparation, usual_resize
 
 
 def open_encoder(world: World, options: Evaluation, module: nn.Module | None, images: int) -> UsableEncoder:
-    """Return the encoder that the options name, or the caller's module as one. images: that it will see. Raises UsageError."""
+    """Return the encoder that the options name, or the caller's module as one. Raises UsageError.
+
+    images: how many all processes together will show it.
+    """
     backbone, card = load_encoder(options, module)
     precision = choose_precision(options.precision, world.device)
     if world.is_main:
         say_unfinished(options.run)
         if backbone is not None:
             say_prepared(options, card.preparation())
-    if world.device.type == "cpu":
-        keep_heap()
     if backbone is not None:
         backbone.to(world.device).to(memory_format=torch.channels_last)
-        use_fast_convolutions(backbone, card.size, images, world.device, precision)
+        use_fast_convolutions(backbone, card.size, images // world.size, world.device, precision)
     return UsableEncoder(
         backbone=backbone,
         preparation=card.preparation(),

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -233,3 +234,41 @@ def slow_decision(world: World) -> list:
 
 def test_what_one_process_does_alone_may_take_longer_than_an_exchange():
     assert launch(slow_decision, DistributedOptions(processes=2, timeout=3.0), "cpu") == ["this", 2.0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nobody_waits_for_a_process_that_has_failed(rank, tmp_path):
+    """On machines of their own, where nobody else sees it end; the other one is not to wait for ever."""
+    program = f"""
+import sys
+from caco.config import DistributedOptions
+from caco.distributed.launch import launch
+from caco.errors import CacoError, UsageError
+
+def work(world):
+    if world.rank == {rank}:
+        raise UsageError("no images here")
+    world.wait()
+
+if __name__ == "__main__":
+    number, port = int(sys.argv[1]), sys.argv[2]
+    options = DistributedOptions(processes=1, machines=2, machine=number, address=f"127.0.0.1:{{port}}", timeout=60.0)
+    try:
+        launch(work, options, "cpu")
+    except CacoError as error:
+        print(f"{{type(error).__name__}}: {{error}}")
+"""
+    (tmp_path / "program.py").write_text(program)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, str(tmp_path / "program.py")]
+    began = time.monotonic()
+    processes = [
+        subprocess.Popen([*command, str(number), port], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=50)[0] for process in processes]
+    assert time.monotonic() - began < 40
+    assert "UsageError: no images here" in said[rank], said
+    assert "another process failed" in said[1 - rank] or "was lost" in said[1 - rank], said

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from caco.backbone import create_backbone
 from caco.config import EncoderOptions, Pretrain, Views
+from caco.data.source import open_source
 from caco.distributed.world import World
 from caco.errors import CacoError, UsageError
-from caco.train.checkpoint import CheckpointFolder, read_checkpoint, remove_leftovers
+from caco.train.checkpoint import CheckpointFolder, identity, read_checkpoint, remove_leftovers
 from caco.train.prepare import create_state
 
 
@@ -249,3 +251,18 @@ def test_how_a_device_moves_the_bank_is_its_own():
     here.load_state_dict(there.state_dict(world), world)
     assert here.bank_optimizer.param_groups[0]["fused"] is None
     assert here.bank_optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_a_list_of_images_may_be_written_anew_when_they_have_moved(tmp_path):
+    """Absolute names begin with where the images were."""
+    digests = []
+    for place in ("here", "there/below"):
+        for name in ("a/1.jpg", "b/1.jpg"):
+            path = tmp_path / place / name
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(path)
+        (tmp_path / "list.txt").write_text("".join(f"{tmp_path / place / name}\n" for name in ("b/1.jpg", "a/1.jpg")))
+        digests.append(identity(open_source(tmp_path / "list.txt")))
+    assert digests[0] == digests[1] and digests[0]["images"] == 2
+    (tmp_path / "list.txt").write_text("".join(f"{tmp_path / place / name}\n" for name in ("a/1.jpg", "b/1.jpg")))
+    assert identity(open_source(tmp_path / "list.txt")) != digests[0]  # the last parts of the names are the same

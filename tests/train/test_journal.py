@@ -117,12 +117,17 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
 def test_tensorboard_forgets_what_is_done_again(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for first_step, steps in ((None, (1, 2, 3, 4)), (3, (3, 4, 5))):
-        journal = Journal(tmp_path, tensorboard=True, first_step=first_step)
-        for step in steps:
+    starts = [(None, (1, 2, 3), ()), (-8, (3, 4, 5, 10), (1, 2, 3, 4)), (2, (), (3, 4, 5))]
+    for resumed_at, warm_start, training in starts:
+        journal = Journal(tmp_path, tensorboard=True, warm_start_steps=10, resumed_at=resumed_at)
+        for step in warm_start:
+            journal.record("warm start", step, loss=float(step))
+        for step in training:
             journal.record("train", step, loss=float(step))
         journal.close()
         time.sleep(1.1)  # files are read in the order of their names, which have whole seconds
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("warm start/loss")] == [-9, -8, -7, -6, -5, 0]
+    assert [event.value for event in events.Scalars("warm start/loss")] == [1, 2, 3, 4, 5, 10]

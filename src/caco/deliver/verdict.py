@@ -62,7 +62,7 @@ def verdict_of(
         return Verdict("unknown", "No training step has been recorded yet.", ())
     findings: tuple[Finding, ...] = (
         ()
-        if summary.step < EARLY
+        if summary.step - _first_step(summary, config) < EARLY
         else faults(
             slots=config.bank_size,
             used=summary.slots_used,
@@ -86,6 +86,13 @@ def verdict_of(
         remarks = _remarks(summary, config) if evidence.mood != "good" else ()
         return _verdict(evidence.mood, evidence.headline, *so_far, evidence.said, *remarks, *_signs(summary, config))
     return _by_loss(summary, config, so_far)
+
+
+def _first_step(summary: RunSummary, config: Pretrain) -> int:
+    """Return the number of steps that a run with --start-epoch did not take itself."""
+    if summary.steps is None or not isinstance(config.epochs, int):
+        return 0
+    return config.start_epoch * (summary.steps // config.epochs)
 
 
 def _evidence(

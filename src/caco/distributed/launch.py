@@ -32,6 +32,7 @@ import torch.distributed as dist
 from caco.config import DistributedOptions
 from caco.device import choose_device
 from caco.distributed.heartbeat import EXIT_STATUS, HINT, LOST_AFTER, say
+from caco.distributed.meeting import OthersFailed
 from caco.distributed.membership import Membership, count_processes, count_restarts, find_membership, members_here
 from caco.distributed.rendezvous import join, leave
 from caco.distributed.signals import SignalsToChildren, without_ctrl_c
@@ -135,7 +136,11 @@ def _run_in(membership: Membership, task: Task, on_lost: Callable[[LostProcess],
         with out_of_memory_is_told():
             result = task.function(world, *task.arguments)
         patience = LOST_AFTER
-    except (dist.DistError, RuntimeError) as error:
+    except BaseException as error:
+        if world.meeting is not None:
+            world.meeting.fail()
+        if not isinstance(error, (dist.DistError, RuntimeError)):
+            raise
         if heartbeat is None or not _is_lost_contact(error):
             raise
         raise heartbeat.lost_process() from error
@@ -147,7 +152,7 @@ def _run_in(membership: Membership, task: Task, on_lost: Callable[[LostProcess],
 def _is_lost_contact(error: Exception) -> bool:
     """Return whether an exchange has failed since its other end is gone: of that torch often says no more than the text."""
     words = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "connection refused")
-    return isinstance(error, dist.DistNetworkError) or any(word in str(error).lower() for word in words)
+    return isinstance(error, (dist.DistNetworkError, OthersFailed)) or any(word in str(error).lower() for word in words)
 
 
 def _child(outcome_writer: Any, task_reader: Any, membership: Membership, processes: int) -> None:

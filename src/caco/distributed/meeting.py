@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+FAILED = "failed"
 LONGEST_PAUSE = 0.5
 """Seconds between two looks at the store, at most."""
+
+
+class OthersFailed(RuntimeError):
+    """Another process has failed, and will not come."""
 
 
 class Meeting:
@@ -22,12 +28,19 @@ class Meeting:
         self._store, self._size, self._number = PrefixStore("meeting", store), size, 0
 
     def wait(self) -> None:
-        """Wait until all processes are here. Raises what torch does when the store is gone."""
+        """Wait until all processes are here. Raises OthersFailed when one will not come, what torch does when the store is gone."""
         self._number += 1
         everyone = f"{self._number} everyone"
         if self._store.add(f"{self._number} here", 1) == self._size:
             self._store.set(everyone, "is here")
         pause = 0.001
         while not self._store.check([everyone]):  # to wait inside the store would keep others of this process from it
+            if self._store.check([FAILED]):
+                raise OthersFailed("another process has failed")
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE)
+
+    def fail(self) -> None:
+        """Let nobody wait for this process any more; whoever waits where it has been goes on."""
+        with contextlib.suppress(RuntimeError):  # the store is gone, which they see themselves
+            self._store.set(FAILED, "")

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from caco.backbone import try_size
+from caco.winograd.agreement import agrees
 from caco.winograd.network import can_use_winograd, suited, use_winograd
 
 WORTHWHILE = 3e12
@@ -22,7 +23,7 @@ def use_fast_convolutions(
     """
     if device.type != "cpu" or precision != torch.float32 or not can_use_winograd():
         return
-    if images * _products(backbone, size) >= WORTHWHILE:
+    if images * _products(backbone, size) >= WORTHWHILE and agrees(precision):
         use_winograd(backbone)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from caco.data.folder import relative_names
 from caco.data.source import ImageSource
 from caco.errors import CacoError, UsageError
 from caco.files import PLACES, TEMPORARY, replacing
@@ -95,7 +96,9 @@ def identity(source: ImageSource) -> dict[str, Any]:
 
     With their folders below the one that is named, which may move itself.
     """
-    names = (source.key(index) for index in range(len(source)))
+    names = [source.key(index) for index in range(len(source))]
+    if all(map(os.path.isabs, names)):  # a list of them
+        names = relative_names(names)[1]
     digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
     return {"images": len(source), "keys": digest}
 

@@ -33,10 +33,16 @@ class Journal:
     """The files of one run, appended to as it goes on. Raises CacoError, with the file, when the system refuses."""
 
     def __init__(
-        self, folder: Path, keep_bytes: int = 0, tensorboard: bool = False, first_step: int | None = None
+        self,
+        folder: Path,
+        keep_bytes: int = 0,
+        tensorboard: bool = False,
+        warm_start_steps: int = 0,
+        resumed_at: int | None = None,
     ) -> None:
-        """keep_bytes: length of metrics.jsonl at the checkpoint resumed from; what came later is done again. first_step: of
-        a resumed run, from which on TensorBoard is to forget what it has been told."""
+        """keep_bytes: length of metrics.jsonl at the checkpoint resumed from; what came later is done again, and TensorBoard
+        forgets it. resumed_at: steps done then, those of the warm start below 0: so TensorBoard counts them."""
+        self._warm_start_steps = warm_start_steps
         with contextlib.ExitStack() as opened:  # where one is refused, those before it are closed again
             self._metrics = opened.enter_context(_open(folder / "metrics.jsonl", "ab"))
             with _refusals(folder / "metrics.jsonl"):
@@ -46,7 +52,7 @@ class Journal:
             self._speed = opened.enter_context(_open(folder / "speed.jsonl", "a", encoding="utf-8"))
             log = _open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace")
             self._log = opened.enter_context(log)
-            self._events = _event_writer(folder, first_step) if tensorboard else None
+            self._events = _event_writer(folder, resumed_at) if tensorboard else None
             opened.pop_all()  # open as long as the run
 
     def record(self, kind: str, step: int, **values: Any) -> None:
@@ -54,9 +60,10 @@ class Journal:
         line = json.dumps({"kind": kind, "step": step, **values})
         _append(self._metrics, line.encode() + b"\n")
         if self._events is not None:
+            at = step - self._warm_start_steps if kind == "warm start" else step
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+                    self._events.add_scalar(f"{kind}/{name}", value, at)
 
     def record_speed(self, step: int, images_per_second: float, data_wait: float) -> None:
         """Append one record to speed.jsonl. data_wait: share of the time, 0-1."""
@@ -134,8 +141,8 @@ class SilentJournal(Journal):
         """Close nothing."""
 
 
-def _event_writer(folder: Path, first_step: int | None) -> Any:
+def _event_writer(folder: Path, resumed_at: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # an extra; `checks.check` has told if it is missing
 
     with _refusals(folder):
-        return SummaryWriter(str(folder), purge_step=first_step)
+        return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)

@@ -32,9 +32,9 @@ class RunLock:
     def take(self, folder: Path) -> None:
         """Take the folder for this process, once. Raises UsageError, with the other's number, when it is taken.
 
-        Without effect where the system or the file system has no locks, and in a folder that no run may use.
+        Without effect where the system or the file system has no locks.
         """
-        if self._file is not None or is_of_others(folder):
+        if self._file is not None:
             return
         try:
             import fcntl

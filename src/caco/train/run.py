@@ -19,7 +19,7 @@ from caco.train.checkpoint import CheckpointFolder, remove_leftovers
 from caco.train.engine import search_kernels
 from caco.train.heap import keep_heap
 from caco.train.interrupt import InterruptFlag
-from caco.train.lock import RunLock
+from caco.train.lock import RunLock, is_of_others
 from caco.train.prepare import Prepared, check_bank_fits, check_division, prepare
 from caco.train.run_folder import (
     as_decided,
@@ -48,7 +48,7 @@ def run_pretraining(world: World, config: Pretrain, objects: Objects) -> Path:
         keep_heap()
     search_kernels(world.device)
     with RunLock() as lock, tempfile.TemporaryDirectory() as staging:
-        if world.is_main:
+        if world.is_main and not is_of_others(Path(config.out)):
             lock.take(Path(config.out))
         config = world.decide_in_main(lambda: decide_start(config, restarted=_is_restarted(config, world)))
         if config.resume and (path := world.decide_in_main(lambda: finished_backbone(config))):

@@ -65,8 +65,10 @@ class Trainer:
         metrics_bytes, problems = self._resume() if self.config.resume else (0, ())
         self.state.knn_is_owed &= run.monitor is not None  # it can have been switched off meanwhile
         tensorboard = self.config.monitor.tensorboard
-        first = self.state.step + 1 if self.config.resume else None
-        self.journal = Journal(folder, metrics_bytes, tensorboard, first) if world.is_main else SilentJournal()
+        filling = warm_start_steps(self.config, self.loader.steps_per_epoch)
+        done = self.state.step or self.state.warm_start_step - filling
+        events = (tensorboard, filling, done if self.config.resume else None)
+        self.journal = Journal(folder, metrics_bytes, *events) if world.is_main else SilentJournal()
         for problem in problems:
             self.journal.say(f"an earlier checkpoint is taken: {problem}")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from caco.precision import PRECISIONS, autocast
 from caco.train.captured import PLAIN_CALLS, Captured
+from caco.winograd.agreement import agrees
 from caco.winograd.network import use_winograd
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -82,12 +83,14 @@ def seconds(
     The first round makes kernels and buffers, and may take many times as long as those that follow. captured: as a CUDA
     graph, for which more rounds come before.
     Infinite where a GPU's memory does not suffice for it: the run may take fewer images at a time, or checkpointing. So
-    it is where Winograd's convolutions fail in a module that torch's own suit.
+    it is where Winograd's convolutions fail in a module that torch's own suit, or compute something else.
     """
     layout, best = LAYOUTS[trial.layout], float("inf")
     try:
         network = copy.deepcopy(backbone).to(device).to(memory_format=layout).train()
         if trial.convolution == "winograd":
+            if not agrees(PRECISIONS[trial.precision]):
+                return float("inf")
             use_winograd(network)
         change(network)
         view = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import torch
@@ -15,37 +16,48 @@ LARGEST_DEVIATION = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 
 """Relative deviation of results and gradients of two blocks from torch's float64 that rounding explains, for each type of maps."""
 
 
-@lru_cache
 def agrees(dtype: torch.dtype) -> bool:
-    """Return whether residual blocks of maps of a type, forward and backward, are here what torch makes of them."""
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        return works(f"Winograd's convolutions of {dtype}", partial(_problem, dtype))
+    """Return whether residual blocks of maps of a type, forward and backward, are here what torch makes of them.
+
+    Looked at once. (Not where torch.compile reads this: it would write the trial into its program.)
+    """
+    return torch.compiler.is_compiling() or _agrees(dtype)
+
+
+@lru_cache
+def _agrees(dtype: torch.dtype) -> bool:
+    # In a thread of its own, which has none of the caller's modes: autocast, no gradient, a checkpoint's hooks.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(works, f"Winograd's convolutions of {dtype}", partial(_problem, dtype)).result()
 
 
 def _problem(dtype: torch.dtype, channels: int = 64) -> str:
     """Return how far two blocks, with stride 2 and 1, deviate from torch's in float64, "" where that is rounding."""
-    torch.manual_seed(0)
-    layers = nn.ModuleList(
-        layer
-        for size, stride in ((3, 2), (3, 1), (1, 2), (3, 1), (3, 1))
-        for layer in (
-            nn.Conv2d(channels, channels, size, stride, padding=size // 2, bias=False),
-            nn.BatchNorm2d(channels),
-        )
-    ).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    layers = _layers(channels, generator).to(torch.float64 if dtype == torch.float64 else torch.float32)
     exact = copy.deepcopy(layers).double()
-    maps = torch.randn(16, channels, 16, 16).to(dtype).contiguous(memory_format=torch.channels_last)
-    found, true = maps.requires_grad_(), maps.detach().double().requires_grad_()
+    maps = torch.randn(16, channels, 16, 16, generator=generator).to(dtype)
+    found = maps.contiguous(memory_format=torch.channels_last).requires_grad_()
+    true = maps.double().requires_grad_()
     pairs = zip(
-        _results(_by_winograd(found, layers), found, layers), _results(_plain(true, exact), true, exact), strict=True
+        _results(_by_winograd(found, layers), found, layers),
+        _results(_plain(true, exact), true, exact),
+        strict=True,
     )
     deviation = max(float((ours.double() - plain).norm() / plain.norm()) for ours, plain in pairs)
     return "" if deviation < LARGEST_DEVIATION[dtype] else f"they deviate by {deviation:.2g} from torch's own"
+
+
+def _layers(channels: int, generator: torch.Generator) -> nn.ModuleList:
+    """Return convolutions, each with its batch norm: of a block with stride 2, of its shortcut, of one with stride 1."""
+    layers = nn.ModuleList()
+    for size, stride in ((3, 2), (3, 1), (1, 2), (3, 1), (3, 1)):
+        with torch.device("meta"):  # else torch would draw filters, which moves the caller's random numbers
+            convolution = nn.Conv2d(channels, channels, size, stride, padding=size // 2, bias=False)
+        filters = torch.randn(convolution.weight.shape, generator=generator) / (size * channels**0.5)
+        convolution.weight = nn.Parameter(filters)
+        layers.extend([convolution, nn.BatchNorm2d(channels)])
+    return layers
 
 
 def _by_winograd(maps: Tensor, layers: nn.ModuleList) -> Tensor:
