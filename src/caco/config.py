@@ -208,7 +208,7 @@ class DistributedOptions:
     address: str = ""
     """HOST:PORT of machine 0, the same on all machines."""
     timeout: float = 600.0
-    """Longest wait for another process in an exchange, in seconds: then all stop. (What one does alone may take longer.)"""
+    """Longest wait for another process in an exchange, in seconds: then all stop; what one does alone may take longer."""
 
 
 @dataclass(frozen=True)
