@@ -66,7 +66,7 @@ class Trainer:
         self.state.knn_is_owed &= run.monitor is not None  # it can have been switched off meanwhile
         tensorboard = self.config.monitor.tensorboard
         filling = warm_start_steps(self.config, self.loader.steps_per_epoch)
-        done = self.state.step or self.state.warm_start_step - filling
+        done = self.state.step if self.state.step > self.first_step else self.state.warm_start_step - filling
         events = (tensorboard, filling, done if self.config.resume else None)
         self.journal = Journal(folder, metrics_bytes, *events) if world.is_main else SilentJournal()
         for problem in problems:
