@@ -61,13 +61,12 @@ def export(run: Path, kind: str, out: Path, backbone: str = "") -> str:
     else:
         with replacing(out) as file:
             torch.save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
-    library = "torchvision" if kind == "torchvision" else "timm"
-    with_torch = "import torch, " if out.suffix != ".safetensors" or "torch.nn" in model else "import "
-    reader, modules = (
-        ("torch.load", "") if out.suffix != ".safetensors" else ("safetensors.torch.load_file", ", safetensors.torch")
-    )
-    imports = f"{with_torch}{library}{modules}"
-    return "\n  ".join([imports, *model.split("; "), f"model.load_state_dict({reader}({str(out)!r}))"])
+    read = "safetensors.torch.load_file" if out.suffix == ".safetensors" else "torch.load"
+    modules = ["safetensors.torch" if out.suffix == ".safetensors" else "torch", kind]
+    if "torch.nn" in model and "torch" not in modules:
+        modules.append("torch")
+    lines = [f"import {', '.join(modules)}", *model.split("; "), f"model.load_state_dict({read}({str(out)!r}))"]
+    return "\n  ".join(lines)
 
 
 def latest_snapshot(run: Path) -> Snapshot:

@@ -60,19 +60,7 @@ def verdict_of(
     """
     if summary.feature_spread is None:
         return Verdict("unknown", "No training step has been recorded yet.", ())
-    findings: tuple[Finding, ...] = (
-        ()
-        if summary.step - _first_step(summary, config) < EARLY
-        else faults(
-            slots=config.bank_size,
-            used=summary.slots_used,
-            perplexity=summary.slot_perplexity,
-            choices=summary.choices,
-            spread=summary.feature_spread,
-            rank=rank,
-            dimensions=dimensions,
-        )
-    )
+    findings = _findings(summary, config, rank, dimensions)
     evidence = _evidence(summary, config, agreement, comparisons)
     so_far: tuple[str, ...] = () if summary.finished else (f"{summary.epoch:,} of {summary.epochs} epochs are done",)
     if findings:
@@ -88,11 +76,20 @@ def verdict_of(
     return _by_loss(summary, config, so_far)
 
 
-def _first_step(summary: RunSummary, config: Pretrain) -> int:
-    """Return the number of steps that a run with --start-epoch did not take itself."""
-    if summary.steps is None or not isinstance(config.epochs, int):
-        return 0
-    return config.start_epoch * (summary.steps // config.epochs)
+def _findings(summary: RunSummary, config: Pretrain, rank: float | None, dimensions: int | None) -> tuple[Finding, ...]:
+    """Return what is wrong; nothing before EARLY steps of its own, which those before --start-epoch are not."""
+    per_epoch = summary.steps // config.epochs if summary.steps and isinstance(config.epochs, int) else 0
+    if summary.step - config.start_epoch * per_epoch < EARLY:
+        return ()
+    return faults(
+        slots=config.bank_size,
+        used=summary.slots_used,
+        perplexity=summary.slot_perplexity,
+        choices=summary.choices,
+        spread=summary.feature_spread,
+        rank=rank,
+        dimensions=dimensions,
+    )
 
 
 def _evidence(

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import IO
 
 from caco.errors import UsageError
-from caco.files import holds_run
 
 LOCK = ".lock"
 PATIENCE = 5.0
@@ -62,8 +61,3 @@ class RunLock:
         file.write(f"{os.getpid()} on {os.uname().nodename}\n")
         file.flush()
         self._file = file
-
-
-def is_of_others(folder: Path) -> bool:
-    """Return whether a folder holds something, and no run: nothing is written there, which `check_run_folder` tells."""
-    return folder.is_dir() and not holds_run(folder) and any(path.name != LOCK for path in folder.iterdir())

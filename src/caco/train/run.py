@@ -19,13 +19,14 @@ from caco.train.checkpoint import CheckpointFolder, remove_leftovers
 from caco.train.engine import search_kernels
 from caco.train.heap import keep_heap
 from caco.train.interrupt import InterruptFlag
-from caco.train.lock import RunLock, is_of_others
+from caco.train.lock import RunLock
 from caco.train.prepare import Prepared, check_bank_fits, check_division, prepare
 from caco.train.run_folder import (
     as_decided,
     check_same_mathematics,
     decide_start,
     is_of_job,
+    is_of_others,
     open_run_folder,
     read_config,
     write_config,

@@ -24,7 +24,7 @@ from caco.distributed.membership import job_name
 from caco.errors import UsageError, command_line
 from caco.files import PLACES, TEMPORARY, check_writable, holds_run, replace_json
 from caco.options import flatten, from_dictionary, override
-from caco.train.lock import LOCK, RunLock, is_of_others
+from caco.train.lock import LOCK, RunLock
 
 # What a resumed run may change: these have no part in the mathematics.
 FREE_TO_CHANGE = ("out", "device", "workers", "resume", "overwrite", "download", "data", "val")
@@ -88,6 +88,11 @@ def check_run_folder(config: Pretrain) -> None:
                 f"--weights {config.weights} lies in the run that --overwrite deletes; choose another --out"
             )
     check_writable("--out", folder / "config.json")
+
+
+def is_of_others(folder: Path) -> bool:
+    """Return whether a folder holds something, and no run: nothing is written there."""
+    return folder.is_dir() and not holds_run(folder) and any(path.name != LOCK for path in folder.iterdir())
 
 
 def as_decided(config: Pretrain, saved: Pretrain) -> Pretrain:

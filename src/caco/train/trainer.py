@@ -67,8 +67,12 @@ class Trainer:
         tensorboard = self.config.monitor.tensorboard
         filling = warm_start_steps(self.config, self.loader.steps_per_epoch)
         done = self.state.step if self.state.step > self.first_step else self.state.warm_start_step - filling
-        events = (tensorboard, filling, done if self.config.resume else None)
-        self.journal = Journal(folder, metrics_bytes, *events) if world.is_main else SilentJournal()
+        resumed_at = done if self.config.resume else None
+        self.journal = (
+            Journal(folder, metrics_bytes, tensorboard, warm_start_steps=filling, resumed_at=resumed_at)
+            if world.is_main
+            else SilentJournal()
+        )
         for problem in problems:
             self.journal.say(f"an earlier checkpoint is taken: {problem}")
 
