@@ -271,4 +271,5 @@ if __name__ == "__main__":
     said = [process.communicate(timeout=50)[0] for process in processes]
     assert time.monotonic() - began < 40
     assert "UsageError: no images here" in said[rank], said
-    assert "another process failed" in said[1 - rank] or "was lost" in said[1 - rank], said
+    # Why, it may learn from the one that failed, or from a connection that is gone.
+    assert f"process {1 - rank} of 2 stops: " in said[1 - rank], said
