@@ -5,15 +5,15 @@
 
 Embeddings of two views are given; nothing is learnt from them. Contestants, each with fresh memory in its own process:
 
-- streamed: what caco does (`caco.bank`), in fp32 and with bfloat16 products (under autocast; streamed-bf16), on a GPU with
-  its own kernels, and there once more without them;
+- streamed: what caco does (`caco.bank`), in fp32 and with bfloat16 products (under autocast; streamed-bf16), these with
+  kernels of its own, where it has some, and without;
 - dense: the plain form with one matrix of queries and slots, the oracle of the tests (`tests/dense_bank.py`);
 - published-order: the operations in the published code's order, as docs/method.md tells them: each view by itself, the bank
   normalised anew for each use, softmax and cross-entropy apart, the bank's gradient written out by hand.
 
-On a CPU caco keeps freed memory, as its runs do (with `--give-back` it does not, which shows what is really held: a kept
-heap has gaps, by up to one more gradient); the others have the allocator as it comes. Memory is what the process grew by
-from the moment the bank, its gradient and its velocity were there (these are 3 x 4 x K x D bytes).
+On a CPU caco has the environment of a run and keeps freed memory (with `--give-back` it does not, which shows what is really
+held: a kept heap has gaps, by up to one more gradient); the others have what comes with torch. Memory is what the process
+grew by from the moment the bank, its gradient and its velocity were there (these are 3 x 4 x K x D bytes).
 The times of one size are taken in turns by processes that follow each other; ratios are of medians.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, describe, fresh, save, synchronise, table, take_turns
+from measure import arguments, as_a_run, describe, fresh, save, synchronise, table, take_turns
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -97,7 +97,7 @@ def contestant(
     if device == "cpu" and name.startswith("streamed") and not give_back:
         keep_heap()
     if name == WITHOUT_KERNELS:
-        fused.suits_kernels = lambda device: False
+        fused.of_parts = fused.of_loss = lambda weight, products: None
     choose_device(device)  # float32 products are float32's
     bank = Bank(size, width, TEMPERATURE, TEMPERATURE).to(device)
     at_once = True if device != "cpu" and name.startswith("streamed") else None  # as in a run
@@ -171,9 +171,10 @@ def main() -> None:
     for size, width, batch in [(s, w, b) for s in sizes for w in widths for b in batches]:
         plain = None
         for name in reversed(options.only):
-            if name == WITHOUT_KERNELS and options.device == "cpu":
-                continue  # it has none
-            run = fresh(contestant, name, size, width, batch, rounds, options.device, options.give_back)
+            is_ours = options.device == "cpu" and name.startswith("streamed")
+            environment = as_a_run(not options.give_back) if is_ours else {}
+            how = rounds, options.device, options.give_back
+            run = fresh(contestant, name, size, width, batch, *how, environment=environment)
             results.append(
                 {"name": name, "slots": size, "width": width, "batch": batch, "others": run.others, **run.result}
             )

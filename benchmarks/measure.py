@@ -30,6 +30,9 @@ from typing import Any
 import torch
 from linux import FamilyMemory, busy_seconds, processor
 
+from caco.cli import BRIEF_WAITS
+from caco.train.heap import NO_SMALL_BLOCKS_APART
+
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """Named in the description of the machine if it has them: they decide how fast bf16 is."""
 
@@ -171,6 +174,11 @@ def fresh(function: Callable[..., Any], *values: Any, environment: Mapping[str, 
     if not good:
         raise RuntimeError(f"{function.__name__}{values}:\n{result}")
     return Fresh(result, others.cores, memory.main, memory.family)
+
+
+def as_a_run(keeps_heap: bool = True) -> dict[str, str]:
+    """Return the environment that `caco pretrain` gives itself on a CPU."""
+    return {**BRIEF_WAITS, **(NO_SMALL_BLOCKS_APART if keeps_heap else {})}
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -11,8 +11,9 @@ the rate is that of the median step after the warm-up.
 
 lightly runs as shipped: its transforms on Pillow images, its projection head (two layers; caco's has three), its
 NTXentLoss, SGD, a torch DataLoader with 2 workers, fp32; a second row has bf16 autocast, which we added. caco runs as
-`caco pretrain --recipe cifar` would: its loader, its step. Memory is the peak of the resident memory of the process, with
-what its workers add (a worker's part of shared pages); on a GPU also torch's peak there.
+`caco pretrain --recipe cifar` would: its loader, its step, the environment it gives itself. Memory is the peak of the
+resident memory of the process, with what its workers add (a worker's part of shared pages); on a GPU also torch's peak
+there.
 
 solo-learn is left out: its packaged version (1.0.2) asks for torch 1.9.1 and cannot be installed beside a current one.
 """
@@ -30,9 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import arguments, describe, fresh, gigabytes, save, synchronise, table
-
-from caco.train.heap import NO_SMALL_BLOCKS_APART
+from measure import arguments, as_a_run, describe, fresh, gigabytes, save, synchronise, table
 
 SIZE, EMBEDDING = 32, 128
 CONTESTANTS = {
@@ -206,8 +205,8 @@ def main() -> None:
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(options.rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            as_a_run = CONTESTANTS[name][0] == "caco" and options.device == "cpu"
-            answer = fresh(contestant, name, work, environment=NO_SMALL_BLOCKS_APART if as_a_run else {})
+            is_ours = CONTESTANTS[name][0] == "caco" and options.device == "cpu"
+            answer = fresh(contestant, name, work, environment=as_a_run() if is_ours else {})
             seconds[name] += answer.result["seconds"]
             rounds[name].append(
                 {

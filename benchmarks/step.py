@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import Seconds, arguments, describe, fresh, gigabytes, save, table, take_turns
+from measure import Seconds, arguments, as_a_run, describe, fresh, gigabytes, save, table, take_turns
 from stages import stage_times
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ from caco.distributed.world import World
 from caco.precision import PRECISIONS, autocast
 from caco.train.captured import PLAIN_CALLS, captured
 from caco.train.engine import search_kernels
-from caco.train.heap import NO_SMALL_BLOCKS_APART, keep_heap
+from caco.train.heap import keep_heap
 from caco.train.prepare import create_state
 from caco.train.state import TrainingState
 from caco.train.step import Rates, compute_gradients, rates_at, train_step
@@ -234,8 +234,10 @@ def main() -> None:
     results = {}
     for precision in options.precision:
         what = not options.no_stages, not options.no_limit, options.plain_views
-        heap = NO_SMALL_BLOCKS_APART if options.device == "cpu" and not options.give_back else {}  # as `caco pretrain`
-        run = fresh(contestant, configuration(options, precision), rounds, options.steps, *what, environment=heap)
+        environment = as_a_run(not options.give_back) if options.device == "cpu" else {}
+        run = fresh(
+            contestant, configuration(options, precision), rounds, options.steps, *what, environment=environment
+        )
         row, memory = run.result, run.result["gpu_bytes"] or run.family_bytes
         results[precision] = {**row, "others": run.others, "bytes": memory}
         whole = options.batch / row["step"]["median"]

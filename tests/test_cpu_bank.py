@@ -11,6 +11,7 @@ pytest.importorskip("numba")
 from caco import fused
 from caco.bank import Bank
 from caco.cpu_kernels import bank as kernels
+from caco.cpu_kernels import bank_in_pairs, processor
 from caco.loss import cooperative_adversarial_loss
 from caco.slots import Slots, inverse_lengths
 
@@ -59,6 +60,69 @@ def test_the_nearest_slot_is_found(batch, size, width, pairs):
     assert torch.equal(bank.nearest(keys, bank.slots()), dense_nearest(keys.double(), slots.double()))
 
 
+@pytest.fixture
+def in_pairs(monkeypatch):
+    """Whether or not the processor has an instruction for them."""
+    monkeypatch.setattr(processor, "MULTIPLIES_PAIRS", True)
+    fused._checked_on_cpu.cache_clear()
+    yield
+    fused._checked_on_cpu.cache_clear()
+
+
+@pytest.mark.parametrize("temperatures", [(0.08, 0.08), (0.2, 0.05)])
+@pytest.mark.parametrize(("batch", "size", "width", "pairs"), SIZES)
+def test_by_pairs_of_bfloat16_only_products_are_rounded(in_pairs, batch, size, width, pairs, temperatures):
+    queries, slots = (tensor.requires_grad_() for tensor in given(batch, size, width))
+    positives, weights = torch.randint(size, (batch, pairs)), torch.rand(batch, pairs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = cooperative_adversarial_loss(queries, slots, positives, weights, *temperatures)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (queries, slots)]
+    loss = dense_loss(*exact, positives, weights.double(), *temperatures)
+    result.loss.backward()
+    loss.backward()
+    assert fused.of_parts(slots, torch.bfloat16) is bank_in_pairs
+    assert result.loss.item() == pytest.approx(loss.item(), rel=5e-3)
+    errors = relative_error(queries.grad, exact[0].grad), relative_error(slots.grad, exact[1].grad)
+    assert 1e-5 < max(errors) < 0.02  # not float32's products: those are wrong by less
+
+
+@pytest.mark.parametrize(("batch", "size", "width", "pairs"), SIZES)
+def test_a_positive_that_is_the_nearest_slot_is_a_hit_by_pairs_too(in_pairs, batch, size, width, pairs):
+    queries, slots = given(batch, size, width)
+    rows = kernels.rounded_rows(slots, inverse_lengths(slots), torch.bfloat16)
+    nearest = ((queries / 0.125).bfloat16().double() @ rows.double().T).argmax(dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = cooperative_adversarial_loss(
+            queries, slots, nearest[:, None], torch.ones(batch, 1), temperature=0.125, slot_temperature=0.125
+        )
+    assert result.hit.all()
+
+
+@pytest.mark.parametrize(("batch", "size", "width"), [(33, 97, 16), (300, 1003, 40), (520, 193, 70)])
+def test_what_bfloat16_can_hold_is_compared_exactly(batch, size, width):
+    """Unit rows of four halves: of logits nothing is rounded, whichever numbers are in a pair, and whatever is left over."""
+    torch.manual_seed(2)
+
+    def halves(count):
+        places = torch.rand(count, width).argsort(dim=1)[:, :4]
+        return torch.zeros(count, width).scatter_(1, places, (torch.rand(count, 4) < 0.5).float() - 0.5)
+
+    queries, slots = 8 * halves(batch), 4 * halves(size)
+    measured = Slots(slots, inverse_lengths(slots))
+    logits = queries.double() @ F.normalize(slots.double(), dim=1).T
+    largest, total, slot_sum = bank_in_pairs.softmax(queries, *measured)
+    assert torch.equal(largest[:, 0].double(), logits.amax(dim=1))
+    torch.testing.assert_close((largest + total.log())[:, 0].double(), logits.logsumexp(dim=1), rtol=1e-6, atol=1e-6)
+    mean = logits.softmax(dim=1) @ F.normalize(slots.double(), dim=1)
+    assert relative_error(slot_sum / total, mean) < 4e-3  # the exponentials are rounded
+    pulls = halves(batch)
+    gradient = bank_in_pairs.pulls_on_slots(queries, *measured, (largest + total.log()), pulls)
+    rows = F.normalize(slots.double(), dim=1)
+    plain = logits.softmax(dim=1).T @ pulls.double()
+    along = (plain - (plain * rows).sum(dim=1, keepdim=True) * rows) / slots.double().norm(dim=1, keepdim=True)
+    assert relative_error(gradient, along) < 4e-3
+
+
 def test_of_equally_near_slots_the_first_is_found():
     keys, slots = given(40, 3, 16)
     many = slots.repeat(500, 1)
@@ -82,7 +146,8 @@ def test_a_softmax_needs_no_mean():
     assert torch.equal(whole[0], part[0]) and torch.equal(whole[1], part[1]) and not part[2].any()
 
 
-def test_what_is_no_number_is_seen():
+@pytest.mark.parametrize("kernels", [kernels, bank_in_pairs])
+def test_what_is_no_number_is_seen(kernels):
     """In a query: in its own results alone, and in the gradient of all slots."""
     queries, slots = given(40, 1000, 16)
     queries[3, 2] = float("nan")

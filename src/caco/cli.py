@@ -39,14 +39,19 @@ Pre-train an image encoder without labels (CaCo), judge it, and take it away.
 Every command: --help. Version: caco --version."""
 
 
+BRIEF_WAITS = {"GOMP_SPINCOUNT": "10000"}
+"""Environment of a program whose threads (libgomp's) sleep soon when they wait."""
+
+
 def wait_briefly() -> None:
     """Let torch's threads wait for each other without keeping a core busy for long; called before torch is loaded.
 
-    Where other programs run, too, a thread that spins keeps the one it waits for from its core: a run can take many
-    times as long. Alone it makes no difference (docs/what-paid.md). What the user has set stays.
+    A thread that spins keeps the one it waits for from its core: that of another program, by which a run can take many
+    times as long, or one of ours that runs compiled code (docs/what-paid.md). What the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        for name, value in BRIEF_WAITS.items():
+            os.environ.setdefault(name, value)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

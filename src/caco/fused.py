@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,41 +36,44 @@ def of_loss(weight: Tensor, products: torch.dtype) -> ModuleType | None:
 
 def of_parts(weight: Tensor, products: torch.dtype) -> ModuleType | None:
     """Return the kernels that give softmaxes over slots like these, and the slots' gradient, else None."""
-    return _of_cpu(weight) if products == torch.float32 and _is_on_cpu(weight) else of_loss(weight, products)
+    return _of_cpu(weight, products) if _is_on_cpu(weight) else of_loss(weight, products)
 
 
 def of_search(weight: Tensor) -> ModuleType | None:
     """Return the kernels that find the nearest of slots like these, else None."""
-    return _of_cpu(weight) if _is_on_cpu(weight) else _of_bank(weight)
+    return _of_cpu(weight, torch.float32) if _is_on_cpu(weight) else _of_bank(weight)
 
 
 def _is_on_cpu(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _of_cpu(weight: Tensor) -> ModuleType | None:
-    return _checked_on_cpu() if len(weight) >= LEAST_SLOTS_ON_CPU and has_numba() else None
+def _of_cpu(weight: Tensor, products: torch.dtype) -> ModuleType | None:
+    return _checked_on_cpu(products) if len(weight) >= LEAST_SLOTS_ON_CPU and has_numba() else None
 
 
 @lru_cache
-def _checked_on_cpu() -> ModuleType | None:
-    """Return the CPU's kernels if they compile, and give here what plain products give."""
+def _checked_on_cpu(products: torch.dtype) -> ModuleType | None:
+    """Return the CPU's kernels for such products if there are any, they compile, and give here what plain products give."""
 
     def problem() -> str:
+        kernels = _on_cpu(products)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return _problem_on_cpu()
+            return _problem_on_cpu(kernels, products) if kernels else ""
 
-    if not works("the bank's kernels for CPUs", problem):
-        return None
-    from caco.cpu_kernels import bank
-
-    return bank
+    return _on_cpu(products) if works("the bank's kernels for CPUs", problem) else None
 
 
-def _problem_on_cpu(queries: int = 300, size: int = 1_010, width: int = 70) -> str:
+def _on_cpu(products: torch.dtype) -> ModuleType | None:
+    from caco.cpu_kernels import bank, bank_in_pairs, processor  # which need numba
+
+    if products == torch.bfloat16 and processor.MULTIPLIES_PAIRS:
+        return bank_in_pairs
+    return bank if products == torch.float32 else None
+
+
+def _problem_on_cpu(kernels: Any, products: torch.dtype, queries: int = 300, size: int = 1_010, width: int = 70) -> str:
     """Return in what the CPU's kernels deviate from plain products, "" if in nothing."""
-    from caco.cpu_kernels import bank  # which needs numba
-
     generator = torch.Generator().manual_seed(0)
     query, weight, pull = (torch.randn(count, width, generator=generator) for count in (queries, size, queries))
     query, slots = F.normalize(query, dim=1), Slots(weight, inverse_lengths(weight))
@@ -78,16 +82,19 @@ def _problem_on_cpu(queries: int = 300, size: int = 1_010, width: int = 70) -> s
     log_normaliser = logits.logsumexp(dim=1, keepdim=True)
     plain = logits.softmax(dim=1).T @ pull
     along_sphere(plain, rows, slots.inverse_length)
-    largest, total, slot_sum = bank.softmax(scaled, *slots)
-    pairs = [
+    largest, total, slot_sum = kernels.softmax(scaled, *slots)
+    compared = [
         (largest + total.log(), log_normaliser),
         (slot_sum / total, logits.softmax(dim=1) @ rows),
-        (bank.pulls_on_slots(scaled, *slots, log_normaliser, pull), plain),
-        (bank.nearest(query, *slots)[0] / 0.1, logits.amax(dim=1)),
-        (logits.gather(1, bank.nearest(query, *slots)[1][:, None])[:, 0], logits.amax(dim=1)),
+        (kernels.pulls_on_slots(scaled, *slots, log_normaliser, pull), plain),
     ]
-    furthest = max(float((ours - other).norm() / other.norm()) for ours, other in pairs)
-    return "" if furthest < LARGEST_IN_FLOAT32 else f"they deviate by {furthest:.2g} from plain products"
+    if products == torch.float32:  # as the search always is
+        largest, place = kernels.nearest(query, *slots)
+        cosines = largest, (query @ rows.T).gather(1, place[:, None])[:, 0]
+        compared += [(found / 0.1, logits.amax(dim=1)) for found in cosines]
+    furthest = max(float((ours - other).norm() / other.norm()) for ours, other in compared)
+    most = LARGEST_IN_FLOAT32 if products == torch.float32 else LARGEST_DEVIATION
+    return "" if furthest < most else f"they deviate by {furthest:.2g} from plain products"
 
 
 def _of_bank(weight: Tensor) -> ModuleType | None:

@@ -57,8 +57,9 @@ def _read_at_once(
     if others is not None:
         others.largest, others.total, _ = kernels.softmax(others.queries, *slots, with_mean=False)
     held = row.clamp(0, len(slots.weight) - 1)
-    queries, rows = (values.to(softmax.products).float() for values in (softmax.queries, slots.weight.detach()[held]))
-    return (queries[:, None] * rows).sum(dim=2) * slots.inverse_length[held][:, :, 0]
+    rows: Tensor = kernels.rounded_rows(slots.weight.detach()[held], slots.inverse_length[held], softmax.products)
+    queries = softmax.queries.to(softmax.products).float()
+    return (queries[:, None] * rows).sum(dim=2)
 
 
 def _read_in_blocks(

@@ -69,6 +69,13 @@ def softmax(
     return of_all[:, None], total[:, None], mean
 
 
+def rounded_rows(
+    rows: Float[Tensor, "*n D"], inverse_length: Float[Tensor, "*n 1"], factors: torch.dtype
+) -> Float[Tensor, "*n D"]:
+    """Return unit rows of some slots as `softmax` takes them, whose factors are rounded."""
+    return rows.to(factors).float() * inverse_length
+
+
 @triton.jit
 def _softmax(
     queries,

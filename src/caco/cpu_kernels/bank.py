@@ -1,6 +1,7 @@
-"""The bank read by compiled code (numba) on a CPU: what `bank_kernels/` is on a GPU, in float32.
+"""The bank read by compiled code (numba) on a CPU: what `bank_kernels/` is on a GPU.
 
-queries: over the temperature; weight: the slots [K, D], rows of any length, and 1 / ‖row‖ of each [K, 1].
+queries: over the temperature; weight: the slots [K, D], rows of any length, and 1 / ‖row‖ of each [K, 1]. All in float32;
+in_pairs: but the factors of products, which are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def softmax(
     weight: Float[Tensor, "K D"],
     inverse_length: Float[Tensor, "K 1"],
     with_mean: bool = True,
+    in_pairs: bool = False,
 ) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N 1"], Float[Tensor, "N D"]]:
     """Return of each query's softmax the largest logit, Σ exp(logit − largest), and Σ of that · unit slot (or what is 0)."""
     panels = _transposed_panels(queries)
@@ -49,7 +51,8 @@ def softmax(
     (panel_count, wide, width), given = panels.shape, weight.shape[1]
     largest = np.full((len(parts), panel_count * width), -np.inf, np.float32)
     totals, sums = np.zeros_like(largest), np.zeros((len(parts), wide // width, panel_count * width, width), np.float32)
-    _on_parts(slots.softmax, panels, weight, inverse_length, parts, largest, totals, sums, options=(with_mean,))
+    options = with_mean, _pairs_of_rows(panels) if in_pairs else None
+    _on_parts(slots.softmax, panels, weight, inverse_length, parts, largest, totals, sums, options=options)
     each, total = (torch.from_numpy(values)[:, : len(queries), None] for values in (largest, totals))
     most = each.amax(dim=0)
     shrink = (each - most).exp_()
@@ -63,6 +66,7 @@ def pulls_on_slots(
     inverse_length: Float[Tensor, "K 1"],
     log_normaliser: Float[Tensor, "N 1"],
     pulls: Float[Tensor, "N D"],
+    in_pairs: bool = False,
 ) -> Float[Tensor, "K D"]:
     """Return Σ p · pull over the queries for each slot, p a query's probability of it, along the sphere."""
     width = panel_width(4)
@@ -74,9 +78,16 @@ def pulls_on_slots(
     of_pulls = pulls.reshape(-1, each, pulls.shape[1] // width, width).transpose(1, 2).contiguous().numpy()
     gradient = torch.empty_like(weight)
     arrays = in_panels, of_pulls, normalisers, weight.detach().numpy(), inverse_length[:, 0].contiguous().numpy()
-    target = gradient.numpy()
-    in_threads(lambda first, last: slots.pulls_on_slots(*arrays, first, last, target), _parts_of_slots(weight))
+    target, pairs = gradient.numpy(), (_pairs_of_rows(in_panels), _pairs_of_rows(of_pulls)) if in_pairs else None
+    in_threads(lambda first, last: slots.pulls_on_slots(*arrays, first, last, target, pairs), _parts_of_slots(weight))
     return gradient
+
+
+def rounded_rows(
+    rows: Float[Tensor, "*n D"], inverse_length: Float[Tensor, "*n 1"], products: torch.dtype
+) -> Float[Tensor, "*n D"]:
+    """Return unit rows of some slots as products take them, rounded."""
+    return (rows * inverse_length).to(products).float()
 
 
 def cooperate(
@@ -103,6 +114,13 @@ def _transposed_panels(queries: Tensor) -> np.ndarray:
     return result
 
 
+def _pairs_of_rows(panels: np.ndarray) -> np.ndarray:
+    """Return of panels [..., rows, w] each two rows as one of pairs of bfloat16, the first in its lower half."""
+    rounded = torch.from_numpy(panels).bfloat16().unflatten(-2, (-1, 2)).transpose(-1, -2).contiguous()
+    result: np.ndarray = rounded.view(torch.int32)[..., 0].numpy().view(np.uint32)
+    return result
+
+
 def _parts_of_slots(weight: Tensor) -> list[tuple[int, int]]:
     return parts_of(len(weight), len(weight) // LEAST_SLOTS)
 
@@ -114,7 +132,7 @@ def _on_parts(
     inverse_length: Tensor,
     parts: list[tuple[int, int]],
     *results: np.ndarray,
-    options: tuple[bool, ...] = (),
+    options: tuple[bool | np.ndarray | None, ...] = (),
 ) -> None:
     """Do the work for each part of the slots, with its own part of the results."""
     arrays = panels, weight.detach().numpy(), inverse_length[:, 0].contiguous().numpy()
