@@ -42,7 +42,7 @@ def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
 def bank() -> dict[str, float]:
     """Errors of search, loss and both gradients; sizes that the blocks divide, and others."""
 
-    for name in ("softmax", "of_queries", "pulls_on_slots"):
+    for name in ("softmax", "logits", "of_queries", "pulls_on_slots"):
         setattr(bank_kernels, name, partial(getattr(bank_kernels, name), factors=torch.float32))
     fused.of_loss = fused.of_parts = lambda weight, products: bank_kernels
     deviation = {"their own check": float(fused._problem(torch.device("cpu"), 48, 60, 700) != "")}

@@ -63,7 +63,16 @@ def test_the_nearest_slot_is_found(batch, size, width, pairs):
 @pytest.fixture
 def in_pairs(monkeypatch):
     """Whether or not the processor has an instruction for them."""
-    monkeypatch.setattr(processor, "MULTIPLIES_PAIRS", True)
+    yield from multiplying_pairs(monkeypatch, True)
+
+
+@pytest.fixture
+def not_in_pairs(monkeypatch):
+    yield from multiplying_pairs(monkeypatch, False)
+
+
+def multiplying_pairs(monkeypatch, value):
+    monkeypatch.setattr(processor, "MULTIPLIES_PAIRS", value)
     fused._checked_on_cpu.cache_clear()
     yield
     fused._checked_on_cpu.cache_clear()
@@ -86,11 +95,24 @@ def test_by_pairs_of_bfloat16_only_products_are_rounded(in_pairs, batch, size, w
     assert 1e-5 < max(errors) < 0.02  # not float32's products: those are wrong by less
 
 
+def test_without_an_instruction_for_pairs_nothing_is_rounded(not_in_pairs):
+    queries, slots = given(64, 1000, 16)
+    gradients = []
+    for enabled in (False, True):
+        query, slot = queries.clone().requires_grad_(), slots.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = cooperative_adversarial_loss(query, slot, torch.ones(64, 1).long(), torch.ones(64, 1), 0.1, 0.1)
+        result.loss.backward()
+        gradients.append((result.loss, result.hit, query.grad, slot.grad))
+    assert fused.of_parts(slots, torch.bfloat16) is kernels
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize(("batch", "size", "width", "pairs"), SIZES)
 def test_a_positive_that_is_the_nearest_slot_is_a_hit_by_pairs_too(in_pairs, batch, size, width, pairs):
     queries, slots = given(batch, size, width)
-    rows = kernels.rounded_rows(slots, inverse_lengths(slots), torch.bfloat16)
-    nearest = ((queries / 0.125).bfloat16().double() @ rows.double().T).argmax(dim=1)
+    rows = slots[None].expand(batch, -1, -1)
+    nearest = bank_in_pairs.logits(queries / 0.125, rows, inverse_lengths(slots).expand(batch, -1, 1)).argmax(dim=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = cooperative_adversarial_loss(
             queries, slots, nearest[:, None], torch.ones(batch, 1), temperature=0.125, slot_temperature=0.125

@@ -54,25 +54,25 @@ def _of_cpu(weight: Tensor, products: torch.dtype) -> ModuleType | None:
 
 @lru_cache
 def _checked_on_cpu(products: torch.dtype) -> ModuleType | None:
-    """Return the CPU's kernels for such products if there are any, they compile, and give here what plain products give."""
+    """Return the CPU's kernels if they compile, and give here what plain products give.
+
+    Factors are rounded only where the processor multiplies such the faster for it.
+    """
+
+    def kernels() -> tuple[ModuleType, bool]:
+        from caco.cpu_kernels import bank, bank_in_pairs, processor  # which need numba
+
+        is_rounded = products == torch.bfloat16 and processor.MULTIPLIES_PAIRS
+        return bank_in_pairs if is_rounded else bank, is_rounded
 
     def problem() -> str:
-        kernels = _on_cpu(products)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return _problem_on_cpu(kernels, products) if kernels else ""
+            return _problem_on_cpu(*kernels())
 
-    return _on_cpu(products) if works("the bank's kernels for CPUs", problem) else None
-
-
-def _on_cpu(products: torch.dtype) -> ModuleType | None:
-    from caco.cpu_kernels import bank, bank_in_pairs, processor  # which need numba
-
-    if products == torch.bfloat16 and processor.MULTIPLIES_PAIRS:
-        return bank_in_pairs
-    return bank if products == torch.float32 else None
+    return kernels()[0] if works("the bank's kernels for CPUs", problem) else None
 
 
-def _problem_on_cpu(kernels: Any, products: torch.dtype, queries: int = 300, size: int = 1_010, width: int = 70) -> str:
+def _problem_on_cpu(kernels: Any, is_rounded: bool, queries: int = 300, size: int = 1_010, width: int = 70) -> str:
     """Return in what the CPU's kernels deviate from plain products, "" if in nothing."""
     generator = torch.Generator().manual_seed(0)
     query, weight, pull = (torch.randn(count, width, generator=generator) for count in (queries, size, queries))
@@ -88,12 +88,12 @@ def _problem_on_cpu(kernels: Any, products: torch.dtype, queries: int = 300, siz
         (slot_sum / total, logits.softmax(dim=1) @ rows),
         (kernels.pulls_on_slots(scaled, *slots, log_normaliser, pull), plain),
     ]
-    if products == torch.float32:  # as the search always is
+    if not is_rounded:  # as no search is
         largest, place = kernels.nearest(query, *slots)
         cosines = largest, (query @ rows.T).gather(1, place[:, None])[:, 0]
         compared += [(found / 0.1, logits.amax(dim=1)) for found in cosines]
     furthest = max(float((ours - other).norm() / other.norm()) for ours, other in compared)
-    most = LARGEST_IN_FLOAT32 if products == torch.float32 else LARGEST_DEVIATION
+    most = LARGEST_DEVIATION if is_rounded else LARGEST_IN_FLOAT32
     return "" if furthest < most else f"they deviate by {furthest:.2g} from plain products"
 
 

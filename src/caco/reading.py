@@ -51,15 +51,14 @@ def _read_at_once(
 ) -> Tensor:
     """Take all slots into the softmax of the encoder, and into that of the slots if it is another one, by kernels.
 
-    Returns each positive's logit, where it is in this process, of factors that are rounded as the kernels' are.
+    Returns each positive's logit, where it is in this process.
     """
     softmax.largest, softmax.total, softmax.slot_sum = kernels.softmax(softmax.queries, *slots)
     if others is not None:
         others.largest, others.total, _ = kernels.softmax(others.queries, *slots, with_mean=False)
     held = row.clamp(0, len(slots.weight) - 1)
-    rows: Tensor = kernels.rounded_rows(slots.weight.detach()[held], slots.inverse_length[held], softmax.products)
-    queries = softmax.queries.to(softmax.products).float()
-    return (queries[:, None] * rows).sum(dim=2)
+    found: Tensor = kernels.logits(softmax.queries, slots.weight.detach()[held], slots.inverse_length[held])
+    return found
 
 
 def _read_in_blocks(

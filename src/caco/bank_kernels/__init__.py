@@ -9,6 +9,6 @@ which took a GPU as long as these. All tensors are contiguous and on one device.
 from caco.bank_kernels.pulls import cooperate, pulls_on_slots
 from caco.bank_kernels.queries import of_queries
 from caco.bank_kernels.search import nearest
-from caco.bank_kernels.softmaxes import rounded_rows, softmax
+from caco.bank_kernels.softmaxes import logits, softmax
 
-__all__ = ["cooperate", "nearest", "of_queries", "pulls_on_slots", "rounded_rows", "softmax"]
+__all__ = ["cooperate", "logits", "nearest", "of_queries", "pulls_on_slots", "softmax"]

@@ -69,11 +69,14 @@ def softmax(
     return of_all[:, None], total[:, None], mean
 
 
-def rounded_rows(
-    rows: Float[Tensor, "*n D"], inverse_length: Float[Tensor, "*n 1"], factors: torch.dtype
-) -> Float[Tensor, "*n D"]:
-    """Return unit rows of some slots as `softmax` takes them, whose factors are rounded."""
-    return rows.to(factors).float() * inverse_length
+def logits(
+    queries: Float[Tensor, "N D"],
+    rows: Float[Tensor, "N P D"],
+    inverse_length: Float[Tensor, "N P 1"],
+    factors: torch.dtype = torch.bfloat16,
+) -> Float[Tensor, "N P"]:
+    """Return the logits of some slots for each query, of factors rounded as in `softmax`."""
+    return (queries.to(factors).float()[:, None] * rows.to(factors).float() * inverse_length).sum(dim=2)
 
 
 @triton.jit

@@ -83,11 +83,16 @@ def pulls_on_slots(
     return gradient
 
 
-def rounded_rows(
-    rows: Float[Tensor, "*n D"], inverse_length: Float[Tensor, "*n 1"], products: torch.dtype
-) -> Float[Tensor, "*n D"]:
-    """Return unit rows of some slots as products take them, rounded."""
-    return (rows * inverse_length).to(products).float()
+def logits(
+    queries: Float[Tensor, "N D"],
+    rows: Float[Tensor, "N P D"],
+    inverse_length: Float[Tensor, "N P 1"],
+    in_pairs: bool = False,
+) -> Float[Tensor, "N P"]:
+    """Return the logits of some slots for each query, of factors rounded as in `softmax`."""
+    factors = torch.bfloat16 if in_pairs else torch.float32
+    queries, rows = (values.to(factors).float() for values in (queries, rows * inverse_length))
+    return (queries[:, None] * rows).sum(dim=2)
 
 
 def cooperate(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from caco.cpu_kernels import bank
-from caco.cpu_kernels.bank import cooperate, rounded_rows
+from caco.cpu_kernels.bank import cooperate
 
-__all__ = ["cooperate", "pulls_on_slots", "rounded_rows", "softmax"]
+__all__ = ["cooperate", "logits", "pulls_on_slots", "softmax"]
 
-softmax, pulls_on_slots = partial(bank.softmax, in_pairs=True), partial(bank.pulls_on_slots, in_pairs=True)
+logits, softmax, pulls_on_slots = (
+    partial(function, in_pairs=True) for function in (bank.logits, bank.softmax, bank.pulls_on_slots)
+)
