@@ -98,6 +98,7 @@ def contestant(
         keep_heap()
     if name == WITHOUT_KERNELS:
         fused.of_parts = fused.of_loss = lambda weight, products: None
+        fused.of_search = lambda weight: None
     choose_device(device)  # float32 products are float32's
     bank = Bank(size, width, TEMPERATURE, TEMPERATURE).to(device)
     at_once = True if device != "cpu" and name.startswith("streamed") else None  # as in a run

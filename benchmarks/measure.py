@@ -177,8 +177,10 @@ def fresh(function: Callable[..., Any], *values: Any, environment: Mapping[str, 
 
 
 def as_a_run(keeps_heap: bool = True) -> dict[str, str]:
-    """Return the environment that `caco pretrain` gives itself on a CPU."""
-    return {**BRIEF_WAITS, **(NO_SMALL_BLOCKS_APART if keeps_heap else {})}
+    """Return what `caco pretrain` adds to its environment on a CPU: not what has been set."""
+    waits = {} if "OMP_WAIT_POLICY" in os.environ else BRIEF_WAITS
+    added = {**waits, **(NO_SMALL_BLOCKS_APART if keeps_heap else {})}
+    return {name: value for name, value in added.items() if name not in os.environ}
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -12,8 +12,8 @@ from caco import fused
 from caco.bank import Bank
 from caco.cpu_kernels import bank as kernels
 from caco.cpu_kernels import bank_in_pairs, processor
-from caco.loss import cooperative_adversarial_loss
-from caco.slots import Slots, inverse_lengths
+from caco.loss import cooperative_adversarial_loss, encoder_loss
+from caco.slots import Slots, Unsharded, inverse_lengths
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -62,7 +62,6 @@ def test_the_nearest_slot_is_found(batch, size, width, pairs):
 
 @pytest.fixture
 def in_pairs(monkeypatch):
-    """Whether or not the processor has an instruction for them."""
     yield from multiplying_pairs(monkeypatch, True)
 
 
@@ -72,13 +71,14 @@ def not_in_pairs(monkeypatch):
 
 
 def multiplying_pairs(monkeypatch, value):
+    """Let a test run as on a processor that has an instruction for pairs of bfloat16, or has not."""
     monkeypatch.setattr(processor, "MULTIPLIES_PAIRS", value)
     fused._checked_on_cpu.cache_clear()
     yield
     fused._checked_on_cpu.cache_clear()
 
 
-@pytest.mark.parametrize("temperatures", [(0.08, 0.08), (0.2, 0.05)])
+@pytest.mark.parametrize("temperatures", [(0.08, 0.08), (0.2, 0.07)])
 @pytest.mark.parametrize(("batch", "size", "width", "pairs"), SIZES)
 def test_by_pairs_of_bfloat16_only_products_are_rounded(in_pairs, batch, size, width, pairs, temperatures):
     queries, slots = (tensor.requires_grad_() for tensor in given(batch, size, width))
@@ -93,6 +93,18 @@ def test_by_pairs_of_bfloat16_only_products_are_rounded(in_pairs, batch, size, w
     assert result.loss.item() == pytest.approx(loss.item(), rel=5e-3)
     errors = relative_error(queries.grad, exact[0].grad), relative_error(slots.grad, exact[1].grad)
     assert 1e-5 < max(errors) < 0.02  # not float32's products: those are wrong by less
+
+
+def test_a_slots_probability_is_of_logits_rounded_alike(in_pairs):
+    """For queries near their positives: at a slot temperature of its own a probability would else be above 1."""
+    _, slots = given(1, 2000, 128)
+    positives = torch.arange(200)[:, None]
+    queries = F.normalize(F.normalize(slots[:200], dim=1) + 0.02 * torch.randn(200, 128), dim=1)
+    for temperatures in ((0.2, 0.07), (0.3, 0.02)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            measured = Slots(slots, inverse_lengths(slots))
+            pull = encoder_loss(queries, measured, positives, torch.ones(200, 1), *temperatures, Unsharded()).pull
+        assert pull.probability.max() <= 1 + 5e-5  # float32's rounding of a logit of 50
 
 
 def test_without_an_instruction_for_pairs_nothing_is_rounded(not_in_pairs):
@@ -181,13 +193,18 @@ def test_what_is_no_number_is_seen(kernels):
     assert gradient.isnan().all()
 
 
-def test_kernels_that_deviate_are_not_used(monkeypatch, caplog):
-    fused._checked_on_cpu.cache_clear()
-    right = kernels.softmax
-    monkeypatch.setattr(kernels, "softmax", lambda *given: (*right(*given)[:2], right(*given)[2] * 1.001))
+def test_kernels_that_deviate_are_not_used(monkeypatch, caplog, in_pairs):
     _, slots = given(2, 100, 8)
-    try:
-        assert fused.of_parts(slots, torch.float32) is None and fused.of_search(slots) is None
-        assert "are not used" in caplog.text
-    finally:
-        fused._checked_on_cpu.cache_clear()
+    deviate(monkeypatch, bank_in_pairs, 1.1)
+    assert fused.of_parts(slots, torch.bfloat16) is kernels
+    assert "in bfloat16 are not used" in caplog.text
+    fused._checked_on_cpu.cache_clear()
+    deviate(monkeypatch, kernels, 1.001)
+    assert fused.of_parts(slots, torch.float32) is None and fused.of_search(slots) is None
+    assert fused.of_parts(slots, torch.bfloat16) is None
+    assert "for CPUs are not used" in caplog.text
+
+
+def deviate(monkeypatch, module, factor):
+    right = module.softmax
+    monkeypatch.setattr(module, "softmax", lambda *given: (*right(*given)[:2], right(*given)[2] * factor))

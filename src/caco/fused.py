@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,30 +48,35 @@ def _is_on_cpu(weight: Tensor) -> bool:
 
 
 def _of_cpu(weight: Tensor, products: torch.dtype) -> ModuleType | None:
-    return _checked_on_cpu(products) if len(weight) >= LEAST_SLOTS_ON_CPU and has_numba() else None
+    """Return the CPU's kernels: those that round factors only where the processor multiplies such the faster for it."""
+    if len(weight) < LEAST_SLOTS_ON_CPU or not has_numba():
+        return None
+    rounded = _checked_on_cpu(is_rounded=True) if products == torch.bfloat16 else None
+    return rounded or _checked_on_cpu(is_rounded=False)
 
 
 @lru_cache
-def _checked_on_cpu(products: torch.dtype) -> ModuleType | None:
-    """Return the CPU's kernels if they compile, and give here what plain products give.
+def _checked_on_cpu(is_rounded: bool) -> ModuleType | None:
+    """Return these kernels if the processor is for them, they compile, and give here what plain products give."""
 
-    Factors are rounded only where the processor multiplies such the faster for it.
-    """
-
-    def kernels() -> tuple[ModuleType, bool]:
+    def kernels() -> ModuleType | None:
         from caco.cpu_kernels import bank, bank_in_pairs, processor  # which need numba
 
-        is_rounded = products == torch.bfloat16 and processor.MULTIPLIES_PAIRS
-        return bank_in_pairs if is_rounded else bank, is_rounded
+        of_pairs = bank_in_pairs if processor.MULTIPLIES_PAIRS else None
+        return of_pairs if is_rounded else bank
 
     def problem() -> str:
+        chosen = kernels()
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return _problem_on_cpu(*kernels())
+            return _problem_on_cpu(chosen, is_rounded) if chosen else ""
 
-    return kernels()[0] if works("the bank's kernels for CPUs", problem) else None
+    products = " in bfloat16" if is_rounded else ""
+    return kernels() if works(f"the bank's kernels for CPUs{products}", problem) else None
 
 
-def _problem_on_cpu(kernels: Any, is_rounded: bool, queries: int = 300, size: int = 1_010, width: int = 70) -> str:
+def _problem_on_cpu(
+    kernels: ModuleType, is_rounded: bool, queries: int = 300, size: int = 1_010, width: int = 70
+) -> str:
     """Return in what the CPU's kernels deviate from plain products, "" if in nothing."""
     generator = torch.Generator().manual_seed(0)
     query, weight, pull = (torch.randn(count, width, generator=generator) for count in (queries, size, queries))

@@ -211,8 +211,7 @@ def _loss_and_gradient(
     repulsion = weights.sum(dim=1, keepdim=True) * of_encoder.mean_slot
     gradient = shards.local_queries(shards.sum(repulsion - attraction) / temperature)
 
-    to_slot_temperature = temperature / slot_temperature
-    slot_probability = torch.exp(reading.positive_logits * to_slot_temperature - of_slots.log_normaliser)
+    slot_probability = torch.exp(reading.positive_slot_logits - of_slots.log_normaliser)
     result = BankLoss(
         loss=-shards.local_queries(weights * log_probability).sum(),
         positive_probability=shards.local_queries(log_probability.exp()),

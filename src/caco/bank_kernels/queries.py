@@ -48,7 +48,7 @@ def of_queries(
 
     hit_margin: share of the largest logit by which a positive's may be less. factors: of products are rounded to it.
     """
-    scaled = (queries / temperature).to(factors)
+    scaled, others = (queries / temperature).to(factors), (queries / slot_temperature).to(factors)
     parts = softmax_of_parts(scaled, weight, inverse_length, with_mean=True)
     count, width = queries.shape
     loss, gradient = weight.new_empty(count), weight.new_empty(count, width)
@@ -57,14 +57,12 @@ def of_queries(
     has_other_temperature = slot_temperature != temperature
     log_normaliser = weight.new_empty(count, 1)
     if has_other_temperature:
-        largest, total, _ = softmax(
-            queries / slot_temperature, weight, inverse_length, with_mean=False, factors=factors
-        )
+        largest, total, _ = softmax(others, weight, inverse_length, with_mean=False, factors=factors)
         log_normaliser = largest + total.log()
     _of_query[(count,)](
-        *(scaled, weight, inverse_length, positives.contiguous(), weights.contiguous(), *parts),
+        *(scaled, others, weight, inverse_length, positives.contiguous(), weights.contiguous(), *parts),
         *(loss, gradient, probability, slot_probability, log_normaliser, hit),
-        *(count, len(weight), width, len(parts.largest), 1 / temperature, temperature / slot_temperature, hit_margin),
+        *(count, len(weight), width, len(parts.largest), 1 / temperature, hit_margin),
         WIDTH=triton.next_power_of_2(width),
         PARTS=triton.next_power_of_2(len(parts.largest)),
         POSITIVES=positives.shape[1],
@@ -77,6 +75,7 @@ def of_queries(
 @triton.jit
 def _of_query(
     scaled,
+    others,
     weight,
     inverse_length,
     positives,
@@ -95,7 +94,6 @@ def _of_query(
     width,
     part_count,
     inverse_temperature,
-    to_slot_temperature,
     hit_margin,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -127,6 +125,7 @@ def _of_query(
         mean_slot += tl.sum(tl.exp(own - largest)[:, None] * slot_sum, axis=0)
     mean_slot /= total
     factor = tl.load(scaled + query * width + column, mask=here, other=0.0).to(tl.float32)
+    of_other = tl.load(others + query * width + column, mask=here, other=0.0).to(tl.float32)
     loss, weight_sum = 0.0, 0.0
     attraction = tl.zeros([WIDTH], tl.float32)
     for positive in tl.static_range(POSITIVES):
@@ -136,13 +135,13 @@ def _of_query(
         row = tl.load(weight + slot.to(tl.int64) * width + column, mask=here & is_slot, other=0.0)
         inverse = tl.load(inverse_length + slot, mask=is_slot, other=0.0)
         rounded = row.to(scaled.dtype.element_ty).to(tl.float32)  # as the softmax has it
-        logit = tl.sum(factor * rounded, axis=0) * inverse
+        logit, slot_logit = tl.sum(factor * rounded, axis=0) * inverse, tl.sum(of_other * rounded, axis=0) * inverse
         log_probability = logit - log_normaliser
         loss -= counts * log_probability
         weight_sum += counts
         attraction += counts * inverse * row
         tl.store(probabilities + place, tl.exp(log_probability))
-        tl.store(slot_probabilities + place, tl.exp(logit * to_slot_temperature - slot_log_normaliser))
+        tl.store(slot_probabilities + place, tl.exp(slot_logit - slot_log_normaliser))
         tl.store(hits + place, (logit >= largest - hit_margin * tl.abs(largest)).to(tl.uint8))
     tl.store(losses + query, loss)
     out = (weight_sum * mean_slot - attraction) * inverse_temperature

@@ -76,7 +76,8 @@ def logits(
     factors: torch.dtype = torch.bfloat16,
 ) -> Float[Tensor, "N P"]:
     """Return the logits of some slots for each query, of factors rounded as in `softmax`."""
-    return (queries.to(factors).float()[:, None] * rows.to(factors).float() * inverse_length).sum(dim=2)
+    products = queries.to(factors).float()[:, None] * rows.to(factors).float()
+    return products.sum(dim=2) * inverse_length[:, :, 0]
 
 
 @triton.jit

@@ -25,8 +25,8 @@ SLOTS = 96
 """Slots at a time: their products with some hundred queries stay in the second nearest cache."""
 ROOM = SLOTS | 1
 """Rows of a panel of so many: an odd number, lest all panels use the same few lines of a cache."""
-ROOM_OF_PAIRS = SLOTS // 2 | 1
-"""The same of pairs of slots."""
+ROOM_OF_PAIRS = (SLOTS + 1) // 2 | 1
+"""The same of pairs of slots; as many numbers are half as wide a panel of ROOM rows, and there is room for these, too."""
 
 
 @kept()
@@ -162,7 +162,7 @@ def pulls_on_slots(queries, pulls, log_normalisers, weight, inverse_length, firs
 @inlined
 @no_type_check
 def compare(rows, slots, queries, at, wide, count, products, pairs, rows_in_pairs):
-    """Fill the products of unit rows and of so many queries, flat, from an index on; with pairs of theirs, of such."""
+    """Fill the products of unit rows and of so many queries, flat, from an index on; or of pairs of both, if there are queries'."""
     width = panel_width(rows.itemsize)
     if pairs is None:
         multiply(rows, 0, ROOM * width, queries, at, wide * width, products, 0, ROOM * width, slots, count, wide, False)
