@@ -125,6 +125,7 @@ def pulls_on_slots(queries, pulls, log_normalisers, weight, inverse_length, firs
     rows, products, pulled = aligned(wide * ROOM, weight), aligned(count * ROOM, weight), aligned(wide * ROOM, weight)
     rows_in_pairs, probabilities = room_for_pairs(wide, pairs), room_for_pairs(count, pairs)
     queries_in_pairs, pulls_in_pairs = (None, None) if pairs is None else pairs
+    numbers = aligned(lanes, weight)
     for start in range(first, last, SLOTS):
         slots = min(SLOTS, last - start)
         unit_rows(weight, inverse_length, start, start + slots, rows, wide)
@@ -153,10 +154,8 @@ def pulls_on_slots(queries, pulls, log_normalisers, weight, inverse_length, firs
                     probabilities, 0, ROOM * width // 2, pulls_in_pairs.reshape(-1), at // 2, count // 2 * width,
                     pulled, 0, ROOM * width, slots, wide, count // 2, part > 0,
                 )  # fmt: skip
-        for slot in range(slots):
-            along_sphere(pulled, rows, slot, wide // width, width, lanes, inverse_length[start + slot])
-            for column in range(weight.shape[1]):
-                gradient[start + slot, column] = pulled[(column // width * ROOM + slot) * width + column % width]
+        for slot in range(start, start + slots):
+            put_along_sphere(pulled, rows, slot - start, wide, inverse_length[slot], gradient[slot], numbers)
 
 
 @inlined
@@ -240,15 +239,22 @@ def scale(numbers, start, count, factor, lanes):
 
 @inlined
 @no_type_check
-def along_sphere(pulled, rows, slot, panels, width, lanes, inverse_length):
-    """Push the gradient of a unit row through its normalisation: what remains is tangent to the sphere."""
-    product = 0.0
-    for panel in range(panels):
-        at = (panel * ROOM + slot) * width
-        for number in range(at, at + width):
-            product += pulled[number] * rows[number]
-    for panel in range(panels):
-        at = (panel * ROOM + slot) * width
-        for number in range(at, at + width, lanes):
-            value = load(pulled, number) - repeated(rows, product) * load(rows, number)
-            store(pulled, number, repeated(rows, inverse_length) * value)
+def put_along_sphere(pulled, rows, slot, wide, inverse_length, gradient, numbers):
+    """Fill a slot's gradient [D]: its unit row's, pushed through the normalisation. numbers: room for a vector."""
+    width, lanes = panel_width(rows.itemsize), len(numbers)
+    along, product = zeros(rows), 0.0
+    for column in range(0, wide, lanes):
+        at = (column // width * ROOM + slot) * width + column % width
+        along = along + load(pulled, at) * load(rows, at)
+    store(numbers, 0, along)
+    for lane in range(lanes):
+        product += numbers[lane]
+    for column in range(0, wide, lanes):
+        at = (column // width * ROOM + slot) * width + column % width
+        value = repeated(rows, inverse_length) * (load(pulled, at) - repeated(rows, product) * load(rows, at))
+        if column + lanes <= len(gradient):
+            store(gradient, column, value)
+        else:
+            store(numbers, 0, value)
+            for number in range(column, len(gradient)):
+                gradient[number] = numbers[number - column]
