@@ -28,7 +28,7 @@ LARGEST_DEVIATION, LARGEST_IN_FLOAT32 = 0.02, 1e-5
 def of_loss(weight: Tensor, products: torch.dtype) -> ModuleType | None:
     """Return `bank_kernels` if slots like these [K, D] are compared with queries by them, else None.
 
-    products: what their factors are rounded to.
+    products: what their factors may be rounded to.
     """
     return _of_bank(weight) if products == torch.bfloat16 else None
 

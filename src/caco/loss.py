@@ -233,6 +233,6 @@ def slot_term(slots: Slots, pulls: Sequence[Pull], temperature: float, shards: S
 
 
 def _dtype_of_products(slots: Slots) -> torch.dtype:
-    """Return bfloat16 under its autocast: the factors of products are rounded then, everything else stays in float32."""
+    """Return bfloat16 under its autocast: factors of products may be rounded then, all else stays in float32."""
     device = slots.weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else slots.weight.dtype
