@@ -105,20 +105,30 @@ def test_code_of_another_source_is_not_used_even_if_no_time_tells(tmp_path):
     assert json.loads(run(PAIRS, **variables).stdout) == swapped != json.loads(before)
 
 
-def test_kernels_that_compute_something_else_are_not_used(monkeypatch, caplog):
+def with_lost_gradient(maps):
+    maps.register_hook(lambda gradient: gradient * float("nan"))
+    return maps
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "by"), [(lambda maps: maps * 1.01, "0.0"), (with_lost_gradient, "nan")], ids=["result", "gradients"]
+)
+def test_kernels_that_compute_something_else_are_not_used(spoiled, by, monkeypatch, caplog):
     """Torch's own convolutions take their place, and it is told."""
     maps = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
     layer = nn.Conv2d(64, 64, 3, padding=1)
     true = layer(maps)
     use_winograd(layer)
     assert layer(maps).sub(true).abs().amax() > 0  # of another rounding, so these are ours
-    monkeypatch.setattr(agreement, "residual_block", lambda maps, *others: residual_block(maps, *others) * 1.01)
+    monkeypatch.setattr(agreement, "residual_block", lambda *given: spoiled(residual_block(*given)))
     agreement._agrees.cache_clear()
     try:
         assert torch.equal(layer(maps), true)
     finally:
         agreement._agrees.cache_clear()
-    assert "Winograd's convolutions of torch.float32 are not used, which is slower: they deviate by 0.0" in caplog.text
+    assert (
+        f"Winograd's convolutions of torch.float32 are not used, which is slower: they deviate by {by}" in caplog.text
+    )
 
 
 def test_compiled_views_that_are_others_are_not_used(monkeypatch, caplog):

@@ -198,11 +198,13 @@ def test_kernels_that_deviate_are_not_used(monkeypatch, caplog, in_pairs):
     deviate(monkeypatch, bank_in_pairs, 1.1)
     assert fused.of_parts(slots, torch.bfloat16) is kernels
     assert "in bfloat16 are not used" in caplog.text
-    fused._checked_on_cpu.cache_clear()
-    deviate(monkeypatch, kernels, 1.001)
-    assert fused.of_parts(slots, torch.float32) is None and fused.of_search(slots) is None
-    assert fused.of_parts(slots, torch.bfloat16) is None
-    assert "for CPUs are not used" in caplog.text
+    for factor in (1.001, float("nan")):
+        fused._checked_on_cpu.cache_clear()
+        deviate(monkeypatch, kernels, factor)
+        assert fused.of_parts(slots, torch.float32) is None and fused.of_search(slots) is None
+        assert fused.of_parts(slots, torch.bfloat16) is None
+        assert "for CPUs are not used" in caplog.text
+        caplog.clear()
 
 
 def deviate(monkeypatch, module, factor):
