@@ -31,6 +31,14 @@ def given(batch, size, width):
     return F.normalize(torch.randn(batch, width), dim=1), 3 * torch.randn(size, width)
 
 
+def dense(queries, slots, positives, weights, temperatures):
+    """Return the loss by the dense form in float64, and queries and slots with their gradients."""
+    exact = [tensor.detach().double().requires_grad_() for tensor in (queries, slots)]
+    loss = dense_loss(*exact, positives, weights.double(), *temperatures)
+    loss.backward()
+    return loss, exact
+
+
 @pytest.mark.parametrize("temperatures", [(0.08, 0.08), (0.2, 0.05), (0.002, 0.3), (0.3, 0.002)])
 @pytest.mark.parametrize(("batch", "size", "width", "pairs"), SIZES)
 def test_loss_and_gradients_are_those_of_the_dense_form(batch, size, width, pairs, temperatures):
@@ -39,10 +47,8 @@ def test_loss_and_gradients_are_those_of_the_dense_form(batch, size, width, pair
     positives[-1] = positives[0]  # two queries share a slot
     weights = torch.rand(batch, pairs)
     result = cooperative_adversarial_loss(queries, slots, positives, weights, *temperatures)
-    exact = [tensor.detach().double().requires_grad_() for tensor in (queries, slots)]
-    loss = dense_loss(*exact, positives, weights.double(), *temperatures)
     result.loss.backward()
-    loss.backward()
+    loss, exact = dense(queries, slots, positives, weights, temperatures)
     assert fused.of_parts(slots, torch.float32) is kernels
     tolerance = max(1e-5, 2**-23 / min(temperatures))  # float32's rounding of a logit, which is up to 1 / temperature
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -85,10 +91,8 @@ def test_by_pairs_of_bfloat16_only_products_are_rounded(in_pairs, batch, size, w
     positives, weights = torch.randint(size, (batch, pairs)), torch.rand(batch, pairs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = cooperative_adversarial_loss(queries, slots, positives, weights, *temperatures)
-    exact = [tensor.detach().double().requires_grad_() for tensor in (queries, slots)]
-    loss = dense_loss(*exact, positives, weights.double(), *temperatures)
     result.loss.backward()
-    loss.backward()
+    loss, exact = dense(queries, slots, positives, weights, temperatures)
     assert fused.of_parts(slots, torch.bfloat16) is bank_in_pairs
     assert result.loss.item() == pytest.approx(loss.item(), rel=5e-3)
     errors = relative_error(queries.grad, exact[0].grad), relative_error(slots.grad, exact[1].grad)
